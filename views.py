@@ -1,0 +1,484 @@
+"""Images in memory, and batches of augmented views of them.
+
+load_images(source, split)   everything as one uint8 tensor (N, 3, H, W): made in memory, a torchvision data set, or a folder
+MultiCrop(recipe, size)      uint8 batch -> list of float views; every image has its own parameters, drawn from a generator
+
+Drawing (`sample`) and computing (`render`) are apart: the same parameters give the same views on a CPU, on a GPU, eager or
+compiled, and a slice of them is one rank's share. The order is crop, flip, colour jitter, grey, blur, solarize, normalise,
+each as torchvision's functional operation on a float image does it.
+"""
+
+import math
+import os
+import sys
+import time
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# ---- images ---------------------------------------------------------------------------------------------------------
+
+
+class Images(NamedTuple):
+    pixels: Tensor  # uint8 (N, 3, H, W)
+    labels: Tensor  # int64 (N,), -1 where there is none
+    classes: list[str]  # empty where there are no labels
+
+    @property
+    def labelled(self) -> bool:
+        return bool(self.classes)
+
+
+# name: (class in torchvision.datasets, arguments of the training split, arguments of the test split)
+DATASETS = {
+    "cifar10": ("CIFAR10", {"train": True}, {"train": False}),
+    "cifar100": ("CIFAR100", {"train": True}, {"train": False}),
+    "mnist": ("MNIST", {"train": True}, {"train": False}),
+    "fashionmnist": ("FashionMNIST", {"train": True}, {"train": False}),
+    "svhn": ("SVHN", {"split": "train"}, {"split": "test"}),
+    "stl10": ("STL10", {"split": "train"}, {"split": "test"}),
+    "gtsrb": ("GTSRB", {"split": "train"}, {"split": "test"}),
+    "dtd": ("DTD", {"split": "train"}, {"split": "test"}),
+    "food101": ("Food101", {"split": "train"}, {"split": "test"}),
+    "flowers102": ("Flowers102", {"split": "train"}, {"split": "test"}),
+    "pets": ("OxfordIIITPet", {"split": "trainval"}, {"split": "test"}),
+    "aircraft": ("FGVCAircraft", {"split": "trainval"}, {"split": "test"}),
+    "imagenette": ("Imagenette", {"split": "train"}, {"split": "val"}),
+}
+
+
+def load_images(
+    source: str,
+    split: str = "train",
+    size: int | None = None,
+    *,
+    root: str = "data",
+    limit: int | None = None,
+    budget_gb: float = 16.0,
+    workers: int | None = None,
+) -> Images:
+    """Loads one split whole into memory.
+
+    source  `shapes` (made in memory), a name in DATASETS (downloaded to `root`), or a folder: train/ and test/ or val/ with
+            one sub-folder a class; or images in any nesting, which are then one training split without labels
+    split   "train" or "test"
+    size    edge in pixels: the short side is resized to it, antialiased, and the centre cut out; None keeps the images as
+            they are, which then must all have one size
+    limit   that many images of a fixed shuffle (the same ones whatever the seed of the run)
+
+    Everything becomes 8-bit RGB: grey is repeated, alpha dropped, 16 bits scaled to 8. A file that cannot be decoded is named
+    on stderr and skipped. Raises FileNotFoundError, ConnectionError or ValueError with what to do.
+    """
+    if source == "shapes":
+        images = make_shapes({"train": 4000, "test": 1000}[split], size or 32, seed={"train": 0, "test": 1}[split])
+        return images if limit is None else Images(images.pixels[:limit], images.labels[:limit], images.classes)
+    if source in DATASETS:
+        items, labels, classes = _torchvision_items(source, split, root)
+    else:
+        items, labels, classes = _folder_items(source, split)
+    if limit is not None and limit < len(items):
+        keep = np.random.default_rng(0).permutation(len(items))[:limit]
+        items, labels = _Subset(items, keep), [labels[i] for i in keep] if labels else labels
+    return _decode(items, labels, classes, size, budget_gb, workers, f"{source}/{split}")
+
+
+def channel_stats(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, on the scale 0..1, of at most 10,000 evenly spaced images."""
+    x = pixels[:: max(1, len(pixels) // 10_000)].double().div(255)
+    mean, std = x.mean((0, 2, 3)), x.std((0, 2, 3)).clamp(min=1e-3)
+    return tuple(round(v, 4) for v in mean.tolist()), tuple(round(v, 4) for v in std.tolist())
+
+
+class _Subset:
+    def __init__(self, items, keep):
+        self.items, self.keep = items, keep
+
+    def __len__(self):
+        return len(self.keep)
+
+    def __getitem__(self, i):
+        return self.items[self.keep[i]]
+
+
+def _torchvision_items(name, split, root):
+    class_name, train, test = DATASETS[name]
+    arguments = train if split == "train" else test
+    try:
+        dataset = getattr(datasets, class_name)(root, download=True, **arguments)
+    except Exception as error:  # urllib, tarfile, hashing: every data set fails in its own way
+        raise ConnectionError(
+            f"could not download {name} into '{root}' ({type(error).__name__}: {error}). Without a network, copy it there from "
+            f"a machine that has one: python -c \"from torchvision import datasets; datasets.{class_name}('{root}', "
+            f'download=True)", or give a folder of images instead'
+        ) from error
+    classes = list(getattr(dataset, "classes", [])) or [str(i) for i in range(10)]
+    return dataset, [], classes  # labels come with the items
+
+
+def _image_files(folder):
+    """Sorted paths of the images below a folder, links followed."""
+    found = []
+    for place, _, names in os.walk(folder, followlinks=True):
+        found += [os.path.join(place, n) for n in names if n.lower().endswith((*IMG_EXTENSIONS, ".gif"))]
+    return sorted(found)
+
+
+def _folder_items(source, split):
+    if not os.path.isdir(source):
+        known = ", ".join(["shapes", *DATASETS])
+        raise FileNotFoundError(f"'{source}' is neither a folder nor a data set's name; known names: {known}")
+    if not os.path.isdir(os.path.join(source, "train")):
+        if split != "train":
+            raise FileNotFoundError(f"'{source}' has no train/ and test/ or val/ inside, so there is no {split} split to load")
+        files = _image_files(source)
+        if not files:
+            raise FileNotFoundError(f"no image below '{source}' ({' '.join(IMG_EXTENSIONS)} .gif)")
+        return files, [-1] * len(files), []
+    classes = sorted(e.name for e in os.scandir(os.path.join(source, "train")) if e.is_dir())
+    folder = next((p for n in ([split] if split == "train" else ["test", "val"]) if os.path.isdir(p := os.path.join(source, n))), None)
+    if folder is None:
+        raise FileNotFoundError(f"'{source}' has train/ but neither test/ nor val/, so there is no test split to load")
+    files = _image_files(folder)
+    if not files:
+        raise FileNotFoundError(f"no image below '{folder}' ({' '.join(IMG_EXTENSIONS)} .gif)")
+    if not classes:
+        return files, [-1] * len(files), []
+    index = {name: i for i, name in enumerate(classes)}
+    labels = []
+    for file in files:
+        name = os.path.relpath(file, folder).split(os.sep)[0]
+        if name not in index:
+            raise ValueError(f"'{file}' is in no class of '{source}/train' ({len(classes)} classes: {', '.join(classes[:5])} ...)")
+        labels.append(index[name])
+    return files, labels, classes
+
+
+def to_pixels(image: Image.Image, size: int | None = None) -> np.ndarray:
+    """A PIL image as uint8 RGB (H, W, 3); with a size, its centre square resized to it, antialiased."""
+    if size is not None:
+        image.draft(None, (size, size))  # a JPEG is decoded at 1/2, 1/4 or 1/8 where that still covers the size
+    if image.mode.startswith("I"):  # 16 bits a sample; PIL's own conversion would clip at 255
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels have no known range")
+    image = image.convert("RGB")
+    if size is not None and image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    return np.array(image)
+
+
+class _Decoder(torch.utils.data.Dataset):
+    """Item i -> (uint8 (H, W, 3), label), or the error's text; a DataLoader spreads it over the cores."""
+
+    def __init__(self, items, labels, size):
+        self.items, self.labels, self.size = items, labels, size
+
+    def __len__(self):
+        return len(self.items)
+
+    def _one(self, i):
+        name = f"item {i}"
+        try:
+            item = self.items[i]
+            if isinstance(item, tuple):  # a torchvision data set
+                return torch.from_numpy(to_pixels(item[0], self.size)), int(item[1])
+            name = item
+            with Image.open(item) as image:
+                return torch.from_numpy(to_pixels(image, self.size)), self.labels[i]
+        except Exception as error:  # a decoder meets a broken file with any exception there is
+            return f"{name}: {type(error).__name__}: {error}"
+
+    def __getitems__(self, indices):
+        return [self._one(i) for i in indices]
+
+
+def _decode(items, labels, classes, size, budget_gb, workers, what):
+    n, start, progress = len(items), time.time(), sys.stderr.isatty()
+    workers = (os.cpu_count() if workers is None else workers) if n >= 2000 else 0
+    loader = torch.utils.data.DataLoader(_Decoder(items, labels, size), 256, num_workers=workers, collate_fn=list)
+    pixels, kept, broken, count, seen = None, [], [], 0, 0
+    for batch in loader:
+        for item in batch:
+            seen += 1
+            if isinstance(item, str):
+                broken.append(item)
+                print(f"skipped {item}", file=sys.stderr)
+                continue
+            image, label = item
+            if pixels is None:
+                need = n * image.numel() / 1e9
+                if need > budget_gb:
+                    raise ValueError(
+                        f"{what}: {n:,} images of {image.shape[1]} x {image.shape[0]} take {need:.1f} GB in memory, more than the "
+                        f"{budget_gb:g} GB allowed: choose a smaller --image-size, --max-images, or raise --resident-gb"
+                    )
+                pixels = torch.empty((n, 3, *image.shape[:2]), dtype=torch.uint8)
+            if image.shape[:2] != pixels.shape[2:]:
+                (h0, w0), (h, w) = pixels.shape[2:], image.shape[:2]
+                raise ValueError(f"{what}: images differ in size ({w0} x {h0}, {w} x {h}, ...): choose one with --image-size")
+            pixels[count] = image.permute(2, 0, 1)
+            kept.append(label)
+            count += 1
+        if progress:
+            rate = seen / (time.time() - start)
+            print(f"\r{what}: {seen:,}/{n:,} images, {rate:,.0f}/s ", end="\n" if seen == n else "", file=sys.stderr, flush=True)
+    if count == 0:
+        raise ValueError(f"{what}: none of the {n:,} files could be decoded as an image")
+    if broken:
+        print(f"{what}: skipped {len(broken)} of {n:,} files that could not be decoded", file=sys.stderr)
+    return Images(pixels[:count], torch.tensor(kept), classes)
+
+
+# ---- shapes: a data set for a machine without one -------------------------------------------------------------------
+
+SHAPES = ["disc", "ring", "square", "frame", "triangle", "star", "plus", "crescent", "bars", "corner"]
+
+
+def make_shapes(n: int, size: int = 32, seed: int = 0) -> Images:
+    """n images of 10 balanced classes of shape. Colours, texture, place, size and angle are drawn independently of the class.
+
+    The shape is the sign of a distance function, antialiased; both it and the ground have a random colour, a slope of light and a
+    texture of waves, so that neither a colour nor a pixel tells the class.
+    """
+    rng = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high, *shape):
+        return torch.rand(n, *(shape or (1, 1)), generator=rng) * (high - low) + low
+
+    labels = torch.arange(n)[torch.randperm(n, generator=rng)] % 10
+    axis = (torch.arange(size) + 0.5) / size * 2 - 1
+    y0, x0 = torch.meshgrid(axis, axis, indexing="ij")
+    radius, angle = uniform(0.42, 0.72), uniform(0, 2 * math.pi)
+    dy, dx = (y0 - uniform(-0.25, 0.25)) / radius, (x0 - uniform(-0.25, 0.25)) / radius
+    y, x = dy * angle.cos() - dx * angle.sin(), dy * angle.sin() + dx * angle.cos()  # the shape's own axes, radius 1
+    r = (x * x + y * y).sqrt()
+
+    def box(cx, cy, w, h):
+        return torch.maximum((x - cx).abs() - w, (y - cy).abs() - h)
+
+    def sectors(k):  # distance along the nearest of k spokes
+        a = torch.atan2(y, x)
+        return r * torch.cos(torch.remainder(a + math.pi / k, 2 * math.pi / k) - math.pi / k)
+
+    square = box(0, 0, 0.75, 0.75)
+    star = r - (0.68 + 0.32 * torch.cos(5 * torch.atan2(y, x)))
+    distance = torch.stack(
+        [
+            r - 0.85,
+            (r - 0.72).abs() - 0.2,
+            square,
+            torch.maximum(square, -box(0, 0, 0.4, 0.4)),
+            sectors(3) - 0.55,
+            star,
+            torch.minimum(box(0, 0, 0.9, 0.28), box(0, 0, 0.28, 0.9)),
+            torch.maximum(r - 0.9, 0.75 - ((x - 0.45) ** 2 + y * y).sqrt()),
+            torch.minimum(box(0, -0.5, 0.85, 0.24), box(0, 0.5, 0.85, 0.24)),
+            torch.minimum(box(-0.45, 0, 0.28, 0.8), box(0.1, 0.55, 0.75, 0.25)),
+        ]
+    )[labels, torch.arange(n)]
+    inside = (0.5 - distance * radius * size / 2).clamp(0, 1)[:, None]  # about one pixel of antialiasing
+
+    def surface():
+        colour, slope = uniform(0.1, 0.9, 3, 1, 1), uniform(-0.15, 0.15, 3, 1, 1)
+        turn, pitch, phase = uniform(0, 2 * math.pi), uniform(4, 14), uniform(0, 2 * math.pi)
+        waves = torch.sin(pitch * (x0 * turn.cos() + y0 * turn.sin()) + phase)[:, None]
+        return colour + slope * x0 + uniform(0, 0.12, 1, 1, 1) * waves
+
+    ground, figure = surface(), surface()
+    gap = (figure - ground).mean((2, 3), keepdim=True)
+    push = (0.35 - gap.norm(dim=1, keepdim=True)).clamp(min=0)  # colours too alike are moved apart
+    figure = figure + push * torch.where(gap.sum(1, keepdim=True) >= 0, 1.0, -1.0) / math.sqrt(3)
+    image = ground + inside * (figure - ground) + 0.04 * torch.randn(n, 3, size, size, generator=rng)
+    return Images(image.clamp(0, 1).mul(255).round().to(torch.uint8), labels, list(SHAPES))
+
+
+# ---- views ----------------------------------------------------------------------------------------------------------
+
+
+class View(NamedTuple):
+    """How one view is made; probabilities are per image."""
+
+    scale: tuple[float, float] = (0.2, 1.0)  # of the image's area
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width : height
+    size: int | None = None  # edge in pixels; None is MultiCrop's
+    flip: float = 0.5
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
+    jitter_p: float = 0.8
+    grey: float = 0.2
+    blur: float = 0.5  # only above 64 px: the published recipes for small images have none
+    sigma: tuple[float, float] = (0.1, 2.0)
+    solarize: float = 0.0
+
+
+class Recipe(NamedTuple):
+    globals: tuple[View, ...]
+    locals: tuple[View, ...] = ()
+
+
+_simclr = View(scale=(0.08, 1.0))
+RECIPES = {
+    "simsiam": Recipe((View(), View())),  # 2011.10566 section 3; 2302.00059 uses the same three on CIFAR
+    "simclr": Recipe((_simclr, _simclr)),  # 2002.05709 appendix B.9
+    "moco": Recipe((_simclr, _simclr)),  # 2003.04297
+    "linear": Recipe((View((0.08, 1.0), jitter_p=0.0, grey=0.0, blur=0.0),)),  # a probe's training: crop and flip
+}
+
+
+class MultiCrop:
+    """uint8 (n, 3, H, W) -> a list of float32 (n, 3, S, S), the global views first, normalised by mean and std."""
+
+    def __init__(self, recipe: str | Recipe, size: int, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+        recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
+        self.views = [v._replace(size=v.size or size) for v in (*recipe.globals, *recipe.locals)]
+        self.n_globals = len(recipe.globals)
+        self.mean, self.std = mean, std
+
+    def __call__(self, pixels: Tensor, generator: torch.Generator) -> list[Tensor]:
+        return self.render(pixels, self.sample(len(pixels), *pixels.shape[2:], generator))
+
+    def sample(self, n: int, height: int, width: int, generator: torch.Generator) -> list[dict[str, Tensor]]:
+        """One dict of tensors a view, each (n, ...), on the generator's device."""
+        return [sample_view(v, n, height, width, generator) for v in self.views]
+
+    def render(self, pixels: Tensor, parameters: list[dict[str, Tensor]]) -> list[Tensor]:
+        """Pure: the same pixels and parameters give the same views."""
+        mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (self.mean, self.std))
+        return [
+            render_view(pixels, {k: t.to(pixels.device, non_blocking=True) for k, t in p.items()}, v.size).sub_(mean).div_(std)
+            for v, p in zip(self.views, parameters, strict=True)
+        ]
+
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+
+
+def sample_view(view: View, n: int, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Parameters of one view of n images, distributed as in torchvision's transforms.
+
+    box (n, 4) top, left, height, width of the crop; flip (n,) bool; factor (n, 3) of brightness, contrast, saturation, 1 for
+    none; hue (n,) shift in turns, 0 for none; order (n, 4) of the four; grey, solarize (n,) bool; sigma (n,) of the blur in
+    pixels, 0 for none.
+    """
+    u = torch.rand(n, 36, generator=generator, device=generator.device)
+    area = height * width * (view.scale[0] + u[:, :10] * (view.scale[1] - view.scale[0]))  # ten tries, the first legal one counts
+    low, high = (math.log(r) for r in view.ratio)
+    aspect = torch.exp(low + u[:, 10:20] * (high - low))
+    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    legal = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = legal.to(torch.uint8).argmax(1, keepdim=True)
+    w, h = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0]
+    top, left = (u[:, 20] * (height - h + 1)).floor(), (u[:, 21] * (width - w + 1)).floor()
+    # none legal: the largest central crop of a legal shape
+    whole_w, whole_h = min(width, round(height * view.ratio[1])), min(height, round(width / view.ratio[0]))
+    whole = torch.tensor([(height - whole_h) // 2, (width - whole_w) // 2, whole_h, whole_w], device=u.device, dtype=u.dtype)
+    box = torch.where(legal.any(1, keepdim=True), torch.stack([top, left, h, w], 1), whole)
+
+    jittered = u[:, 22] < view.jitter_p
+    strength = torch.tensor(view.jitter, device=u.device)
+    factor = 1 + (2 * u[:, 23:26] - 1) * strength[:3]
+    blurred = u[:, 33] < (view.blur if view.size > 64 else 0.0)
+    return {
+        "box": box,
+        "flip": u[:, 26] < view.flip,
+        "factor": torch.where(jittered[:, None], factor.clamp(min=0), 1.0),
+        "hue": torch.where(jittered, (2 * u[:, 27] - 1) * strength[3], 0.0),
+        "order": u[:, 28:32].argsort(1),
+        "grey": u[:, 32] < view.grey,
+        "sigma": torch.where(blurred, view.sigma[0] + u[:, 34] * (view.sigma[1] - view.sigma[0]), 0.0),
+        "solarize": u[:, 35] < view.solarize,
+    }
+
+
+def resize_matrix(start: Tensor, length: Tensor, size: int, extent: int, flip: Tensor | None = None) -> Tensor:
+    """(n, size, extent): row o of image i holds the weights with which the pixels of [start_i, start_i + length_i) make pixel o.
+
+    A triangle as wide as the reduction, cut at the crop's edge and normalised: torchvision's antialiased bilinear resize, exactly.
+    """
+    scale = (length / size)[:, None]
+    out = torch.arange(size, device=start.device, dtype=torch.float32).expand(len(start), size)
+    if flip is not None:
+        out = torch.where(flip[:, None], size - 1 - out, out)
+    centre = start[:, None] + (out + 0.5) * scale
+    x = torch.arange(extent, device=start.device) + 0.5
+    weight = (1 - (x - centre[..., None]).abs() / scale[..., None].clamp(min=1)).clamp(min=0)
+    inside = (x > start[:, None]) & (x < (start + length)[:, None])
+    weight = weight * inside[:, None]
+    return weight / weight.sum(-1, keepdim=True)
+
+
+def blur_matrix(sigma: Tensor, size: int) -> Tensor:
+    """(n, size, size): a Gaussian over about a tenth of the edge (2002.05709), mirrored at the border."""
+    reach = max(1, size // 20)
+    offset = torch.arange(-reach, reach + 1, device=sigma.device)
+    kernel = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)
+    kernel = kernel / kernel.sum(1, keepdim=True)  # (n, K)
+    source = torch.arange(size, device=sigma.device)[:, None] + offset  # (size, K)
+    source = (size - 1) - ((size - 1) - source.abs()).abs()
+    shape = (len(sigma), size, len(offset))
+    return sigma.new_zeros(len(sigma), size, size).scatter_add_(2, source.expand(shape), kernel[:, None].expand(shape))
+
+
+def grey(x: Tensor) -> Tensor:
+    """(n, 3, S, S) -> luma (n, 1, S, S)"""
+    return (0.2989 * x[:, 0]).add_(x[:, 1], alpha=0.587).add_(x[:, 2], alpha=0.114)[:, None]
+
+
+def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
+    """(n, 3, S, S) in 0..1 -> the same with the hue of HSV moved by (n,) turns."""
+    r, g, b = x.unbind(1)
+    value = x.amax(1)
+    chroma = value - x.amin(1)
+    unit = torch.where(chroma == 0, 1.0, chroma)
+    hue = torch.where(value == r, (g - b) / unit, torch.where(value == g, (b - r) / unit + 2, (r - g) / unit + 4))
+    hue = hue + 6 * turns[:, None, None]
+    k = torch.remainder(hue[:, None] + torch.tensor([5.0, 3.0, 1.0], device=x.device).view(3, 1, 1), 6)  # (n, 3, S, S)
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+
+
+def render_view(pixels: Tensor, p: dict[str, Tensor], size: int) -> Tensor:
+    """uint8 (n, 3, H, W) and sample_view's parameters -> float32 (n, 3, size, size) in 0..1."""
+    n, _, height, width = pixels.shape
+    top, left, h, w = p["box"].unbind(1)
+    rows = resize_matrix(top, h, size, height).div_(255)
+    columns = resize_matrix(left, w, size, width, p["flip"])
+    x = pixels.permute(0, 2, 1, 3).float().reshape(n, height, 3 * width)  # rows first: two plain batched products
+    x = (rows @ x).view(n, size * 3, width) @ columns.transpose(1, 2)
+    x = x.view(n, size, 3, size).transpose(1, 2).contiguous()
+
+    # Brightness, contrast and saturation are all clamp(f x + (1 - f) reference) with the reference black, the mean luma or the
+    # luma; so one expression serves images that are at different ones of them. Hue is computed for the images whose turn it is.
+    factor = torch.cat([p["factor"], torch.ones(n, 1, device=x.device)], 1)
+    for step in p["order"].unbind(1):
+        f = factor.gather(1, step[:, None]).view(n, 1, 1, 1)
+        luma = grey(x)
+        to_mean, to_luma = ((1 - f) * (step == k).view(n, 1, 1, 1) for k in (CONTRAST, SATURATION))
+        reference = (to_luma * luma).add_(to_mean * luma.mean((2, 3), keepdim=True))
+        x = x.mul_(f).add_(reference).clamp_(0, 1)
+        x = _where(x, (step == HUE) & (p["hue"] != 0), shift_hue, p["hue"])
+    x = _where(x, p["grey"], lambda x: grey(x).expand_as(x))
+    x = _where(x, p["sigma"] > 0, _blur, p["sigma"])
+    return _where(x, p["solarize"], lambda x: torch.where(x >= 0.5, 1 - x, x))
+
+
+def _blur(x, sigma):
+    matrix = blur_matrix(sigma, x.shape[-1])[:, None]
+    return matrix @ x @ matrix.transpose(2, 3)
+
+
+def _where(x, mask, function, *arguments):
+    """function on the images of the mask. On a GPU on all of them: to ask which they are would stop the stream."""
+    if x.is_cuda:
+        arguments = [a.clamp(min=1e-3) if function is _blur else a for a in arguments]
+        return torch.where(mask.view(-1, 1, 1, 1), function(x, *arguments), x)
+    rows = mask.nonzero()[:, 0]
+    if len(rows):
+        x[rows] = function(x[rows], *(a[rows] for a in arguments))
+    return x
