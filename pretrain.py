@@ -1,0 +1,502 @@
+"""Pre-trains a backbone without labels.
+
+    torchrun pretrain.py                                                              # made-up images, a laptop, minutes
+    torchrun pretrain.py --data cifar10 --width 1 --epochs 200 --batch-size 512       # one GPU
+    torchrun --nproc-per-node 8 pretrain.py --data my/images --image-size 224 --arch resnet50 --width 1
+    torchrun pretrain.py --heads runs/search/arch.json                                # what search.py found
+    torchrun pretrain.py --bench                                                      # where a step's time goes
+
+The output folder gets views.png (look at it first), log.txt (a JSON line an epoch), checkpoint.pth (the same command again goes
+on from it, to the same weights) and at the end backbone.pth with backbone.json: a plain state dict that torchvision's own model
+loads, and what it is.
+"""
+
+import argparse
+import inspect
+import json
+import math
+import os
+import shlex
+import sys
+import time
+import zlib
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.utils import make_grid, save_image
+
+from linear_eval import Parser, data_flags, extract, knn_accuracy, load_data, setup, user_errors
+from losses import METHODS
+from models import BACKBONES, build_backbone, build_head, head_dims, load_heads
+from views import RECIPES, Images, MultiCrop, channel_stats
+
+# ---- flags ----------------------------------------------------------------------------------------------------------
+
+
+def training_flags(parser: Parser) -> None:
+    """What search.py and pretrain.py have in common."""
+    group = parser.add_argument_group("model and method")
+    group.add_argument("--data", default="shapes", help="shapes (made in memory), a torchvision name (cifar10, ...) or a folder")
+    group.add_argument("--method", choices=list(METHODS), default="simsiam")
+    group.add_argument("--arch", choices=list(BACKBONES), default="resnet18")
+    group.add_argument("--width", type=float, default=0.25, help="times torchvision's channels; 1 is the full network")
+    group.add_argument("--stem", choices=["auto", "small", "imagenet"], default="auto", help="auto: small up to 64 px")
+    group.add_argument("--recipe", choices=list(RECIPES), default=None, help="of the views; None is the method's")
+    group.add_argument("--out-dim", type=int, default=None, help="dimensions of z; None is the method's")
+    group.add_argument("--temperature", type=float, default=None, help="of simclr and moco; None is the method's")
+    group.add_argument("--momentum-teacher", type=float, default=None, help="of moco's momentum encoder; None is the method's")
+    group.add_argument("--queue-size", type=int, default=None, help="keys in moco's queue; None fits it to the data")
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=int, default=20)
+    group.add_argument("--batch-size", type=int, default=256, help="images a step, over all ranks together")
+    group.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd")
+    group.add_argument("--lr", type=float, default=None, help="at batch size 256, scaled with it; None is the method's")
+    group.add_argument("--weight-decay", type=float, default=None, help="None is the method's")
+    group.add_argument("--warmup-epochs", type=float, default=None, help="from 0 to the full lr; None is a tenth, 10 at the most")
+    group.add_argument("--held-out", type=float, default=0.1, help="share of the training images kept aside for the monitor")
+    group.add_argument("--knn-every", type=int, default=5, help="epochs between kNN figures on held-out images; 0 is never")
+    group.add_argument("--knn-k", type=int, default=200, help="neighbours of the monitor")
+    group.add_argument("--knn-t", type=float, default=0.1, help="temperature of the monitor's votes")
+    group.add_argument("--amp", action=argparse.BooleanOptionalAction, default=None, help="bf16 autocast; None: on CUDA")
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="torch.compile; None: on CUDA")
+    group.add_argument("--print-every", type=int, default=50, help="steps between lines on the console")
+    group.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on from a checkpoint of this command")
+    group.add_argument("--bench", action="store_true", help="time the parts of a step and stop; writes nothing")
+    data_flags(parser)
+
+
+def get_parser() -> Parser:
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    training_flags(parser)
+    parser.add_argument("--heads", default="default", help="default (handcrafted), a preset's name, or an arch.json")
+    parser.add_argument("--output-dir", default="runs/pretrain")
+    return parser
+
+
+# ---- what both loops need -------------------------------------------------------------------------------------------
+
+
+class Run:
+    """Everything that flags decide before the first step: process, images, views, network. Checks all of it first."""
+
+    def __init__(self, args: argparse.Namespace, heads: dict[str, nn.Module] | None = None, parts: int = 1):
+        """heads: modules to use in place of those that --heads names; parts: into how many the training images are cut."""
+        for flag in ("epochs", "batch_size", "width", "print_every"):
+            if getattr(args, flag) <= 0:
+                raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be above 0")
+        if not 0 <= args.held_out < 1:
+            raise ValueError(f"--held-out {args.held_out}: must be a share, 0 up to 1")
+        self.args = args
+        self.rank, self.world, self.device = setup(args.device)
+        if args.batch_size % self.world:
+            raise ValueError(f"--batch-size {args.batch_size} does not divide by the {self.world} ranks: it is the total over all of them")
+        cuda = self.device.type == "cuda"
+        self.amp, self.compile = (cuda if flag is None else flag for flag in (args.amp, args.compile))
+        self.output = Path(args.output_dir)
+        if not args.bench:
+            self.output.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.output, os.W_OK):
+                raise PermissionError(f"cannot write to --output-dir '{self.output}'")
+
+        torch.manual_seed(args.seed)
+        self.generator = torch.Generator().manual_seed(args.seed)  # of orders and views, the same on every rank
+        self.method_class = METHODS[args.method]
+        self.heads_from = getattr(args, "heads", "default")
+        self.images = load_data(args, args.data, "train")
+        self.held_out, *self.parts = split_images(len(self.images.pixels), args.held_out, parts)
+        shortest = min(len(p) for p in self.parts)
+        if shortest < args.batch_size:
+            raise ValueError(
+                f"{shortest} training images{' in each part' if parts > 1 else ''} do not fill one batch of {args.batch_size}: "
+                f"lower --batch-size{', --held-out' if args.held_out else ''} or give more images"
+            )
+        self.steps_per_epoch = shortest // args.batch_size
+        self.pixels = self.images.pixels.to(self.device)
+        self.size = self.pixels.shape[-1]
+        self.stem = args.stem if args.stem != "auto" else "small" if self.size <= 64 else "imagenet"
+        self.mean, self.std = channel_stats(self.images.pixels)
+        self.views = MultiCrop(args.recipe or self.method_class.recipe, self.size, self.mean, self.std)
+        self.method = self.build_method(heads).to(self.device, memory_format=torch.channels_last)
+        if self.compile:
+            self.method.compile()
+            self.views.render = torch.compile(self.views.render, dynamic=False)
+
+    def build_method(self, heads: dict[str, nn.Module] | None) -> nn.Module:
+        """The method with its network. heads: modules, or None for those that --heads names."""
+        args, encoder = self.args, build_backbone(self.args.arch, self.stem, self.args.width)[0]
+        spaces = self.method_class.heads(encoder.feature_dim, args.out_dim)
+        dims = {name: (s.i, s.hidden, s.o) for name, s in spaces.items()}
+        if callable(heads):
+            heads = {name: heads(head_dims(s.layers, s.i, s.hidden, s.o)) for name, s in spaces.items()}
+        else:
+            specs = load_heads(self.heads_from, list(spaces))
+            heads = specs and {name: build_head(ops, head_dims(len(ops), *dims[name])) for name, ops in specs.items()}
+        options = {"temperature": args.temperature, "momentum": args.momentum_teacher, "queue_size": args.queue_size}
+        options = {k: v for k, v in options.items() if v is not None}
+        known = inspect.signature(self.method_class).parameters
+        for option in options:
+            if option not in known:
+                flag = {"momentum": "momentum-teacher", "queue_size": "queue-size"}.get(option, option)
+                raise ValueError(f"--{flag} means nothing to --method {args.method}: leave it out")
+        if "n_images" in known:
+            options["n_images"] = min(map(len, self.parts))
+        return self.method_class(encoder, heads, args.out_dim, **options)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16) if self.amp else nullcontext()
+
+    def batch(self, order: Tensor, step: int) -> tuple[list[Tensor], Tensor]:
+        """(views, index) of this rank's share of step's batch. All ranks draw for the whole batch, so that one or many see the
+        same views."""
+        n, b = self.args.batch_size, self.args.batch_size // self.world
+        index = order[step * n : (step + 1) * n]
+        parameters = self.views.sample(n, *self.pixels.shape[2:], self.generator)
+        mine = slice(self.rank * b, (self.rank + 1) * b)
+        index = index[mine].to(self.device, non_blocking=True)
+        views = self.views.render(self.pixels[index], [{k: v[mine] for k, v in p.items()} for p in parameters])
+        return [v.contiguous(memory_format=torch.channels_last) for v in views], index
+
+    def monitor(self, epoch: int) -> dict[str, float]:
+        """Of the encoder now: kNN on held-out training images, every few epochs; embedding std and RankMe, always."""
+        args, method, facts = self.args, self.method, {}
+        due = args.knn_every and ((epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs)
+        if due and self.images.labelled and len(self.held_out):
+            h, q = (extract(method.encoder, self.pixels[i.to(self.device)], self.mean, self.std, self.device) for i in (torch.cat(self.parts), self.held_out))
+            labels = self.images.labels
+            facts["knn"] = knn_accuracy(h, labels[torch.cat(self.parts)], q, labels[self.held_out], args.knn_k, args.knn_t)
+        some = (self.held_out if len(self.held_out) >= 256 else self.parts[0])[:1024].to(self.device)
+        h = extract(method.encoder, self.pixels[some], self.mean, self.std, self.device)
+        method.eval()
+        with torch.no_grad():
+            z = nn.functional.normalize(method.projector(h), dim=1)
+        method.train()
+        return facts | {"z_std": (z.std(0).mean() * z.shape[1] ** 0.5).item(), "rankme": rankme(h)}
+
+
+def split_images(n: int, held_out: float, parts: int) -> list[Tensor]:
+    """[held-out, part, ...]: disjoint index tensors of one fixed shuffle, the same whatever the seed; parts of equal size."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    out, rest = order[: int(n * held_out)], order[int(n * held_out) :]
+    size = len(rest) // parts
+    return [out, *(rest[i * size : (i + 1) * size] for i in range(parts))]
+
+
+def rankme(h: Tensor) -> float:
+    """Effective rank of features (N, F): exp of the entropy of their singular values' distribution. RankMe, 2210.02885."""
+    s = torch.linalg.svdvals(h.double())
+    p = s / s.sum() + 1e-7
+    return torch.exp(-(p * p.log()).sum()).item()
+
+
+def collapsed(facts: dict[str, float]) -> str | None:
+    """A warning in words where the embedding does not tell images apart."""
+    if facts["z_std"] < 0.1 or facts["rankme"] < 1.5:
+        return (
+            f"the embedding has collapsed: std x sqrt(D) is {facts['z_std']:.3f} (healthy: about 1), RankMe {facts['rankme']:.1f}. Every "
+            "image gets nearly the same vector, whatever the loss says; try a lower --lr, longer --warmup-epochs, a larger batch"
+        )
+    return None
+
+
+def optimizer_of(named: list[tuple[str, nn.Parameter]], method: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """SGD with momentum .9 or AdamW over two groups, the second for what keeps its learning rate (SimSiam's predictor)."""
+    defaults = {"sgd": (method.lr, method.weight_decay), "adamw": (1e-3, 0.05)}[args.optimizer]
+    lr, decay = (d if v is None else v for v, d in zip((args.lr, args.weight_decay), defaults))
+    lr *= args.batch_size / 256
+    constant = [p for n, p in named if n.startswith(method.constant_lr)] if method.constant_lr else []
+    kept = {id(p) for p in constant}
+    groups = [{"params": [p for _, p in named if id(p) not in kept], "constant": False}, {"params": constant, "constant": True}]
+    groups = [g | {"peak": lr} for g in groups if g["params"]]
+    fused = named[0][1].is_cuda or None
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=decay, fused=fused)
+    return torch.optim.AdamW(groups, lr, weight_decay=decay, fused=fused)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, step: int, warmup: int, total: int) -> float:
+    """Linear warm-up, then cosine to 0, where the group's lr is not constant; returns the first group's."""
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * (1.0 if group["constant"] else (step + 1) / warmup if step < warmup else cosine)
+    return optimizer.param_groups[0]["lr"]
+
+
+# flags that change nothing in the result, so a resumed run may have others
+FREE_FLAGS = {"output_dir", "print_every", "workers", "resume", "bench", "resident_gb", "data_root", "device", "compare", "compare_seeds", "compare_epochs"}
+
+
+def save_atomic(state: dict, path: Path) -> None:
+    """Whole or not at all: written under a temporary name, then renamed."""
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def write_atomic(text: str, path: Path) -> None:
+    path.with_suffix(".tmp").write_text(text)
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def fingerprint(images: Images) -> list[int]:
+    return [*images.pixels.shape, zlib.crc32(images.pixels[::97].contiguous().numpy().tobytes())]
+
+
+def save_checkpoint(run: Run, epoch: int, history: list[dict], optimizers: list[torch.optim.Optimizer]) -> None:
+    """After `epoch` epochs: all that the rest of the run depends on, then log.txt, which is the history."""
+    if run.rank > 0:
+        return
+    state = {
+        "flags": {k: v for k, v in vars(run.args).items() if k not in FREE_FLAGS},
+        "data": fingerprint(run.images),
+        "epoch": epoch,
+        "method": run.method.state_dict(),
+        "optimizers": [o.state_dict() for o in optimizers],
+        "generator": run.generator.get_state(),
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state() if run.device.type == "cuda" else None,
+        "history": history,
+    }
+    save_atomic(state, run.output / "checkpoint.pth")
+    write_atomic("".join(json.dumps(line) + "\n" for line in history), run.output / "log.txt")
+
+
+def load_checkpoint(run: Run, optimizers: list[torch.optim.Optimizer]) -> tuple[int, list[dict]]:
+    """(epochs done, history), everything restored; (0, []) where there is no checkpoint. Refuses one of another command."""
+    path = run.output / "checkpoint.pth"
+    if not run.args.resume or not path.exists():
+        return 0, []
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        flags, data = state["flags"], state["data"]
+    except Exception as error:  # a damaged file fails in zipfile, pickle or torch
+        raise ValueError(
+            f"'{path}' is damaged ({type(error).__name__}): delete it or pass --no-resume to start over, or choose another --output-dir"
+        ) from error
+    for flag in sorted(set(flags) | set(vars(run.args)) - FREE_FLAGS):
+        have, want = flags.get(flag), getattr(run.args, flag, None)
+        if have != want:
+            raise ValueError(
+                f"'{path}' was made with --{flag.replace('_', '-')} {have}, not {want}: choose another --output-dir, or start over "
+                "with --no-resume"
+            )
+    if data != fingerprint(run.images):
+        raise ValueError(f"'{path}' was made with other images ({data[0]:,}, now {len(run.images.pixels):,}): choose another --output-dir")
+    run.method.load_state_dict(state["method"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    run.generator.set_state(state["generator"])
+    torch.set_rng_state(state["rng"])
+    if state["cuda_rng"] is not None and run.device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda_rng"])
+    return state["epoch"], state["history"]
+
+
+class Console:
+    """Speed, and the mean loss, read from the device only when a line is due."""
+
+    def __init__(self, run: Run, total: int):
+        self.run, self.total = run, total
+        self.begin()
+
+    def begin(self):
+        self.start, self.views_s, self.steps, self.losses, self.printed = time.time(), 0.0, 0, [], 0
+
+    def add(self, loss: Tensor, views_s: float):
+        self.losses.append(loss.detach())
+        self.views_s, self.steps = self.views_s + views_s, self.steps + 1
+
+    def mean_loss(self, where: str, lr: float) -> float:
+        """Over the steps since begin(), all ranks; a loss that is not finite stops the run."""
+        loss = torch.stack(self.losses).mean()
+        if dist.is_initialized():
+            dist.all_reduce(loss)
+            loss /= dist.get_world_size()
+        if not math.isfinite(loss.item()):
+            bad = [i for i, x in enumerate(self.losses) if not math.isfinite(x.item())]
+            sys.exit(
+                f"the loss is {loss.item()} at {where} (step {bad[0] if bad else '?'} of the epoch, lr {lr:.3g}): stopped; the last "
+                "checkpoint is from before. Try a lower --lr or longer --warmup-epochs"
+            )
+        return loss.item()
+
+    def line(self, epoch: int, done: int, lr: float) -> None:
+        if self.steps % self.run.args.print_every:
+            return
+        loss = self.mean_loss(f"epoch {epoch + 1}", lr)
+        self.text(f"epoch {epoch + 1}/{self.run.args.epochs} step {self.steps}/{self.run.steps_per_epoch}", loss, done, lr)
+
+    def text(self, where: str, loss: float, done: int, lr: float, more: str = "") -> None:
+        seconds = time.time() - self.start
+        rate = self.steps * self.run.args.batch_size / seconds
+        eta = time.strftime("%H:%M:%S", time.gmtime((self.total - done) * seconds / self.steps))
+        say(
+            f"{where}  loss {loss:.4f}  lr {lr:.4f}  views {1e3 * self.views_s / self.steps:.0f} ms  step {1e3 * seconds / self.steps:.0f} ms  "
+            f"{rate:,.0f} images/s  ETA {eta}{more}"
+        )
+
+
+def say(text: str) -> None:
+    """On rank 0."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def command_line(script: str, parser: Parser, args: argparse.Namespace) -> str:
+    """The command that gives these flags: what differs from the defaults."""
+    words = ["torchrun", script]
+    for action in parser._actions:
+        value = getattr(args, action.dest, action.default)
+        if value == action.default:
+            continue
+        name = action.option_strings[0]
+        if isinstance(value, bool):
+            words.append(name if value else name.replace("--", "--no-", 1))
+        else:
+            words += [name, *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
+
+
+def save_backbone(run: Run, encoder: nn.Module, command: str, folder: Path, **more) -> None:
+    """backbone.pth, a plain state dict, and backbone.json, what it is and where it comes from."""
+    args = run.args
+    facts = {
+        "arch": args.arch,
+        "width": args.width,
+        "stem": run.stem,
+        "mean": run.mean,
+        "std": run.std,
+        "data": args.data,
+        "resized_to": args.image_size,
+        "method": args.method,
+        "epochs": args.epochs,
+        "seed": args.seed,
+        "command": command,
+        "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__},
+    }
+    save_atomic({k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}, folder / "backbone.pth")
+    write_atomic(json.dumps(facts | more, indent=2) + "\n", folder / "backbone.json")
+
+
+def save_views(run: Run, views: list[Tensor]) -> None:
+    """views.png: the views of the batch's first images, an image a column of its own."""
+    mean, std = (torch.tensor(v, device=views[0].device).view(3, 1, 1) for v in (run.mean, run.std))
+    side = max(v.shape[-1] for v in views)
+    n = min(16, len(views[0]), max(4, 1024 // side))
+    tiles = [nn.functional.pad(v[:n] * std + mean, [0, side - v.shape[-1]] * 2, value=1.0) for v in views]
+    save_image(make_grid(torch.cat(tiles).cpu().clamp(0, 1), nrow=n, pad_value=1.0), run.output / "views.png")
+
+
+# ---- the script -----------------------------------------------------------------------------------------------------
+
+
+def bench(run: Run, optimizer: torch.optim.Optimizer, steps: int = 20, warm_up: int = 5) -> dict[str, float]:
+    """Median seconds of a step's parts, which take turns, so that a noisy machine bears on all alike. Prints and returns them.
+
+    network is the bare forward and backward of encoder and heads; loss is the mathematics on their outputs, both ways.
+    """
+    method, order = run.method, run.parts[0][torch.randperm(len(run.parts[0]), generator=run.generator)]
+    outputs, criterion = ((torch.compile(f) if run.compile else f) for f in (method.outputs, method.loss))
+    seconds: dict[str, list[float]] = {"views": [], "network": [], "loss": [], "optimiser": []}
+
+    def clock():
+        if run.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    for step in range(warm_up + steps):
+        t0 = clock()
+        views, _ = run.batch(order, step % run.steps_per_epoch)
+        t1 = clock()
+        with run.autocast():
+            out = outputs(views)
+        t2 = clock()
+        leaves = [o.detach().requires_grad_(o.requires_grad) for o in out]
+        criterion(*leaves).backward()
+        t3 = clock()
+        pairs = [(o, leaf.grad) for o, leaf in zip(out, leaves) if o.requires_grad]
+        torch.autograd.backward(*zip(*pairs))
+        t4 = clock()
+        optimizer.step()
+        optimizer.zero_grad()
+        method.after_step(0.0)
+        t5 = clock()
+        if step >= warm_up:
+            for part, t in zip(seconds, (t1 - t0, t2 - t1 + t4 - t3, t3 - t2, t5 - t4)):
+                seconds[part].append(t)
+    median = {part: sorted(t)[len(t) // 2] for part, t in seconds.items()}
+    total = sum(median.values())
+    share = "  ".join(f"{part} {1e3 * t:.1f} ms ({100 * t / total:.1f} %)" for part, t in median.items())
+    say(f"{run.args.batch_size / total:,.0f} images/s: {share}")
+    say(f"views, loss and optimiser add {100 * (total / median['network'] - 1):.1f} % to the network's own forward and backward")
+    return median
+
+
+def main(args: argparse.Namespace) -> dict[str, float]:
+    with user_errors():
+        run = Run(args)
+        method = run.method
+        optimizer = optimizer_of([(n, p) for n, p in method.named_parameters() if p.requires_grad], method, args)
+        first, history = (0, []) if args.bench else load_checkpoint(run, [optimizer])
+    command = command_line("pretrain.py", get_parser(), args)
+    total = args.epochs * run.steps_per_epoch
+    warmup = round((min(10, args.epochs / 10) if args.warmup_epochs is None else args.warmup_epochs) * run.steps_per_epoch)
+    say(
+        f"{args.method}, {args.arch} x{args.width:g} ({sum(p.numel() for p in method.encoder.parameters()) / 1e6:.2f} M parameters), heads "
+        f"{args.heads}, {len(run.parts[0]):,} images of {run.size} px ({len(run.held_out):,} held out), {run.world} x {run.device.type}"
+    )
+    peak = optimizer.param_groups[0]["peak"]
+    say(f"batch {args.batch_size} over all ranks, base lr {peak * 256 / args.batch_size:g} x {args.batch_size}/256 = {peak:g}")
+    if args.bench:
+        return bench(run, optimizer)
+    if first:
+        say(f"goes on after epoch {first} of {run.output / 'checkpoint.pth'}")
+    if args.knn_every and not run.images.labelled:
+        say("no labels: the monitor gives std and RankMe, but no kNN")
+
+    model = DistributedDataParallel(method, broadcast_buffers=False) if run.world > 1 else method
+    console, done, lr = Console(run, total), first * run.steps_per_epoch, 0.0
+    for epoch in range(first, args.epochs):
+        order = run.parts[0][torch.randperm(len(run.parts[0]), generator=run.generator)]
+        console.begin()
+        for step in range(run.steps_per_epoch):
+            start = time.time()
+            views, index = run.batch(order, step)
+            views_s = time.time() - start
+            if done == 0 and run.rank == 0:
+                save_views(run, views)
+            lr = set_lr(optimizer, done, warmup, total)
+            with run.autocast():
+                loss = model(views, index)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            done += 1
+            method.after_step(done / total)
+            console.add(loss, views_s)
+            console.line(epoch, done, lr)
+        loss = console.mean_loss(f"epoch {epoch + 1}", lr)
+        facts = run.monitor(epoch)
+        knn = f"  kNN {100 * facts['knn']:.2f} (held-out)" if "knn" in facts else ""
+        more = f"  std {facts['z_std']:.2f}  RankMe {facts['rankme']:.1f}{knn}"
+        console.text(f"epoch {epoch + 1}/{args.epochs}", loss, done, lr, more)
+        if collapsed(facts):
+            say(f"warning: {collapsed(facts)}")
+        history.append({"epoch": epoch + 1, "loss": loss, "lr": lr, "seconds": time.time() - console.start} | facts)
+        save_checkpoint(run, epoch + 1, history, [optimizer])
+    if run.rank == 0:
+        save_backbone(run, method.encoder, command, run.output, heads=args.heads, **{k: history[-1][k] for k in ("knn",) if k in history[-1]})
+    say(f"wrote {run.output / 'backbone.pth'}; next: torchrun linear_eval.py --weights {run.output / 'backbone.pth'}")
+    return history[-1]
+
+
+if __name__ == "__main__":
+    main(get_parser().parse_args())
+    if dist.is_initialized():
+        dist.destroy_process_group()
