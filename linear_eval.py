@@ -49,9 +49,15 @@ def data_flags(parser: Parser) -> None:
     group = parser.add_argument_group("data and machine")
     group.add_argument("--data-root", default="data", help="where torchvision's data sets are downloaded to")
     group.add_argument("--image-size", type=int, default=None, help="edge in pixels; None keeps the images' own")
-    group.add_argument("--max-images", type=int, default=None, help="that many of the training images, always the same ones")
-    group.add_argument("--resident-gb", type=float, default=16.0, help="the most memory that a split's pixels may take, GB")
-    group.add_argument("--workers", type=int, default=None, help="processes that decode image files; None is one a core")
+    group.add_argument(
+        "--max-images", type=int, default=None, help="that many of the training images, always the same ones"
+    )
+    group.add_argument(
+        "--resident-gb", type=float, default=16.0, help="the most memory that a split's pixels may take, GB"
+    )
+    group.add_argument(
+        "--workers", type=int, default=None, help="processes that decode image files; None is one a core"
+    )
     group.add_argument("--device", default="auto", help="auto (cuda where there is one, else cpu), cpu, cuda, mps")
     group.add_argument("--seed", type=int, default=0)
 
@@ -105,16 +111,26 @@ def load_data(args: argparse.Namespace, source: str, split: str) -> Images:
 
 
 @torch.no_grad()
-def extract(backbone: nn.Module, pixels: Tensor, mean, std, device: torch.device, batch_size: int = 512) -> Tensor:
-    """Features (N, F) in fp32 of uint8 (N, 3, H, W), in eval mode; the ranks share the work, and all get the result."""
+def extract(
+    backbone: nn.Module,
+    pixels: Tensor,
+    mean,
+    std,
+    device: torch.device,
+    batch_size: int = 512,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """Features (N, F) in fp32 of uint8 (N, 3, H, W), or of some rows of it, in eval mode; the ranks share the work, and all get
+    the result."""
     training = backbone.training
     backbone.eval()
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    share = -(-len(pixels) // world)
+    rows = torch.arange(len(pixels), device=pixels.device) if rows is None else rows
+    share = -(-len(rows) // world)
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
     h = []
-    for batch in pixels[rank * share : (rank + 1) * share].split(batch_size):
-        x = batch.to(device, non_blocking=True).float().div_(255).sub_(mean).div_(std)
+    for batch in rows[rank * share : (rank + 1) * share].split(batch_size):
+        x = pixels[batch].to(device, non_blocking=True).float().div_(255).sub_(mean).div_(std)
         h.append(backbone(x.contiguous(memory_format=torch.channels_last)).float())
     backbone.train(training)
     h = torch.cat(h) if h else torch.empty(0, backbone.feature_dim, device=device)
@@ -122,13 +138,19 @@ def extract(backbone: nn.Module, pixels: Tensor, mean, std, device: torch.device
         h = F.pad(h, (0, 0, 0, share - len(h)))
         parts = [torch.empty_like(h) for _ in range(world)]
         dist.all_gather(parts, h)
-        h = torch.cat(parts)[: len(pixels)]
+        h = torch.cat(parts)[: len(rows)]
     return h
 
 
 @torch.no_grad()
 def knn_accuracy(
-    bank: Tensor, bank_labels: Tensor, query: Tensor, labels: Tensor, k: int = 200, temperature: float = 0.1, chunk: int = 1024
+    bank: Tensor,
+    bank_labels: Tensor,
+    query: Tensor,
+    labels: Tensor,
+    k: int = 200,
+    temperature: float = 0.1,
+    chunk: int = 1024,
 ) -> float:
     """Share of queries (M, F) that their k nearest of the bank (N, F) vote right, by cosine, with weights exp(cos / T)
     (1805.01978 section 3.4). M x N is never held whole."""
@@ -147,7 +169,12 @@ LEARNING_RATES, WEIGHT_DECAYS = (0.01, 0.03, 0.1, 0.3, 1.0), (0.0, 1e-4, 1e-3)  
 
 
 def fit_probes(
-    features: Tensor | Callable[[], Tensor], labels: Tensor, classes: int, grid: list[tuple[float, float]], epochs: int, seed: int
+    features: Tensor | Callable[[], Tensor],
+    labels: Tensor,
+    classes: int,
+    grid: list[tuple[float, float]],
+    epochs: int,
+    seed: int,
 ) -> tuple[Tensor, Tensor]:
     """Softmax regression by SGD (momentum .9, cosine, batch 256), once for each (learning rate, weight decay) of the grid.
 
@@ -182,7 +209,9 @@ def fit_probes(
 
 def probe_accuracy(weight: Tensor, bias: Tensor, features: Tensor, labels: Tensor) -> list[float]:
     """One accuracy for each of the G probes."""
-    prediction = torch.cat([(x @ weight.flatten(1)).view(len(x), *bias.shape).add_(bias).argmax(2) for x in features.split(4096)])
+    prediction = torch.cat(
+        [(x @ weight.flatten(1)).view(len(x), *bias.shape).add_(bias).argmax(2) for x in features.split(4096)]
+    )
     return (prediction == labels.to(features.device)[:, None]).double().mean(0).tolist()
 
 
@@ -227,7 +256,9 @@ def linear_probe(
 # ---- backbones on disk ----------------------------------------------------------------------------------------------
 
 
-def load_backbone(weights: str, arch: str | None = None, width: float | None = None, stem: str | None = None) -> tuple[nn.Module, dict]:
+def load_backbone(
+    weights: str, arch: str | None = None, width: float | None = None, stem: str | None = None
+) -> tuple[nn.Module, dict]:
     """(backbone, facts) of backbone.pth with its backbone.json, or of a plain torchvision state dict with its arch named.
 
     facts: arch, width, stem, mean, std and what else backbone.json holds. Keys must match to the last one; only a torchvision
@@ -249,12 +280,16 @@ def load_backbone(weights: str, arch: str | None = None, width: float | None = N
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in zipfile, pickle or torch
-        raise ValueError(f"'{weights}' cannot be read as a state dict ({type(error).__name__}): damaged, or not torch's") from error
+        raise ValueError(
+            f"'{weights}' cannot be read as a state dict ({type(error).__name__}): damaged, or not torch's"
+        ) from error
     if not isinstance(state, dict):
         raise ValueError(f"'{weights}' holds a {type(state).__name__}, not a state dict")
     state = {k: v for k, v in state.items() if not k.startswith(("fc.", "classifier."))}
     expected = backbone.state_dict()
-    wrong = [f"{k} is missing" for k in expected if k not in state] + [f"{k} is unknown" for k in state if k not in expected]
+    wrong = [f"{k} is missing" for k in expected if k not in state] + [
+        f"{k} is unknown" for k in state if k not in expected
+    ]
     wrong += [
         f"{k} is {tuple(state[k].shape)}, not {tuple(expected[k].shape)}"
         for k in expected
@@ -262,19 +297,23 @@ def load_backbone(weights: str, arch: str | None = None, width: float | None = N
     ]
     if wrong:
         name = f"{facts['arch']} of width {facts['width']:g} with the {facts['stem']} stem"
-        raise ValueError(f"'{weights}' is no {name}: {wrong[0]}" + (f", and {len(wrong) - 1} more keys differ" if wrong[1:] else ""))
+        raise ValueError(
+            f"'{weights}' is no {name}: {wrong[0]}" + (f", and {len(wrong) - 1} more keys differ" if wrong[1:] else "")
+        )
     backbone.load_state_dict(state)
     return backbone, facts
 
 
-def measure(backbone: nn.Module, facts: dict, train: Images, test: Images, device: torch.device, args: argparse.Namespace) -> dict:
+def measure(
+    backbone: nn.Module, facts: dict, train: Images, test: Images, device: torch.device, args: argparse.Namespace
+) -> dict:
     """kNN and linear accuracy on the test images."""
     mean, std = facts["mean"], facts["std"]
     backbone = backbone.to(device, memory_format=torch.channels_last)
     h, h_test = (extract(backbone, images.pixels, mean, std, device, args.batch_size) for images in (train, test))
     augmented = None
     if args.augment:
-        views, g = MultiCrop("linear", train.pixels.shape[-1], mean, std), torch.Generator().manual_seed(args.seed)
+        views, g = (MultiCrop("linear", train.pixels.shape[-1], mean, std), torch.Generator().manual_seed(args.seed))
         backbone.eval()
 
         @torch.no_grad()
@@ -289,13 +328,23 @@ def measure(backbone: nn.Module, facts: dict, train: Images, test: Images, devic
 
 def get_parser() -> Parser:
     parser = Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--weights", required=True, help="backbone.pth, or a torchvision state dict together with --arch")
-    parser.add_argument("--data", nargs="+", default=None, help="shapes, a torchvision name or a folder; None is backbone.json's")
+    parser.add_argument(
+        "--weights", required=True, help="backbone.pth, or a torchvision state dict together with --arch"
+    )
+    parser.add_argument(
+        "--data", nargs="+", default=None, help="shapes, a torchvision name or a folder; None is backbone.json's"
+    )
     parser.add_argument("--arch", choices=list(BACKBONES), default=None, help="only where backbone.json is missing")
     parser.add_argument("--width", type=float, default=None, help="only where backbone.json is missing")
-    parser.add_argument("--stem", choices=["imagenet", "small"], default=None, help="only where backbone.json is missing")
-    parser.add_argument("--augment", action=argparse.BooleanOptionalAction, default=False, help="the probe trains on crops and flips")
-    parser.add_argument("--untrained", action=argparse.BooleanOptionalAction, default=True, help="measure the untrained network too")
+    parser.add_argument(
+        "--stem", choices=["imagenet", "small"], default=None, help="only where backbone.json is missing"
+    )
+    parser.add_argument(
+        "--augment", action=argparse.BooleanOptionalAction, default=False, help="the probe trains on crops and flips"
+    )
+    parser.add_argument(
+        "--untrained", action=argparse.BooleanOptionalAction, default=True, help="measure the untrained network too"
+    )
     parser.add_argument("--epochs", type=int, default=100, help="of the probe")
     parser.add_argument("--batch-size", type=int, default=512, help="images a forward pass")
     parser.add_argument("--knn-k", type=int, default=200, help="neighbours")
@@ -321,14 +370,20 @@ def main(args: argparse.Namespace) -> dict[str, list[dict]]:
         with user_errors():
             train, test = (load_data(args, source, split) for split in ("train", "test"))
             if not train.labelled:
-                raise ValueError(f"'{source}' has no labels to measure with: it needs train/ and test/ or val/, a folder a class")
+                raise ValueError(
+                    f"'{source}' has no labels to measure with: it needs train/ and test/ or val/, a folder a class"
+                )
         rows, networks = [], [("pre-trained", backbone)]
         if args.untrained:
             torch.manual_seed(args.seed)
             networks.append(("untrained", build_backbone(facts["arch"], facts["stem"], facts["width"])[0]))
         for name, network in networks:
             start = time.time()
-            rows.append({"network": name} | measure(network, facts, train, test, device, args) | {"seconds": time.time() - start})
+            rows.append(
+                {"network": name}
+                | measure(network, facts, train, test, device, args)
+                | {"seconds": time.time() - start}
+            )
         tables[source] = rows
         lines = [
             f"{facts['arch']} x{facts['width']:g} ({args.weights}) on {source}: {len(train.pixels):,} training images, "
@@ -340,7 +395,9 @@ def main(args: argparse.Namespace) -> dict[str, list[dict]]:
         ]
         for r in rows:
             chosen = f"lr {r['lr']:g}, decay {r['weight_decay']:g}: {100 * r['held_out']:.2f}"
-            lines.append(f"| {r['network']} | {100 * r['knn']:.2f} | {100 * r['linear']:.2f} | {chosen} | {r['seconds']:.0f} |")
+            lines.append(
+                f"| {r['network']} | {100 * r['knn']:.2f} | {100 * r['linear']:.2f} | {chosen} | {r['seconds']:.0f} |"
+            )
         if rank == 0:
             print("\n".join(lines), flush=True)
             (folder / f"linear_eval-{Path(source).name}.md").write_text("\n".join(lines) + "\n")

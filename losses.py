@@ -18,6 +18,7 @@ their names with in, hidden, out and the number of layers to search over. Withou
 """
 
 import copy
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -42,7 +43,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
     assert z1.shape == z2.shape
     n, rank = len(z1), dist.get_rank() if dist.is_initialized() else 0
     z = F.normalize(torch.stack([z1, z2]).float(), dim=2)  # (2, N, D)
-    candidates = gather(z).flatten(0, 1)  # (W, 2, N, D) -> (2 W N, D), a rank's two views after another
+    candidates = gather(z).flatten(0, 2)  # (W, 2, N, D) -> (2 W N, D), a rank's two views after another
     anchors = z.flatten(0, 1)  # (2N, D)
     logits = anchors @ candidates.T / temperature  # (2N, 2 W N)
     own = torch.arange(2 * n, device=z.device)
@@ -72,12 +73,12 @@ def gather(x: Tensor) -> Tensor:
 
 
 class HeadSpace(NamedTuple):
-    """A head before its operations are chosen: in, hidden and out features, and how many layers a search fills."""
+    """A head before its operations are chosen: how many layers a search fills, and features at its start, between, at its end."""
 
+    layers: int
     i: int
     hidden: int
     o: int
-    layers: int
 
 
 def encode(encoder: nn.Module, views: list[Tensor]) -> Tensor:
@@ -93,7 +94,7 @@ def encode(encoder: nn.Module, views: list[Tensor]) -> Tensor:
 def mlp(*dims: int, bn: bool = True) -> nn.Sequential:
     """Linear BN ReLU ... Linear: hidden layers with BN (and then no bias) unless bn is False, a bare Linear at the end."""
     layers: list[nn.Module] = []
-    for i, o in zip(dims[:-1], dims[1:-1]):
+    for i, o in pairwise(dims[:-1]):
         layers += [nn.Linear(i, o, bias=not bn), *([nn.BatchNorm1d(o)] if bn else []), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.Linear(dims[-2], dims[-1]))
 
@@ -129,7 +130,10 @@ class SimSiam(nn.Module):
     @staticmethod
     def heads(feature_dim: int, out_dim: int | None = None) -> dict[str, HeadSpace]:
         d = out_dim or min(2048, 4 * feature_dim)
-        return {"projector": HeadSpace(feature_dim, feature_dim, feature_dim, 6), "predictor": HeadSpace(d, d // 4, d, 4)}
+        return {
+            "projector": HeadSpace(6, feature_dim, feature_dim, feature_dim),
+            "predictor": HeadSpace(4, d, d // 4, d),
+        }
 
     def __init__(self, encoder: nn.Module, heads: dict[str, nn.Module] | None = None, out_dim: int | None = None):
         super().__init__()
@@ -166,10 +170,14 @@ class SimCLR(nn.Module):
 
     @staticmethod
     def heads(feature_dim: int, out_dim: int | None = None) -> dict[str, HeadSpace]:
-        return {"projector": HeadSpace(feature_dim, min(feature_dim, 512), out_dim or 128, 6)}
+        return {"projector": HeadSpace(6, feature_dim, min(feature_dim, 512), out_dim or 128)}
 
     def __init__(
-        self, encoder: nn.Module, heads: dict[str, nn.Module] | None = None, out_dim: int | None = None, temperature: float = 0.5
+        self,
+        encoder: nn.Module,
+        heads: dict[str, nn.Module] | None = None,
+        out_dim: int | None = None,
+        temperature: float = 0.5,
     ):
         super().__init__()
         f = encoder.feature_dim
@@ -202,7 +210,7 @@ class MoCo(nn.Module):
     @staticmethod
     def heads(feature_dim: int, out_dim: int | None = None) -> dict[str, HeadSpace]:
         """The searched cell keeps F features; Linear(F, D) follows."""
-        return {"projector": HeadSpace(feature_dim, feature_dim, feature_dim, 4)}
+        return {"projector": HeadSpace(4, feature_dim, feature_dim, feature_dim)}
 
     def __init__(
         self,
@@ -219,10 +227,12 @@ class MoCo(nn.Module):
         self.momentum, self.temperature = momentum, temperature
         self.encoder = encoder
         self.projector = nn.Sequential(heads["projector"], nn.Linear(f, d)) if heads else mlp(f, f, d, bn=False)
-        self.momentum_encoder, self.momentum_projector = momentum_copy(encoder), momentum_copy(self.projector)
+        self.momentum_encoder, self.momentum_projector = (momentum_copy(encoder), momentum_copy(self.projector))
         size = queue_size or min(65_536, 2 ** max(4, (n_images // 8).bit_length() - 1))
         if queue_size and queue_size > n_images:
-            raise ValueError(f"a queue of {queue_size} keys is larger than the {n_images} images: a key would meet itself")
+            raise ValueError(
+                f"a queue of {queue_size} keys is larger than the {n_images} images: a key would meet itself"
+            )
         self.register_buffer("queue", F.normalize(torch.randn(size, d), dim=1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
         self.keys: Tensor | None = None

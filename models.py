@@ -17,6 +17,7 @@ SimSiam's space of 6 + 4 layers so has 7^10 = 282,475,249 names, 103,766,418 cho
 import json
 import random
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -200,7 +201,7 @@ class SearchHead(nn.Module):
         super().__init__()
         self.dims = list(dims)
         self.alpha = nn.Parameter(torch.zeros(len(dims) - 1, len(OPS)))
-        self.layers = nn.ModuleList(nn.ModuleList(op(i, o) for op in OPS.values()) for i, o in zip(dims, dims[1:]))
+        self.layers = nn.ModuleList(nn.ModuleList(op(i, o) for op in OPS.values()) for i, o in pairwise(dims))
 
     def forward(self, x: Tensor) -> Tensor:
         for ops, weights in zip(self.layers, self.alpha.softmax(1)):
@@ -229,7 +230,7 @@ def distinct_ops(i: int, o: int) -> list[str]:
 
 def random_head(dims: Sequence[int], rng: random.Random) -> list[str]:
     """Each layer drawn evenly from the operations that differ there."""
-    return [rng.choice(distinct_ops(i, o)) for i, o in zip(dims, dims[1:])]
+    return [rng.choice(distinct_ops(i, o)) for i, o in pairwise(dims)]
 
 
 def count_heads(dims: Sequence[int]) -> tuple[int, int, int]:
@@ -239,13 +240,13 @@ def count_heads(dims: Sequence[int]) -> tuple[int, int, int]:
     """
     names = choices = functions = 1
     run = 0
-    for i, o in [*zip(dims, dims[1:]), (0, 1)]:
+    for i, o in [*pairwise(dims), (0, 1)]:
         if i == o:
             run += 1
         else:
             functions *= sum((len(OPS) - 1) ** k for k in range(run + 1))
             run = 0
-    for i, o in zip(dims, dims[1:]):
+    for i, o in pairwise(dims):
         names, choices = names * len(OPS), choices * len(distinct_ops(i, o))
         functions *= len(distinct_ops(i, o)) if i != o else 1
     return names, choices, functions
@@ -271,7 +272,9 @@ def load_heads(source: str, expected: Sequence[str]) -> dict[str, list[str]] | N
             raise ValueError(f"'{source}' is not an arch.json: no JSON object with \"heads\" in it") from error
     if not isinstance(heads, dict) or sorted(heads) != sorted(expected):
         have = ", ".join(map(str, heads)) if isinstance(heads, dict) else type(heads).__name__
-        raise ValueError(f"'{source}' holds heads for another method: it has {have}; this one needs {', '.join(expected)}")
+        raise ValueError(
+            f"'{source}' holds heads for another method: it has {have}; this one needs {', '.join(expected)}"
+        )
     for head, ops in heads.items():
         if not isinstance(ops, list) or not ops:
             raise ValueError(f"'{source}': {head} must be a list of operations")

@@ -20,6 +20,7 @@ import shlex
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -41,7 +42,9 @@ from views import RECIPES, Images, MultiCrop, channel_stats
 def training_flags(parser: Parser) -> None:
     """What search.py and pretrain.py have in common."""
     group = parser.add_argument_group("model and method")
-    group.add_argument("--data", default="shapes", help="shapes (made in memory), a torchvision name (cifar10, ...) or a folder")
+    group.add_argument(
+        "--data", default="shapes", help="shapes (made in memory), a torchvision name (cifar10, ...) or a folder"
+    )
     group.add_argument("--method", choices=list(METHODS), default="simsiam")
     group.add_argument("--arch", choices=list(BACKBONES), default="resnet18")
     group.add_argument("--width", type=float, default=0.25, help="times torchvision's channels; 1 is the full network")
@@ -49,7 +52,9 @@ def training_flags(parser: Parser) -> None:
     group.add_argument("--recipe", choices=list(RECIPES), default=None, help="of the views; None is the method's")
     group.add_argument("--out-dim", type=int, default=None, help="dimensions of z; None is the method's")
     group.add_argument("--temperature", type=float, default=None, help="of simclr and moco; None is the method's")
-    group.add_argument("--momentum-teacher", type=float, default=None, help="of moco's momentum encoder; None is the method's")
+    group.add_argument(
+        "--momentum-teacher", type=float, default=None, help="of moco's momentum encoder; None is the method's"
+    )
     group.add_argument("--queue-size", type=int, default=None, help="keys in moco's queue; None fits it to the data")
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=int, default=20)
@@ -57,15 +62,27 @@ def training_flags(parser: Parser) -> None:
     group.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd")
     group.add_argument("--lr", type=float, default=None, help="at batch size 256, scaled with it; None is the method's")
     group.add_argument("--weight-decay", type=float, default=None, help="None is the method's")
-    group.add_argument("--warmup-epochs", type=float, default=None, help="from 0 to the full lr; None is a tenth, 10 at the most")
-    group.add_argument("--held-out", type=float, default=0.1, help="share of the training images kept aside for the monitor")
-    group.add_argument("--knn-every", type=int, default=5, help="epochs between kNN figures on held-out images; 0 is never")
+    group.add_argument(
+        "--warmup-epochs", type=float, default=None, help="from 0 to the full lr; None is a tenth, 10 at the most"
+    )
+    group.add_argument(
+        "--held-out", type=float, default=0.1, help="share of the training images kept aside for the monitor"
+    )
+    group.add_argument(
+        "--knn-every", type=int, default=5, help="epochs between kNN figures on held-out images; 0 is never"
+    )
     group.add_argument("--knn-k", type=int, default=200, help="neighbours of the monitor")
     group.add_argument("--knn-t", type=float, default=0.1, help="temperature of the monitor's votes")
-    group.add_argument("--amp", action=argparse.BooleanOptionalAction, default=None, help="bf16 autocast; None: on CUDA")
-    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="torch.compile; None: on CUDA")
+    group.add_argument(
+        "--amp", action=argparse.BooleanOptionalAction, default=None, help="bf16 autocast; None: on CUDA"
+    )
+    group.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=None, help="torch.compile; None: on CUDA"
+    )
     group.add_argument("--print-every", type=int, default=50, help="steps between lines on the console")
-    group.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on from a checkpoint of this command")
+    group.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default=True, help="go on from a checkpoint of this command"
+    )
     group.add_argument("--bench", action="store_true", help="time the parts of a step and stop; writes nothing")
     data_flags(parser)
 
@@ -84,8 +101,10 @@ def get_parser() -> Parser:
 class Run:
     """Everything that flags decide before the first step: process, images, views, network. Checks all of it first."""
 
-    def __init__(self, args: argparse.Namespace, heads: dict[str, nn.Module] | None = None, parts: int = 1):
-        """heads: modules to use in place of those that --heads names; parts: into how many the training images are cut."""
+    def __init__(
+        self, args: argparse.Namespace, search_head: Callable[[list[int]], nn.Module] | None = None, parts: int = 1
+    ):
+        """search_head: dims -> a head to use in place of --heads; parts: into how many the training images are cut."""
         for flag in ("epochs", "batch_size", "width", "print_every"):
             if getattr(args, flag) <= 0:
                 raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be above 0")
@@ -94,7 +113,9 @@ class Run:
         self.args = args
         self.rank, self.world, self.device = setup(args.device)
         if args.batch_size % self.world:
-            raise ValueError(f"--batch-size {args.batch_size} does not divide by the {self.world} ranks: it is the total over all of them")
+            raise ValueError(
+                f"--batch-size {args.batch_size} does not divide by the {self.world} ranks: it is the total over all of them"
+            )
         cuda = self.device.type == "cuda"
         self.amp, self.compile = (cuda if flag is None else flag for flag in (args.amp, args.compile))
         self.output = Path(args.output_dir)
@@ -106,7 +127,6 @@ class Run:
         torch.manual_seed(args.seed)
         self.generator = torch.Generator().manual_seed(args.seed)  # of orders and views, the same on every rank
         self.method_class = METHODS[args.method]
-        self.heads_from = getattr(args, "heads", "default")
         self.images = load_data(args, args.data, "train")
         self.held_out, *self.parts = split_images(len(self.images.pixels), args.held_out, parts)
         shortest = min(len(p) for p in self.parts)
@@ -121,31 +141,35 @@ class Run:
         self.stem = args.stem if args.stem != "auto" else "small" if self.size <= 64 else "imagenet"
         self.mean, self.std = channel_stats(self.images.pixels)
         self.views = MultiCrop(args.recipe or self.method_class.recipe, self.size, self.mean, self.std)
-        self.method = self.build_method(heads).to(self.device, memory_format=torch.channels_last)
+        self.method = self.build_method(search_head).to(self.device, memory_format=torch.channels_last)
         if self.compile:
             self.method.compile()
             self.views.render = torch.compile(self.views.render, dynamic=False)
 
-    def build_method(self, heads: dict[str, nn.Module] | None) -> nn.Module:
-        """The method with its network. heads: modules, or None for those that --heads names."""
+    def build_method(self, search_head: Callable[[list[int]], nn.Module] | None) -> nn.Module:
+        """The method with its encoder and heads: search_head(dims) for each, else those that --heads names."""
         args, encoder = self.args, build_backbone(self.args.arch, self.stem, self.args.width)[0]
-        spaces = self.method_class.heads(encoder.feature_dim, args.out_dim)
-        dims = {name: (s.i, s.hidden, s.o) for name, s in spaces.items()}
-        if callable(heads):
-            heads = {name: heads(head_dims(s.layers, s.i, s.hidden, s.o)) for name, s in spaces.items()}
+        self.spaces = self.method_class.heads(encoder.feature_dim, args.out_dim)
+        specs = None if search_head else load_heads(args.heads, list(self.spaces))
+        if search_head:
+            self.heads = {name: search_head(head_dims(*space)) for name, space in self.spaces.items()}
+        elif specs:
+            self.heads = {
+                n: build_head(ops, head_dims(*self.spaces[n]._replace(layers=len(ops)))) for n, ops in specs.items()
+            }
         else:
-            specs = load_heads(self.heads_from, list(spaces))
-            heads = specs and {name: build_head(ops, head_dims(len(ops), *dims[name])) for name, ops in specs.items()}
-        options = {"temperature": args.temperature, "momentum": args.momentum_teacher, "queue_size": args.queue_size}
-        options = {k: v for k, v in options.items() if v is not None}
+            self.heads = None  # the method's handcrafted ones
+        flags = {"temperature": "temperature", "momentum": "momentum_teacher", "queue_size": "queue_size"}
+        options = {option: getattr(args, flag) for option, flag in flags.items() if getattr(args, flag) is not None}
         known = inspect.signature(self.method_class).parameters
         for option in options:
             if option not in known:
-                flag = {"momentum": "momentum-teacher", "queue_size": "queue-size"}.get(option, option)
-                raise ValueError(f"--{flag} means nothing to --method {args.method}: leave it out")
+                raise ValueError(
+                    f"--{flags[option].replace('_', '-')} means nothing to --method {args.method}: leave it out"
+                )
         if "n_images" in known:
             options["n_images"] = min(map(len, self.parts))
-        return self.method_class(encoder, heads, args.out_dim, **options)
+        return self.method_class(encoder, self.heads, args.out_dim, **options)
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16) if self.amp else nullcontext()
@@ -161,21 +185,28 @@ class Run:
         views = self.views.render(self.pixels[index], [{k: v[mine] for k, v in p.items()} for p in parameters])
         return [v.contiguous(memory_format=torch.channels_last) for v in views], index
 
-    def monitor(self, epoch: int) -> dict[str, float]:
-        """Of the encoder now: kNN on held-out training images, every few epochs; embedding std and RankMe, always."""
+    def monitor(self, knn: bool) -> dict[str, float]:
+        """Of the encoder now: std of z and RankMe of h; and, if asked for, kNN accuracy on held-out training images."""
         args, method, facts = self.args, self.method, {}
-        due = args.knn_every and ((epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs)
-        if due and self.images.labelled and len(self.held_out):
-            h, q = (extract(method.encoder, self.pixels[i.to(self.device)], self.mean, self.std, self.device) for i in (torch.cat(self.parts), self.held_out))
-            labels = self.images.labels
-            facts["knn"] = knn_accuracy(h, labels[torch.cat(self.parts)], q, labels[self.held_out], args.knn_k, args.knn_t)
-        some = (self.held_out if len(self.held_out) >= 256 else self.parts[0])[:1024].to(self.device)
-        h = extract(method.encoder, self.pixels[some], self.mean, self.std, self.device)
+
+        def features(rows):
+            return extract(method.encoder, self.pixels, self.mean, self.std, self.device, rows=rows.to(self.device))
+
+        if knn and self.images.labelled and len(self.held_out):
+            train, labels = torch.cat(self.parts), self.images.labels
+            h, q = features(train), features(self.held_out)
+            facts["knn"] = knn_accuracy(h, labels[train], q, labels[self.held_out], args.knn_k, args.knn_t)
+        h = features((self.held_out if len(self.held_out) >= 256 else self.parts[0])[:1024])
         method.eval()
         with torch.no_grad():
             z = nn.functional.normalize(method.projector(h), dim=1)
         method.train()
         return facts | {"z_std": (z.std(0).mean() * z.shape[1] ** 0.5).item(), "rankme": rankme(h)}
+
+    def knn_due(self, epoch: int) -> bool:
+        """After `epoch` epochs."""
+        every = self.args.knn_every
+        return bool(every) and (epoch % every == 0 or epoch == self.args.epochs)
 
 
 def split_images(n: int, held_out: float, parts: int) -> list[Tensor]:
@@ -203,19 +234,29 @@ def collapsed(facts: dict[str, float]) -> str | None:
     return None
 
 
-def optimizer_of(named: list[tuple[str, nn.Parameter]], method: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+def optimizer_of(
+    named: list[tuple[str, nn.Parameter]], method: nn.Module, args: argparse.Namespace
+) -> torch.optim.Optimizer:
     """SGD with momentum .9 or AdamW over two groups, the second for what keeps its learning rate (SimSiam's predictor)."""
     defaults = {"sgd": (method.lr, method.weight_decay), "adamw": (1e-3, 0.05)}[args.optimizer]
     lr, decay = (d if v is None else v for v, d in zip((args.lr, args.weight_decay), defaults))
     lr *= args.batch_size / 256
     constant = [p for n, p in named if n.startswith(method.constant_lr)] if method.constant_lr else []
     kept = {id(p) for p in constant}
-    groups = [{"params": [p for _, p in named if id(p) not in kept], "constant": False}, {"params": constant, "constant": True}]
+    groups = [
+        {"params": [p for _, p in named if id(p) not in kept], "constant": False},
+        {"params": constant, "constant": True},
+    ]
     groups = [g | {"peak": lr} for g in groups if g["params"]]
     fused = named[0][1].is_cuda or None
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=decay, fused=fused)
     return torch.optim.AdamW(groups, lr, weight_decay=decay, fused=fused)
+
+
+def warmup_steps(args: argparse.Namespace, steps_per_epoch: int) -> int:
+    epochs = min(10, args.epochs / 10) if args.warmup_epochs is None else args.warmup_epochs
+    return round(epochs * steps_per_epoch)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, step: int, warmup: int, total: int) -> float:
@@ -227,7 +268,19 @@ def set_lr(optimizer: torch.optim.Optimizer, step: int, warmup: int, total: int)
 
 
 # flags that change nothing in the result, so a resumed run may have others
-FREE_FLAGS = {"output_dir", "print_every", "workers", "resume", "bench", "resident_gb", "data_root", "device", "compare", "compare_seeds", "compare_epochs"}
+FREE_FLAGS = {
+    "output_dir",
+    "print_every",
+    "workers",
+    "resume",
+    "bench",
+    "resident_gb",
+    "data_root",
+    "device",
+    "compare",
+    "compare_seeds",
+    "compare_epochs",
+}
 
 
 def save_atomic(state: dict, path: Path) -> None:
@@ -287,7 +340,9 @@ def load_checkpoint(run: Run, optimizers: list[torch.optim.Optimizer]) -> tuple[
                 "with --no-resume"
             )
     if data != fingerprint(run.images):
-        raise ValueError(f"'{path}' was made with other images ({data[0]:,}, now {len(run.images.pixels):,}): choose another --output-dir")
+        raise ValueError(
+            f"'{path}' was made with other images ({data[0]:,}, now {len(run.images.pixels):,}): choose another --output-dir"
+        )
     run.method.load_state_dict(state["method"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
@@ -330,7 +385,9 @@ class Console:
         if self.steps % self.run.args.print_every:
             return
         loss = self.mean_loss(f"epoch {epoch + 1}", lr)
-        self.text(f"epoch {epoch + 1}/{self.run.args.epochs} step {self.steps}/{self.run.steps_per_epoch}", loss, done, lr)
+        self.text(
+            f"epoch {epoch + 1}/{self.run.args.epochs} step {self.steps}/{self.run.steps_per_epoch}", loss, done, lr
+        )
 
     def text(self, where: str, loss: float, done: int, lr: float, more: str = "") -> None:
         seconds = time.time() - self.start
@@ -342,9 +399,13 @@ class Console:
         )
 
 
+def is_main() -> bool:
+    """Whether this is the rank that prints and writes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def say(text: str) -> None:
-    """On rank 0."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if is_main():
         print(text, flush=True)
 
 
@@ -401,7 +462,7 @@ def bench(run: Run, optimizer: torch.optim.Optimizer, steps: int = 20, warm_up: 
 
     network is the bare forward and backward of encoder and heads; loss is the mathematics on their outputs, both ways.
     """
-    method, order = run.method, run.parts[0][torch.randperm(len(run.parts[0]), generator=run.generator)]
+    method, order = (run.method, run.parts[0][torch.randperm(len(run.parts[0]), generator=run.generator)])
     outputs, criterion = ((torch.compile(f) if run.compile else f) for f in (method.outputs, method.loss))
     seconds: dict[str, list[float]] = {"views": [], "network": [], "loss": [], "optimiser": []}
 
@@ -434,7 +495,9 @@ def bench(run: Run, optimizer: torch.optim.Optimizer, steps: int = 20, warm_up: 
     total = sum(median.values())
     share = "  ".join(f"{part} {1e3 * t:.1f} ms ({100 * t / total:.1f} %)" for part, t in median.items())
     say(f"{run.args.batch_size / total:,.0f} images/s: {share}")
-    say(f"views, loss and optimiser add {100 * (total / median['network'] - 1):.1f} % to the network's own forward and backward")
+    say(
+        f"views, loss and optimiser add {100 * (total / median['network'] - 1):.1f} % to the network's own forward and backward"
+    )
     return median
 
 
@@ -446,13 +509,15 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         first, history = (0, []) if args.bench else load_checkpoint(run, [optimizer])
     command = command_line("pretrain.py", get_parser(), args)
     total = args.epochs * run.steps_per_epoch
-    warmup = round((min(10, args.epochs / 10) if args.warmup_epochs is None else args.warmup_epochs) * run.steps_per_epoch)
+    warmup = warmup_steps(args, run.steps_per_epoch)
     say(
         f"{args.method}, {args.arch} x{args.width:g} ({sum(p.numel() for p in method.encoder.parameters()) / 1e6:.2f} M parameters), heads "
         f"{args.heads}, {len(run.parts[0]):,} images of {run.size} px ({len(run.held_out):,} held out), {run.world} x {run.device.type}"
     )
     peak = optimizer.param_groups[0]["peak"]
-    say(f"batch {args.batch_size} over all ranks, base lr {peak * 256 / args.batch_size:g} x {args.batch_size}/256 = {peak:g}")
+    say(
+        f"batch {args.batch_size} over all ranks, base lr {peak * 256 / args.batch_size:g} x {args.batch_size}/256 = {peak:g}"
+    )
     if args.bench:
         return bench(run, optimizer)
     if first:
@@ -482,7 +547,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             console.add(loss, views_s)
             console.line(epoch, done, lr)
         loss = console.mean_loss(f"epoch {epoch + 1}", lr)
-        facts = run.monitor(epoch)
+        facts = run.monitor(run.knn_due(epoch + 1))
         knn = f"  kNN {100 * facts['knn']:.2f} (held-out)" if "knn" in facts else ""
         more = f"  std {facts['z_std']:.2f}  RankMe {facts['rankme']:.1f}{knn}"
         console.text(f"epoch {epoch + 1}/{args.epochs}", loss, done, lr, more)
@@ -491,7 +556,14 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         history.append({"epoch": epoch + 1, "loss": loss, "lr": lr, "seconds": time.time() - console.start} | facts)
         save_checkpoint(run, epoch + 1, history, [optimizer])
     if run.rank == 0:
-        save_backbone(run, method.encoder, command, run.output, heads=args.heads, **{k: history[-1][k] for k in ("knn",) if k in history[-1]})
+        save_backbone(
+            run,
+            method.encoder,
+            command,
+            run.output,
+            heads=args.heads,
+            **{k: history[-1][k] for k in ("knn",) if k in history[-1]},
+        )
     say(f"wrote {run.output / 'backbone.pth'}; next: torchrun linear_eval.py --weights {run.output / 'backbone.pth'}")
     return history[-1]
 

@@ -12,7 +12,6 @@ import math
 import os
 import sys
 import time
-import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -137,13 +136,18 @@ def _folder_items(source, split):
         raise FileNotFoundError(f"'{source}' is neither a folder nor a data set's name; known names: {known}")
     if not os.path.isdir(os.path.join(source, "train")):
         if split != "train":
-            raise FileNotFoundError(f"'{source}' has no train/ and test/ or val/ inside, so there is no {split} split to load")
+            raise FileNotFoundError(
+                f"'{source}' has no train/ and test/ or val/ inside, so there is no {split} split to load"
+            )
         files = _image_files(source)
         if not files:
             raise FileNotFoundError(f"no image below '{source}' ({' '.join(IMG_EXTENSIONS)} .gif)")
         return files, [-1] * len(files), []
     classes = sorted(e.name for e in os.scandir(os.path.join(source, "train")) if e.is_dir())
-    folder = next((p for n in ([split] if split == "train" else ["test", "val"]) if os.path.isdir(p := os.path.join(source, n))), None)
+    folder = next(
+        (p for n in ([split] if split == "train" else ["test", "val"]) if os.path.isdir(p := os.path.join(source, n))),
+        None,
+    )
     if folder is None:
         raise FileNotFoundError(f"'{source}' has train/ but neither test/ nor val/, so there is no test split to load")
     files = _image_files(folder)
@@ -156,7 +160,9 @@ def _folder_items(source, split):
     for file in files:
         name = os.path.relpath(file, folder).split(os.sep)[0]
         if name not in index:
-            raise ValueError(f"'{file}' is in no class of '{source}/train' ({len(classes)} classes: {', '.join(classes[:5])} ...)")
+            raise ValueError(
+                f"'{file}' is in no class of '{source}/train' ({len(classes)} classes: {', '.join(classes[:5])} ...)"
+            )
         labels.append(index[name])
     return files, labels, classes
 
@@ -223,13 +229,20 @@ def _decode(items, labels, classes, size, budget_gb, workers, what):
                 pixels = torch.empty((n, 3, *image.shape[:2]), dtype=torch.uint8)
             if image.shape[:2] != pixels.shape[2:]:
                 (h0, w0), (h, w) = pixels.shape[2:], image.shape[:2]
-                raise ValueError(f"{what}: images differ in size ({w0} x {h0}, {w} x {h}, ...): choose one with --image-size")
+                raise ValueError(
+                    f"{what}: images differ in size ({w0} x {h0}, {w} x {h}, ...): choose one with --image-size"
+                )
             pixels[count] = image.permute(2, 0, 1)
             kept.append(label)
             count += 1
         if progress:
             rate = seen / (time.time() - start)
-            print(f"\r{what}: {seen:,}/{n:,} images, {rate:,.0f}/s ", end="\n" if seen == n else "", file=sys.stderr, flush=True)
+            print(
+                f"\r{what}: {seen:,}/{n:,} images, {rate:,.0f}/s ",
+                end="\n" if seen == n else "",
+                file=sys.stderr,
+                flush=True,
+            )
     if count == 0:
         raise ValueError(f"{what}: none of the {n:,} files could be decoded as an image")
     if broken:
@@ -258,7 +271,7 @@ def make_shapes(n: int, size: int = 32, seed: int = 0) -> Images:
     y0, x0 = torch.meshgrid(axis, axis, indexing="ij")
     radius, angle = uniform(0.42, 0.72), uniform(0, 2 * math.pi)
     dy, dx = (y0 - uniform(-0.25, 0.25)) / radius, (x0 - uniform(-0.25, 0.25)) / radius
-    y, x = dy * angle.cos() - dx * angle.sin(), dy * angle.sin() + dx * angle.cos()  # the shape's own axes, radius 1
+    y, x = (dy * angle.cos() - dx * angle.sin(), dy * angle.sin() + dx * angle.cos())  # the shape's own axes, radius 1
     r = (x * x + y * y).sqrt()
 
     def box(cx, cy, w, h):
@@ -352,7 +365,9 @@ class MultiCrop:
         """Pure: the same pixels and parameters give the same views."""
         mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (self.mean, self.std))
         return [
-            render_view(pixels, {k: t.to(pixels.device, non_blocking=True) for k, t in p.items()}, v.size).sub_(mean).div_(std)
+            render_view(pixels, {k: t.to(pixels.device, non_blocking=True) for k, t in p.items()}, v.size)
+            .sub_(mean)
+            .div_(std)
             for v, p in zip(self.views, parameters, strict=True)
         ]
 
@@ -368,7 +383,9 @@ def sample_view(view: View, n: int, height: int, width: int, generator: torch.Ge
     pixels, 0 for none.
     """
     u = torch.rand(n, 36, generator=generator, device=generator.device)
-    area = height * width * (view.scale[0] + u[:, :10] * (view.scale[1] - view.scale[0]))  # ten tries, the first legal one counts
+    area = (
+        height * width * (view.scale[0] + u[:, :10] * (view.scale[1] - view.scale[0]))
+    )  # ten tries, the first legal one counts
     low, high = (math.log(r) for r in view.ratio)
     aspect = torch.exp(low + u[:, 10:20] * (high - low))
     w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
@@ -377,8 +394,10 @@ def sample_view(view: View, n: int, height: int, width: int, generator: torch.Ge
     w, h = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0]
     top, left = (u[:, 20] * (height - h + 1)).floor(), (u[:, 21] * (width - w + 1)).floor()
     # none legal: the largest central crop of a legal shape
-    whole_w, whole_h = min(width, round(height * view.ratio[1])), min(height, round(width / view.ratio[0]))
-    whole = torch.tensor([(height - whole_h) // 2, (width - whole_w) // 2, whole_h, whole_w], device=u.device, dtype=u.dtype)
+    whole_w, whole_h = (min(width, round(height * view.ratio[1])), min(height, round(width / view.ratio[0])))
+    whole = torch.tensor(
+        [(height - whole_h) // 2, (width - whole_w) // 2, whole_h, whole_w], device=u.device, dtype=u.dtype
+    )
     box = torch.where(legal.any(1, keepdim=True), torch.stack([top, left, h, w], 1), whole)
 
     jittered = u[:, 22] < view.jitter_p
