@@ -29,10 +29,15 @@ from torch import Tensor, nn
 # ---- losses ---------------------------------------------------------------------------------------------------------
 
 
+def full(x: Tensor) -> Tensor:
+    """At least fp32: bf16 from autocast is widened, fp64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def neg_cosine(p: Tensor, z: Tensor) -> Tensor:
     """Mean of -cos(p_n, z_n) over (N, D); z is a target and carries no gradient. SimSiam, 2011.10566 eq. 1-2."""
     assert p.shape == z.shape
-    return -F.cosine_similarity(p.float(), z.detach().float(), dim=1).mean()
+    return -F.cosine_similarity(full(p), full(z.detach()), dim=1).mean()
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
@@ -42,7 +47,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
     """
     assert z1.shape == z2.shape
     n, rank = len(z1), dist.get_rank() if dist.is_initialized() else 0
-    z = F.normalize(torch.stack([z1, z2]).float(), dim=2)  # (2, N, D)
+    z = F.normalize(full(torch.stack([z1, z2])), dim=2)  # (2, N, D)
     candidates = gather(z).flatten(0, 2)  # (W, 2, N, D) -> (2 W N, D), a rank's two views after another
     anchors = z.flatten(0, 1)  # (2N, D)
     logits = anchors @ candidates.T / temperature  # (2N, 2 W N)
@@ -54,19 +59,31 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.1) -> Tensor:
     """MoCo's loss (1911.05722 eq. 1): query q (N, D), its positive key k (N, D), negatives queue (K, D); keys carry no gradient."""
     assert q.shape == k.shape
-    q, k = F.normalize(q.float(), dim=1), F.normalize(k.detach().float(), dim=1)
+    q, k = F.normalize(full(q), dim=1), F.normalize(full(k.detach()), dim=1)
     positive = (q * k).sum(1, keepdim=True)
-    logits = torch.cat([positive, q @ queue.float().T], 1) / temperature  # (N, 1 + K)
+    logits = torch.cat([positive, q @ queue.T.to(q.dtype)], 1) / temperature  # (N, 1 + K)
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
+
+
+class _Gather(torch.autograd.Function):
+    """all_gather whose backward sums every rank's gradient: torch's own function for it changes name between versions."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # all_reduce works in place
+        dist.all_reduce(gradient)
+        return gradient[dist.get_rank()]
 
 
 def gather(x: Tensor) -> Tensor:
     """(...) -> (world, ...), with gradients back to every rank."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return x[None]
-    from torch.distributed.nn.functional import all_gather
-
-    return torch.stack(all_gather(x.contiguous()))
+    return _Gather.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x[None]
 
 
 # ---- methods --------------------------------------------------------------------------------------------------------
@@ -240,7 +257,7 @@ class MoCo(nn.Module):
     def outputs(self, views: list[Tensor]) -> tuple[Tensor, ...]:
         q = self.projector(encode(self.encoder, views))  # (2B, D)
         with torch.no_grad():
-            k = F.normalize(self.momentum_projector(encode(self.momentum_encoder, views)).float(), dim=1)
+            k = F.normalize(full(self.momentum_projector(encode(self.momentum_encoder, views))), dim=1)
         return *q.chunk(2), *k.chunk(2)
 
     def loss(self, q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor) -> Tensor:

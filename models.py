@@ -15,6 +15,7 @@ SimSiam's space of 6 + 4 layers so has 7^10 = 282,475,249 names, 103,766,418 cho
 """
 
 import json
+import math
 import random
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -216,7 +217,7 @@ class SearchHead(nn.Module):
     def entropy(self) -> list[float]:
         """Of softmax(alpha) in each layer, over ln 7: 1 where nothing is decided, 0 where all is."""
         p = self.alpha.detach().double().softmax(1)
-        return (-(p * p.log()).sum(1) / torch.tensor(float(len(OPS))).log()).tolist()
+        return (torch.special.entr(p).sum(1) / math.log(len(OPS))).tolist()
 
 
 def distinct_ops(i: int, o: int) -> list[str]:

@@ -525,7 +525,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     if args.knn_every and not run.images.labelled:
         say("no labels: the monitor gives std and RankMe, but no kNN")
 
-    model = DistributedDataParallel(method, broadcast_buffers=False) if run.world > 1 else method
+    model = DistributedDataParallel(method) if run.world > 1 else method
     console, done, lr = Console(run, total), first * run.steps_per_epoch, 0.0
     for epoch in range(first, args.epochs):
         order = run.parts[0][torch.randperm(len(run.parts[0]), generator=run.generator)]

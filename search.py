@@ -118,7 +118,7 @@ class Search:
         lr = args.arch_lr if args.arch_lr is not None else max(1e-3, PAPER_TRAVEL / self.total)
         self.alpha_optimizer = torch.optim.AdamW(self.alphas, lr, weight_decay=args.arch_weight_decay)
         ddp = self.run.world > 1
-        self.model = DistributedDataParallel(self.method, broadcast_buffers=False) if ddp else self.method
+        self.model = DistributedDataParallel(self.method) if ddp else self.method
 
     def alpha_step(self, order: Tensor, step: int) -> Tensor:
         views, index = self.run.batch(order, step)

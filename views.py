@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -252,64 +253,56 @@ def _decode(items, labels, classes, size, budget_gb, workers, what):
 
 # ---- shapes: a data set for a machine without one -------------------------------------------------------------------
 
-SHAPES = ["disc", "ring", "square", "frame", "triangle", "star", "plus", "crescent", "bars", "corner"]
+
+def _box(x, y, cx, cy, w, h):
+    return torch.maximum((x - cx).abs() - w, (y - cy).abs() - h)
+
+
+# name: signed distance from the outline, about, for coordinates in which the shape has radius 1
+SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "disc": lambda x, y: torch.hypot(x, y) - 0.9,
+    "ring": lambda x, y: (torch.hypot(x, y) - 0.75).abs() - 0.22,
+    "square": lambda x, y: _box(x, y, 0, 0, 0.75, 0.75),
+    "frame": lambda x, y: (torch.maximum(x.abs(), y.abs()) - 0.65).abs() - 0.2,
+    "triangle": lambda x, y: torch.maximum(-y - 0.5, 0.866 * x.abs() + 0.5 * y - 0.5),
+    "star": lambda x, y: torch.hypot(x, y) - 0.65 - 0.35 * torch.cos(5 * torch.atan2(y, x)),
+    "plus": lambda x, y: torch.minimum(_box(x, y, 0, 0, 1, 0.28), _box(x, y, 0, 0, 0.28, 1)),
+    "crescent": lambda x, y: torch.maximum(torch.hypot(x, y) - 1, 0.8 - torch.hypot(x - 0.5, y)),
+    "bars": lambda x, y: torch.maximum((x.abs() - 0.55).abs() - 0.25, y.abs() - 0.9),
+    "corner": lambda x, y: torch.minimum(_box(x, y, -0.5, 0, 0.28, 0.85), _box(x, y, 0.1, 0.57, 0.85, 0.28)),
+}
 
 
 def make_shapes(n: int, size: int = 32, seed: int = 0) -> Images:
-    """n images of 10 balanced classes of shape. Colours, texture, place, size and angle are drawn independently of the class.
+    """n images of 10 balanced classes: about seven copies of one shape strewn over a sloping, noisy ground.
 
-    The shape is the sign of a distance function, antialiased; both it and the ground have a random colour, a slope of light and a
-    texture of waves, so that neither a colour nor a pixel tells the class.
+    Each copy has a place, size, angle and colour of its own, drawn independently of the class, so that neither a colour nor a pixel
+    tells it, while nearly every crop shows it: what a method that compares crops can learn from.
     """
     rng = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *shape):
-        return torch.rand(n, *(shape or (1, 1)), generator=rng) * (high - low) + low
+        return torch.rand(n, *shape, generator=rng) * (high - low) + low
 
-    labels = torch.arange(n)[torch.randperm(n, generator=rng)] % 10
-    axis = (torch.arange(size) + 0.5) / size * 2 - 1
-    y0, x0 = torch.meshgrid(axis, axis, indexing="ij")
-    radius, angle = uniform(0.42, 0.72), uniform(0, 2 * math.pi)
-    dy, dx = (y0 - uniform(-0.25, 0.25)) / radius, (x0 - uniform(-0.25, 0.25)) / radius
-    y, x = (dy * angle.cos() - dx * angle.sin(), dy * angle.sin() + dx * angle.cos())  # the shape's own axes, radius 1
-    r = (x * x + y * y).sqrt()
-
-    def box(cx, cy, w, h):
-        return torch.maximum((x - cx).abs() - w, (y - cy).abs() - h)
-
-    def sectors(k):  # distance along the nearest of k spokes
-        a = torch.atan2(y, x)
-        return r * torch.cos(torch.remainder(a + math.pi / k, 2 * math.pi / k) - math.pi / k)
-
-    square = box(0, 0, 0.75, 0.75)
-    star = r - (0.68 + 0.32 * torch.cos(5 * torch.atan2(y, x)))
-    distance = torch.stack(
-        [
-            r - 0.85,
-            (r - 0.72).abs() - 0.2,
-            square,
-            torch.maximum(square, -box(0, 0, 0.4, 0.4)),
-            sectors(3) - 0.55,
-            star,
-            torch.minimum(box(0, 0, 0.9, 0.28), box(0, 0, 0.28, 0.9)),
-            torch.maximum(r - 0.9, 0.75 - ((x - 0.45) ** 2 + y * y).sqrt()),
-            torch.minimum(box(0, -0.5, 0.85, 0.24), box(0, 0.5, 0.85, 0.24)),
-            torch.minimum(box(-0.45, 0, 0.28, 0.8), box(0.1, 0.55, 0.75, 0.25)),
-        ]
-    )[labels, torch.arange(n)]
-    inside = (0.5 - distance * radius * size / 2).clamp(0, 1)[:, None]  # about one pixel of antialiasing
-
-    def surface():
-        colour, slope = uniform(0.1, 0.9, 3, 1, 1), uniform(-0.15, 0.15, 3, 1, 1)
-        turn, pitch, phase = uniform(0, 2 * math.pi), uniform(4, 14), uniform(0, 2 * math.pi)
-        waves = torch.sin(pitch * (x0 * turn.cos() + y0 * turn.sin()) + phase)[:, None]
-        return colour + slope * x0 + uniform(0, 0.12, 1, 1, 1) * waves
-
-    ground, figure = surface(), surface()
-    gap = (figure - ground).mean((2, 3), keepdim=True)
-    push = (0.35 - gap.norm(dim=1, keepdim=True)).clamp(min=0)  # colours too alike are moved apart
-    figure = figure + push * torch.where(gap.sum(1, keepdim=True) >= 0, 1.0, -1.0) / math.sqrt(3)
-    image = ground + inside * (figure - ground) + 0.04 * torch.randn(n, 3, size, size, generator=rng)
+    labels = torch.arange(n)[torch.randperm(n, generator=rng)] % len(SHAPES)
+    axis = (torch.arange(size) + 0.5) / size * 3  # in cells of a 3 x 3 grid, one copy in each
+    y0, x0 = axis.view(-1, 1), axis.view(1, -1)
+    ground, slope = uniform(0.25, 0.75, 3, 1, 1), uniform(-0.06, 0.06, 2, 3, 1, 1)
+    image = ground + slope[:, 0] * (x0 - 1.5) + slope[:, 1] * (y0 - 1.5)
+    for cell in torch.cartesian_prod(torch.arange(3), torch.arange(3)):
+        radius, angle = uniform(0.38, 0.55, 1, 1), uniform(0, 2 * math.pi, 1, 1)
+        dy, dx = ((d - c - uniform(0.35, 0.65, 1, 1)) / radius for d, c in zip((y0, x0), cell))
+        y, x = dy * angle.cos() - dx * angle.sin(), dy * angle.sin() + dx * angle.cos()
+        distance = torch.empty(n, size, size)
+        for k, outline in enumerate(SHAPES.values()):
+            distance[labels == k] = outline(x[labels == k], y[labels == k])
+        inside = (0.5 - distance * radius * size / 3).clamp(0, 1)  # antialiased over about a pixel
+        inside = inside * (uniform(0, 1, 1, 1) < 0.8)  # one in five is missing
+        contrast = uniform(0.25, 0.5, 3, 1, 1) * torch.where(
+            uniform(0, 1, 1, 1, 1) < 0.5, 1.0, -1.0
+        )  # lighter or darker
+        image = image + inside[:, None] * contrast
+    image = image + 0.03 * torch.randn(image.shape, generator=rng)
     return Images(image.clamp(0, 1).mul(255).round().to(torch.uint8), labels, list(SHAPES))
 
 
@@ -493,8 +486,8 @@ def _blur(x, sigma):
 
 
 def _where(x, mask, function, *arguments):
-    """function on the images of the mask. On a GPU on all of them: to ask which they are would stop the stream."""
-    if x.is_cuda:
+    """function on the images of the mask. On a GPU, or compiled, on all of them: to ask which they are would stop the stream."""
+    if x.is_cuda or torch.compiler.is_compiling():
         arguments = [a.clamp(min=1e-3) if function is _blur else a for a in arguments]
         return torch.where(mask.view(-1, 1, 1, 1), function(x, *arguments), x)
     rows = mask.nonzero()[:, 0]

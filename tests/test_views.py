@@ -1,0 +1,245 @@
+"""Images from every kind of file, and views held to torchvision's operations image by image."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2.functional as tv
+from PIL import Image
+from torchvision import datasets
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+
+import views
+from views import MultiCrop, Recipe, View, channel_stats, load_images, make_shapes, render_view, sample_view
+
+EVERYTHING = View(scale=(0.05, 1.0), jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=0.9, grey=0.2, blur=0.5, solarize=0.3)
+
+
+def random_pixels(n, height, width, seed=0):
+    """Smooth random images: every operation shows, none hides in noise."""
+    g = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(n, 3, height // 4, width // 4, generator=g)
+    smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")
+    return (smooth.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def reference(image, p, i, size, antialias=True, shift=0.0):
+    """torchvision's float operations on one image, with the parameters of row i."""
+    top, left, h, w = (int(v) for v in p["box"][i].tolist())
+    x = image.double() / 255
+    if shift:
+        x = x + shift * (x.roll(-1, -1) - x)
+    x = tv.resized_crop(x, top, left, h, w, [size, size], InterpolationMode.BILINEAR, antialias=antialias)
+    if p["flip"][i]:
+        x = tv.horizontal_flip(x)
+    brightness, contrast, saturation = p["factor"][i].tolist()
+    steps = [
+        lambda x: tv.adjust_brightness(x, brightness),
+        lambda x: tv.adjust_contrast(x, contrast),
+        lambda x: tv.adjust_saturation(x, saturation),
+        lambda x: tv.adjust_hue(x, p["hue"][i].item()),
+    ]
+    for k in p["order"][i].tolist():
+        x = steps[k](x)
+    if p["grey"][i]:
+        x = tv.rgb_to_grayscale(x, 3)
+    if p["sigma"][i] > 0:
+        x = tv.gaussian_blur(x, [2 * max(1, size // 20) + 1] * 2, [p["sigma"][i].item()] * 2)
+    return tv.solarize(x, 0.5) if p["solarize"][i] else x
+
+
+@pytest.mark.parametrize("height, width, size", [(32, 32, 32), (96, 80, 72), (40, 64, 96)])
+def test_a_view_is_torchvisions_image_by_image(height, width, size):
+    pixels = random_pixels(48, height, width)
+    p = sample_view(EVERYTHING._replace(size=size), 48, height, width, torch.Generator().manual_seed(1))
+    assert all(p[k].any() and not p[k].all() for k in ("flip", "grey", "solarize")) and (p["sigma"] > 0).any() == (
+        size > 64
+    )
+    out = render_view(pixels, p, size)
+    want = torch.stack([reference(pixels[i], p, i, size) for i in range(48)])
+    tolerance = 3e-5
+    assert (out - want).abs().max() < tolerance
+    # the tolerance would notice what it is there for
+    plain = [i for i in range(48) if not p["solarize"][i]]
+    shifted = torch.stack([reference(pixels[i], p, i, size, shift=0.5) for i in plain])
+    assert (shifted - want[plain]).abs().amax((1, 2, 3)).median() > 100 * tolerance
+    if size < height:
+        aliased = torch.stack([reference(pixels[i], p, i, size, antialias=False) for i in plain])
+        assert (aliased - want[plain]).abs().amax((1, 2, 3)).max() > 100 * tolerance
+
+
+def test_compiled_form_equals_the_eager_one():
+    pixels = random_pixels(32, 80, 80)
+    p = sample_view(EVERYTHING._replace(size=72), 32, 80, 80, torch.Generator().manual_seed(2))
+    eager = render_view(pixels, p, 72)
+    whole = torch.compile(render_view, backend="eager", fullgraph=True, dynamic=False)(pixels, p, 72)
+    torch.testing.assert_close(whole, eager, atol=1e-5, rtol=0)
+
+
+def test_a_slice_of_the_parameters_gives_a_slice_of_the_views():
+    pixels, crop = random_pixels(16, 32, 32), MultiCrop("simsiam", 32)
+    p = crop.sample(16, 32, 32, torch.Generator().manual_seed(3))
+    whole = crop.render(pixels, p)
+    part = crop.render(pixels[4:8], [{k: v[4:8] for k, v in q.items()} for q in p])
+    for a, b in zip(whole, part):
+        torch.testing.assert_close(a[4:8], b, atol=1e-6, rtol=1e-5)
+    again = crop(pixels, torch.Generator().manual_seed(3))
+    assert all(torch.equal(a, b) for a, b in zip(whole, again))
+    assert not torch.equal(whole[0], whole[1])
+
+
+def test_local_views_come_after_the_globals_in_their_own_size():
+    recipe = Recipe((View(), View()), (View(scale=(0.05, 0.3), size=16),) * 3)
+    out = MultiCrop(recipe, 32)(random_pixels(4, 32, 32), torch.Generator())
+    assert [tuple(v.shape) for v in out] == [(4, 3, 32, 32)] * 2 + [(4, 3, 16, 16)] * 3
+    assert MultiCrop(recipe, 32).n_globals == 2
+
+
+def test_crops_are_distributed_as_torchvisions():
+    n, height, width, scale = 4000, 60, 90, (0.2, 1.0)
+    box = sample_view(View(scale=scale, size=32), n, height, width, torch.Generator().manual_seed(0))["box"]
+    torch.manual_seed(0)
+    crop = RandomResizedCrop(32, scale)
+    want = torch.tensor(
+        [crop.get_params(torch.empty(3, height, width), scale, (3 / 4, 4 / 3)) for _ in range(n)]
+    ).float()
+    for f in (lambda b: b, lambda b: b[:, 2:].prod(1), lambda b: (b[:, 2] / b[:, 3]).log()):
+        a, b = f(box), f(want)
+        assert ((a.mean(0) - b.mean(0)).abs() < 4 * b.std(0) * math.sqrt(2 / n)).all()
+        assert ((a.std(0) / b.std(0) - 1).abs() < 0.1).all()
+
+
+def test_a_crop_is_legal_where_no_try_is():
+    box = sample_view(View(scale=(0.9, 1.0), size=32), 50, 8, 64, torch.Generator())["box"]
+    assert (box == torch.tensor([0.0, 26.0, 8.0, 11.0])).all()  # round(8 * 4 / 3) = 11 columns in the middle
+
+
+def test_normalisation_centres_the_data():
+    images = make_shapes(500)
+    mean, std = channel_stats(images.pixels)
+    x = (images.pixels.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    assert x.mean((0, 2, 3)).abs().max() < 1e-3 and (x.std((0, 2, 3)) - 1).abs().max() < 1e-3
+
+
+# ---- images ---------------------------------------------------------------------------------------------------------
+
+
+def test_shapes_are_seeded_balanced_and_not_told_by_colour_or_pixel():
+    train, test = load_images("shapes"), load_images("shapes", "test")
+    assert train.pixels.shape == (4000, 3, 32, 32) and train.pixels.dtype == torch.uint8
+    assert train.labels.bincount().tolist() == [400] * 10 and len(train.classes) == 10
+    assert torch.equal(make_shapes(50, seed=7).pixels, make_shapes(50, seed=7).pixels)
+    assert not torch.equal(make_shapes(50, seed=7).pixels, make_shapes(50, seed=8).pixels)
+
+    def nearest(f):
+        a, b = f(train.pixels.float()), f(test.pixels.float())
+        return (train.labels[torch.cdist(b, a).argmin(1)] == test.labels).double().mean()
+
+    assert nearest(lambda x: x.mean((2, 3))) < 0.2  # colour
+    assert (
+        nearest(lambda x: torch.nn.functional.avg_pool2d(x.mean(1, keepdim=True), 4).flatten(1)) < 0.3
+    )  # place and size
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """train/ and val/ with two classes of 12 px images, named by how they are stored."""
+    rng = np.random.default_rng(0)
+    rgb = rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.fromarray(rgb).save(tmp_path / split / name / "rgb.png")
+    train = tmp_path / "train" / "cat"
+    Image.fromarray(rgb[..., 0]).save(train / "grey.png")
+    Image.fromarray(np.dstack([rgb, rgb[..., 0]]), "RGBA").save(train / "rgba.png")
+    Image.fromarray(rgb).quantize(256).save(train / "palette.png")
+    Image.fromarray(rgb).convert("CMYK").save(train / "cmyk.jpg", quality=100)
+    Image.fromarray(rgb[..., 1].astype(np.uint16) * 257).save(train / "sixteen.png")
+    return tmp_path, rgb
+
+
+def test_every_kind_of_file_becomes_rgb(folder):
+    path, rgb = folder
+    images = load_images(str(path))
+    assert images.classes == ["cat", "dog"] and images.labels.tolist() == [0] * 6 + [1]
+    pixels = dict(zip(["cmyk", "grey", "palette", "rgb", "rgba", "sixteen"], images.pixels.permute(0, 2, 3, 1).numpy()))
+    assert (pixels["rgb"] == rgb).all() and (pixels["rgba"] == rgb).all() and (pixels["palette"] == rgb).all()
+    assert (pixels["grey"] == rgb[..., :1]).all() and (pixels["sixteen"] == rgb[..., 1:2]).all()
+    assert pixels["cmyk"].shape == (12, 12, 3)
+    assert len(load_images(str(path), "test").pixels) == 2  # val/ serves where test/ is missing
+
+
+def test_a_broken_file_is_named_and_skipped(folder, capsys):
+    path, _ = folder
+    (path / "train" / "dog" / "broken.jpg").write_text("not an image")
+    (path / "train" / "dog" / "cut.png").write_bytes((path / "train" / "dog" / "rgb.png").read_bytes()[:60])
+    assert len(load_images(str(path)).pixels) == 7
+    said = capsys.readouterr().err
+    assert "broken.jpg" in said and "cut.png" in said and "skipped 2 of 9" in said
+    for file in (path / "train").rglob("*.*"):
+        file.write_text("nothing")
+    with pytest.raises(ValueError, match="none of the 9 files"):
+        load_images(str(path))
+
+
+def test_images_in_any_nesting_are_a_training_split_without_labels(folder):
+    path, _ = folder
+    images = load_images(str(path / "train"))
+    assert len(images.pixels) == 7 and not images.labelled and (images.labels == -1).all()
+    with pytest.raises(FileNotFoundError, match="test split"):
+        load_images(str(path / "train"), "test")
+
+
+def test_resize_is_antialiased_and_keeps_the_centre(tmp_path):
+    ramp = np.tile(np.arange(0, 240, dtype=np.uint8)[None, :, None], (120, 1, 3))
+    Image.fromarray(ramp).save(tmp_path / "wide.png")
+    pixels = load_images(str(tmp_path), size=60).pixels[0, 0].double()
+    assert pixels.shape == (60, 60)
+    np.testing.assert_allclose(pixels.mean(0), 60.5 + 2 * np.arange(60), atol=1)
+
+
+def test_what_cannot_be_loaded_says_what_to_do(folder, tmp_path, monkeypatch):
+    path, rgb = folder
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a data set"):
+        load_images("cifar11")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no image below"):
+        load_images(str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match=r"GB in memory.*--image-size"):
+        load_images(str(path), budget_gb=1e-9)
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(path / "train" / "dog" / "small.png")
+    with pytest.raises(ValueError, match=r"differ in size \(12 x 12, 9 x 9.*--image-size"):
+        load_images(str(path))
+    assert load_images(str(path), size=8).pixels.shape == (8, 3, 8, 8)
+    (path / "val" / "cow").mkdir()
+    Image.fromarray(rgb).save(path / "val" / "cow" / "rgb.png")
+    with pytest.raises(ValueError, match="in no class"):
+        load_images(str(path), "test")
+
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(datasets, "CIFAR10", offline)
+    with pytest.raises(ConnectionError, match="could not download cifar10"):
+        load_images("cifar10")
+
+
+@pytest.mark.parametrize("name", list(views.DATASETS))
+def test_a_torchvision_name_asks_for_the_right_split(name, monkeypatch):
+    asked = []
+
+    class Fake(list):
+        classes = ("a", "b")
+
+        def __init__(self, root, download, **arguments):
+            super().__init__((Image.new("L", (8, 8), v), v % 2) for v in range(6))
+            asked.append(json.dumps(arguments))
+
+    monkeypatch.setattr(datasets, views.DATASETS[name][0], Fake)
+    train, test = load_images(name), load_images(name, "test", limit=4)
+    assert train.labels.tolist() == [0, 1] * 3 and len(test.pixels) == 4
+    assert (test.pixels[:, 0, 0, 0] % 2 == test.labels).all()  # a subset keeps its labels
+    assert asked[0] != asked[1]
