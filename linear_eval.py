@@ -159,7 +159,7 @@ def knn_accuracy(
     classes, k, right = int(max(bank_labels.max(), labels.max())) + 1, min(k, len(bank)), 0
     for q, y in zip(query.split(chunk), labels.split(chunk)):
         similarity, nearest = (q @ bank.T).topk(k)
-        votes = torch.zeros(len(q), classes, device=q.device)
+        votes = q.new_zeros(len(q), classes)
         votes.scatter_add_(1, bank_labels[nearest], (similarity / temperature).exp())
         right += (votes.argmax(1) == y).sum().item()
     return right / len(query)

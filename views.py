@@ -8,6 +8,7 @@ compiled, and a slice of them is one rank's share. The order is crop, flip, colo
 each as torchvision's functional operation on a float image does it.
 """
 
+import itertools
 import math
 import os
 import sys
@@ -274,34 +275,34 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def make_shapes(n: int, size: int = 32, seed: int = 0) -> Images:
-    """n images of 10 balanced classes: about seven copies of one shape strewn over a sloping, noisy ground.
+    """n images of 10 balanced classes: about a dozen copies of one shape, strewn over a sloping, noisy ground.
 
-    Each copy has a place, size, angle and colour of its own, drawn independently of the class, so that neither a colour nor a pixel
-    tells it, while nearly every crop shows it: what a method that compares crops can learn from.
+    Place, size and angle are drawn for each copy, colours for each image, all independently of the class: neither a colour nor a
+    pixel tells it, while nearly every crop shows it, which is what a method that compares crops can learn from.
     """
     rng = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *shape):
         return torch.rand(n, *shape, generator=rng) * (high - low) + low
 
+    grid = 4  # cells a side, one copy in each
     labels = torch.arange(n)[torch.randperm(n, generator=rng)] % len(SHAPES)
-    axis = (torch.arange(size) + 0.5) / size * 3  # in cells of a 3 x 3 grid, one copy in each
+    axis = (torch.arange(size) + 0.5) / size * grid
     y0, x0 = axis.view(-1, 1), axis.view(1, -1)
-    ground, slope = uniform(0.25, 0.75, 3, 1, 1), uniform(-0.06, 0.06, 2, 3, 1, 1)
-    image = ground + slope[:, 0] * (x0 - 1.5) + slope[:, 1] * (y0 - 1.5)
-    for cell in torch.cartesian_prod(torch.arange(3), torch.arange(3)):
+    slope_y, slope_x = uniform(-0.03, 0.03, 2, 1, 1, 1).unbind(1)
+    image = uniform(0.35, 0.65, 1, 1, 1) + uniform(-0.04, 0.04, 3, 1, 1) + slope_y * (y0 - 2) + slope_x * (x0 - 2)
+    sign = torch.where(uniform(0, 1, 1, 1, 1) < 0.5, 1.0, -1.0)  # lighter or darker than the ground
+    contrast = sign * uniform(0.25, 0.4, 1, 1, 1) + uniform(-0.04, 0.04, 3, 1, 1)
+    for row, column in itertools.product(range(grid), range(grid)):
         radius, angle = uniform(0.38, 0.55, 1, 1), uniform(0, 2 * math.pi, 1, 1)
-        dy, dx = ((d - c - uniform(0.35, 0.65, 1, 1)) / radius for d, c in zip((y0, x0), cell))
+        dy, dx = ((d - c - uniform(0.35, 0.65, 1, 1)) / radius for d, c in ((y0, row), (x0, column)))
         y, x = dy * angle.cos() - dx * angle.sin(), dy * angle.sin() + dx * angle.cos()
         distance = torch.empty(n, size, size)
         for k, outline in enumerate(SHAPES.values()):
             distance[labels == k] = outline(x[labels == k], y[labels == k])
-        inside = (0.5 - distance * radius * size / 3).clamp(0, 1)  # antialiased over about a pixel
+        inside = (0.5 - distance * radius * size / grid).clamp(0, 1)  # antialiased over about a pixel
         inside = inside * (uniform(0, 1, 1, 1) < 0.8)  # one in five is missing
-        contrast = uniform(0.25, 0.5, 3, 1, 1) * torch.where(
-            uniform(0, 1, 1, 1, 1) < 0.5, 1.0, -1.0
-        )  # lighter or darker
-        image = image + inside[:, None] * contrast
+        image = image + inside[:, None] * contrast * uniform(0.8, 1.2, 1, 1, 1)
     image = image + 0.03 * torch.randn(image.shape, generator=rng)
     return Images(image.clamp(0, 1).mul(255).round().to(torch.uint8), labels, list(SHAPES))
 
@@ -365,15 +366,12 @@ class MultiCrop:
         ]
 
 
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-
-
 def sample_view(view: View, n: int, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Parameters of one view of n images, distributed as in torchvision's transforms.
 
     box (n, 4) top, left, height, width of the crop; flip (n,) bool; factor (n, 3) of brightness, contrast, saturation, 1 for
-    none; hue (n,) shift in turns, 0 for none; order (n, 4) of the four; grey, solarize (n,) bool; sigma (n,) of the blur in
-    pixels, 0 for none.
+    none; order (n, 3) of the three; hue (n,) shift in turns, 0 for none; hue_after (n,) that many of the three; grey, solarize
+    (n,) bool; sigma (n,) of the blur in pixels, 0 for none.
     """
     u = torch.rand(n, 36, generator=generator, device=generator.device)
     area = (
@@ -402,7 +400,8 @@ def sample_view(view: View, n: int, height: int, width: int, generator: torch.Ge
         "flip": u[:, 26] < view.flip,
         "factor": torch.where(jittered[:, None], factor.clamp(min=0), 1.0),
         "hue": torch.where(jittered, (2 * u[:, 27] - 1) * strength[3], 0.0),
-        "order": u[:, 28:32].argsort(1),
+        "order": u[:, 28:31].argsort(1),
+        "hue_after": (u[:, 31] * 4).long(),
         "grey": u[:, 32] < view.grey,
         "sigma": torch.where(blurred, view.sigma[0] + u[:, 34] * (view.sigma[1] - view.sigma[0]), 0.0),
         "solarize": u[:, 35] < view.solarize,
@@ -457,27 +456,48 @@ def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
 
 def render_view(pixels: Tensor, p: dict[str, Tensor], size: int) -> Tensor:
     """uint8 (n, 3, H, W) and sample_view's parameters -> float32 (n, 3, size, size) in 0..1."""
+    rows = None
+    if not _everywhere(pixels):  # put images beside each other whose hue is due at the same step: then a step is a slice
+        turn = torch.where(p["hue"] != 0, p["hue_after"], 4)
+        rows = turn.argsort()
+        pixels, p = pixels[rows], {k: v[rows] for k, v in p.items()}
+        ends = [0, *turn.bincount(minlength=5).cumsum(0).tolist()]
     n, _, height, width = pixels.shape
     top, left, h, w = p["box"].unbind(1)
-    rows = resize_matrix(top, h, size, height).div_(255)
-    columns = resize_matrix(left, w, size, width, p["flip"])
+    y_weights = resize_matrix(top, h, size, height).div_(255)
+    x_weights = resize_matrix(left, w, size, width, p["flip"])
     x = pixels.permute(0, 2, 1, 3).float().reshape(n, height, 3 * width)  # rows first: two plain batched products
-    x = (rows @ x).view(n, size * 3, width) @ columns.transpose(1, 2)
+    x = (y_weights @ x).view(n, size * 3, width) @ x_weights.transpose(1, 2)
     x = x.view(n, size, 3, size).transpose(1, 2).contiguous()
 
-    # Brightness, contrast and saturation are all clamp(f x + (1 - f) reference) with the reference black, the mean luma or the
-    # luma; so one expression serves images that are at different ones of them. Hue is computed for the images whose turn it is.
-    factor = torch.cat([p["factor"], torch.ones(n, 1, device=x.device)], 1)
-    for step in p["order"].unbind(1):
-        f = factor.gather(1, step[:, None]).view(n, 1, 1, 1)
-        luma = grey(x)
-        to_mean, to_luma = ((1 - f) * (step == k).view(n, 1, 1, 1) for k in (CONTRAST, SATURATION))
-        reference = (to_luma * luma).add_(to_mean * luma.mean((2, 3), keepdim=True))
-        x = x.mul_(f).add_(reference).clamp_(0, 1)
-        x = _where(x, (step == HUE) & (p["hue"] != 0), shift_hue, p["hue"])
+    for step in range(4):
+        if rows is None:
+            x = torch.where((p["hue_after"] == step).view(n, 1, 1, 1), shift_hue(x, p["hue"]), x)
+        elif ends[step] < ends[step + 1]:
+            due = slice(ends[step], ends[step + 1])
+            x[due] = shift_hue(x[due], p["hue"][due])
+        if step < 3:
+            some = slice(0, n if rows is None else ends[4])  # the rest is not jittered
+            blend_(x[some], p["order"][some, step], p["factor"][some])
     x = _where(x, p["grey"], lambda x: grey(x).expand_as(x))
     x = _where(x, p["sigma"] > 0, _blur, p["sigma"])
-    return _where(x, p["solarize"], lambda x: torch.where(x >= 0.5, 1 - x, x))
+    x = _where(x, p["solarize"], lambda x: torch.where(x >= 0.5, 1 - x, x))
+    return x if rows is None else x[rows.argsort()]
+
+
+BRIGHTNESS, CONTRAST, SATURATION = range(3)
+
+
+def blend_(x: Tensor, step: Tensor, factor: Tensor) -> None:
+    """One of brightness, contrast and saturation, in place; step (n,) says which for each image, factor (n, 3) how much.
+
+    All are clamp(f x + (1 - f) reference), the reference being black, the mean luma and the luma: one expression serves them all.
+    """
+    f = factor.gather(1, step[:, None]).view(-1, 1, 1, 1)
+    to_mean, to_luma = ((1 - f) * (step == k).view(-1, 1, 1, 1) for k in (CONTRAST, SATURATION))
+    luma = grey(x)
+    mean = luma.mean((2, 3), keepdim=True)
+    x.mul_(f).add_(luma.mul_(to_luma).add_(to_mean * mean)).clamp_(0, 1)
 
 
 def _blur(x, sigma):
@@ -485,9 +505,14 @@ def _blur(x, sigma):
     return matrix @ x @ matrix.transpose(2, 3)
 
 
+def _everywhere(x):
+    """Whether to compute on all images and select. On a GPU, or compiled: to ask which images are due would stop the stream."""
+    return x.is_cuda or torch.compiler.is_compiling()
+
+
 def _where(x, mask, function, *arguments):
-    """function on the images of the mask. On a GPU, or compiled, on all of them: to ask which they are would stop the stream."""
-    if x.is_cuda or torch.compiler.is_compiling():
+    """function on the images of the mask."""
+    if _everywhere(x):
         arguments = [a.clamp(min=1e-3) if function is _blur else a for a in arguments]
         return torch.where(mask.view(-1, 1, 1, 1), function(x, *arguments), x)
     rows = mask.nonzero()[:, 0]

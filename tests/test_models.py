@@ -65,7 +65,11 @@ def test_width_and_stem(arch):
 
 def test_parameter_counts_of_the_papers():
     assert count(build_backbone("resnet18", "small")[0]) == 11_168_832
-    assert [count(build_backbone(a)[0]) for a in ("resnet18", "resnet34", "mobilenet_v2")] == [11_176_512, 21_284_672, 2_223_872]
+    assert [count(build_backbone(a)[0]) for a in ("resnet18", "resnet34", "mobilenet_v2")] == [
+        11_176_512,
+        21_284_672,
+        2_223_872,
+    ]
     alphas = 7 * 6, 7 * 4
     assert count(SearchHead([512] * 7)) == 6_328_320 + alphas[0]
     assert count(SearchHead(PREDICTOR)) == 16_821_248 + alphas[1]
@@ -88,7 +92,9 @@ def test_a_method_has_the_papers_head_spaces():
 
 def test_pools_run_along_the_features():
     pool = OPS["avgpool_3x3"](3, 3)[0]
-    torch.testing.assert_close(pool(torch.tensor([[0.0, 1, 2], [3, 4, 5]])), torch.tensor([[1 / 3, 1, 1], [7 / 3, 4, 3]]))
+    torch.testing.assert_close(
+        pool(torch.tensor([[0.0, 1, 2], [3, 4, 5]])), torch.tensor([[1 / 3, 1, 1], [7 / 3, 4, 3]])
+    )
     pool = OPS["maxpool_3x3"](3, 3)[0]
     torch.testing.assert_close(pool(torch.tensor([[-1.0, -2, -5]])), torch.tensor([[-1.0, -1, -2]]))
     x = torch.randn(4, 8)

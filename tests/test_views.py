@@ -41,7 +41,8 @@ def reference(image, p, i, size, antialias=True, shift=0.0):
         lambda x: tv.adjust_saturation(x, saturation),
         lambda x: tv.adjust_hue(x, p["hue"][i].item()),
     ]
-    for k in p["order"][i].tolist():
+    order = p["order"][i].tolist()
+    for k in [*order[: p["hue_after"][i]], 3, *order[p["hue_after"][i] :]]:
         x = steps[k](x)
     if p["grey"][i]:
         x = tv.rgb_to_grayscale(x, 3)
