@@ -1,12 +1,12 @@
 """Measures a frozen backbone: weighted kNN and a linear probe, beside the same network untrained.
 
-    torchrun linear_eval.py --weights runs/pretrain/backbone.pth                        # the data it was trained on
+    torchrun linear_eval.py --weights runs/pretrain/backbone.pth               # on the data it was trained on
     torchrun linear_eval.py --weights runs/pretrain/backbone.pth --data cifar10 cifar100
     torchrun linear_eval.py --weights runs/pretrain/backbone.pth --data my/images --augment
-    torchrun linear_eval.py --weights resnet50.pth --arch resnet50 --data my/images --image-size 224    # torchvision's file
+    torchrun linear_eval.py --weights resnet50.pth --arch resnet50 --data my/images --image-size 224    # torchvision's
 
-Everything that has to be chosen (the probe's learning rate and weight decay) is chosen on held-out training images; the test
-images are looked at once. The table goes to the terminal and to linear_eval-<data>.md beside the weights.
+Everything that has to be chosen (the probe's learning rate and weight decay) is chosen on held-out training images;
+the test images are looked at once. The table goes to the terminal and to linear_eval-<data>.md beside the weights.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def data_flags(parser: Parser) -> None:
 
 @contextmanager
 def user_errors():
-    """What a person can mend (a wrong path, flag or file) ends the script with one line and status 1, not a traceback."""
+    """What a person can mend (a wrong path, flag or file) ends the script with one line and status 1."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -120,8 +120,8 @@ def extract(
     batch_size: int = 512,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """Features (N, F) in fp32 of uint8 (N, 3, H, W), or of some rows of it, in eval mode; the ranks share the work, and all get
-    the result."""
+    """Features (N, F) in fp32 of uint8 (N, 3, H, W), or of some rows of it, in eval mode; the ranks share the work,
+    and all get the result."""
     training = backbone.training
     backbone.eval()
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -176,10 +176,11 @@ def fit_probes(
     epochs: int,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax regression by SGD (momentum .9, cosine, batch 256), once for each (learning rate, weight decay) of the grid.
+    """Softmax regression by SGD (momentum .9, cosine, batch 256), once for each (learning rate, weight decay) of the
+    grid.
 
-    All G probes see the same batches, so a step is one product (B, F) x (F, G C). features: a tensor (N, F), or a function that
-    gives a fresh one each epoch. Returns weights (F, G, C) and biases (G, C).
+    All G probes see the same batches, so a step is one product (B, F) x (F, G C). features: a tensor (N, F), or a
+    function that gives a fresh one each epoch. Returns weights (F, G, C) and biases (G, C).
     """
     g = torch.Generator().manual_seed(seed)
     x = features if isinstance(features, Tensor) else features()
@@ -226,10 +227,12 @@ def linear_probe(
     held_out: float = 0.1,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Test accuracy of a linear classifier on frozen features, standardised by the training features' mean and deviation.
+    """Test accuracy of a linear classifier on frozen features, standardised by the training features' mean and
+    deviation.
 
-    (learning rate, weight decay) are those of the best accuracy on held-out training images; the winner is trained anew on all of
-    them. augmented: rows (n,) of the training images -> their features (n, F) under fresh augmentation, computed every epoch.
+    (learning rate, weight decay) are those of the best accuracy on held-out training images; the winner is trained
+    anew on all of them. augmented: rows (n,) of the training images -> their features (n, F) under fresh
+    augmentation, computed every epoch.
     """
     classes = int(max(train_labels.max(), test_labels.max())) + 1
     mean, std = train.mean(0), train.std(0)
@@ -259,10 +262,12 @@ def linear_probe(
 def load_backbone(
     weights: str, arch: str | None = None, width: float | None = None, stem: str | None = None
 ) -> tuple[nn.Module, dict]:
-    """(backbone, facts) of backbone.pth with its backbone.json, or of a plain torchvision state dict with its arch named.
+    """(backbone, facts) of backbone.pth with its backbone.json, or of a plain torchvision state dict with its arch
+    named.
 
-    facts: arch, width, stem, mean, std and what else backbone.json holds. Keys must match to the last one; only a torchvision
-    classifier (fc.*, classifier.*) is left out. Raises FileNotFoundError or ValueError, naming what does not fit.
+    facts: arch, width, stem, mean, std and what else backbone.json holds. Keys must match to the last one; only a
+    torchvision classifier (fc.*, classifier.*) is left out. Raises FileNotFoundError or ValueError, naming what does
+    not fit.
     """
     path, beside = Path(weights), Path(weights).with_suffix(".json")
     if not path.is_file():
@@ -389,7 +394,7 @@ def main(args: argparse.Namespace) -> dict[str, list[dict]]:
             f"{facts['arch']} x{facts['width']:g} ({args.weights}) on {source}: {len(train.pixels):,} training images, "
             f"{len(test.pixels):,} test images",
             "",
-            f"| network | kNN (k {args.knn_k}, T {args.knn_t:g}, cosine) | linear probe{' (augmented)' if args.augment else ''} "
+            f"| network | kNN (k {args.knn_k}, T {args.knn_t:g}, cosine) | linear{' (augmented)' * args.augment} "
             "| chosen on held-out training images | s |",
             "|---|---|---|---|---|",
         ]

@@ -2,7 +2,7 @@
 
 Losses are pure functions, computed in fp32 and normalised by the tensor's own N. A method is a module,
 
-    method(views, index) -> scalar loss          views: list of (B, 3, S, S); index (B,): the images' places in the data set
+    method(views, index) -> scalar loss          views: list of (B, 3, S, S); index (B,): the images' places in the data
     method.after_step(progress)                  after the optimiser's step; progress in 0..1 of the run
 
 and `forward` is the composition of two, which a benchmark or a notebook can call apart:
@@ -10,11 +10,13 @@ and `forward` is the composition of two, which a benchmark or a notebook can cal
     outputs = method.outputs(views)              the networks: a tuple of tensors
     loss = method.loss(*outputs)                 the mathematics on them
 
-Under torch.distributed each rank gives its share of the batch; losses gather what they compare with, so that the mean of the
-ranks' gradients is the gradient of one process with the whole batch (for networks without BN: BN statistics are the rank's).
+Under torch.distributed each rank gives its share of the batch; losses gather what they compare with, so that the mean
+of the ranks' gradients is the gradient of one process with the whole batch (for networks without BN: BN statistics
+are the rank's).
 
-To add a method: a loss function, a class, a line in METHODS. `Class.heads(F, out_dim)` says which heads it wants, as data:
-their names with in, hidden, out and the number of layers to search over. Without any it builds the handcrafted ones.
+To add a method: a loss function, a class, a line in METHODS. `Class.heads(F, out_dim)` says which heads it wants, as
+data: their names with in, hidden, out and the number of layers to search over. Without any it builds the handcrafted
+ones.
 """
 
 import copy
@@ -43,7 +45,8 @@ def neg_cosine(p: Tensor, z: Tensor) -> Tensor:
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
     """SimCLR's loss (2002.05709 eq. 1) over two views (N, D) of N images: mean over the 2N anchors.
 
-    An anchor's candidates are all 2N embeddings but itself, those of other ranks included; it is ln(2N - 1) at full collapse.
+    An anchor's candidates are all 2N embeddings but itself, those of other ranks included; it is ln(2N - 1) at full
+    collapse.
     """
     assert z1.shape == z2.shape
     n, rank = len(z1), dist.get_rank() if dist.is_initialized() else 0
@@ -57,7 +60,10 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
 
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.1) -> Tensor:
-    """MoCo's loss (1911.05722 eq. 1): query q (N, D), its positive key k (N, D), negatives queue (K, D); keys carry no gradient."""
+    """MoCo's loss (1911.05722 eq. 1): query q (N, D), its positive key k (N, D), negatives queue (K, D).
+
+    Keys carry no gradient.
+    """
     assert q.shape == k.shape
     q, k = F.normalize(full(q), dim=1), F.normalize(full(k.detach()), dim=1)
     positive = (q * k).sum(1, keepdim=True)
@@ -66,7 +72,7 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.1) -> T
 
 
 class _Gather(torch.autograd.Function):
-    """all_gather whose backward sums every rank's gradient: torch's own function for it changes name between versions."""
+    """all_gather whose backward sums every rank's gradient: torch's own changes its name between versions."""
 
     @staticmethod
     def forward(ctx, x):
@@ -90,7 +96,7 @@ def gather(x: Tensor) -> Tensor:
 
 
 class HeadSpace(NamedTuple):
-    """A head before its operations are chosen: how many layers a search fills, and features at its start, between, at its end."""
+    """A head before its operations are chosen: the layers that a search fills; features in, between and out."""
 
     layers: int
     i: int
@@ -109,7 +115,7 @@ def encode(encoder: nn.Module, views: list[Tensor]) -> Tensor:
 
 
 def mlp(*dims: int, bn: bool = True) -> nn.Sequential:
-    """Linear BN ReLU ... Linear: hidden layers with BN (and then no bias) unless bn is False, a bare Linear at the end."""
+    """Linear BN ReLU ... Linear: hidden layers with BN (and then no bias) or without, a bare Linear at the end."""
     layers: list[nn.Module] = []
     for i, o in pairwise(dims[:-1]):
         layers += [nn.Linear(i, o, bias=not bn), *([nn.BatchNorm1d(o)] if bn else []), nn.ReLU(inplace=True)]
@@ -117,7 +123,7 @@ def mlp(*dims: int, bn: bool = True) -> nn.Sequential:
 
 
 def momentum_copy(module: nn.Module) -> nn.Module:
-    """A copy without gradients, for an exponential moving average; alphas stay shared: it takes the student's architecture."""
+    """A copy without gradients, for a moving average; alphas stay shared: it takes the student's architecture."""
     alphas = {id(p): p for name, p in module.named_parameters() if name.endswith("alpha")}
     twin = copy.deepcopy(module, dict(alphas))
     for p in twin.parameters():
@@ -128,17 +134,18 @@ def momentum_copy(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def momentum_update(twin: nn.Module, module: nn.Module, momentum: float) -> None:
-    """twin <- momentum * twin + (1 - momentum) * module, parameters only: BN buffers are the twin's own, from its own inputs."""
+    """twin <- momentum * twin + (1 - momentum) * module: parameters only, BN buffers are of the twin's own inputs."""
     pairs = [(t, s) for t, s in zip(twin.parameters(), module.parameters(), strict=True) if t is not s]
     if pairs:
         torch._foreach_lerp_([t for t, _ in pairs], [s for _, s in pairs], 1 - momentum)
 
 
 class SimSiam(nn.Module):
-    """2011.10566: loss 1/2 [-cos(p1, sg z2) - cos(p2, sg z1)]; z is BN-normalised, the predictor's learning rate constant.
+    """2011.10566: loss 1/2 [-cos(p1, sg z2) - cos(p2, sg z1)]; z is BN-normalised, the predictor's learning rate
+    constant.
 
-    Deviation: both views go through the network as one batch, so BN sees them together. out_dim D is 4 F up to 2048, as for
-    ResNet18; the predictor's hidden layer has D / 4.
+    Deviation: both views go through the network as one batch, so BN sees them together. out_dim D is 4 F up to 2048,
+    as for ResNet18; the predictor's hidden layer has D / 4.
     """
 
     recipe, optimizer, lr, weight_decay = "simsiam", "sgd", 0.06, 5e-4  # lr at batch 256
@@ -217,8 +224,9 @@ class SimCLR(nn.Module):
 class MoCo(nn.Module):
     """1911.05722 and 2003.04297, symmetric as on CIFAR: mean of info_nce(q1, k2) and info_nce(q2, k1).
 
-    The momentum encoder has a momentum head of its own. The queue (K, D) holds the last K keys of all ranks; by default K is the
-    largest power of two up to an eighth of the images, 65,536 at most, so that a key has left before its image returns.
+    The momentum encoder has a momentum head of its own. The queue (K, D) holds the last K keys of all ranks; by
+    default K is the largest power of two up to an eighth of the images, 65,536 at most, so that a key has left before
+    its image returns.
     """
 
     recipe, optimizer, lr, weight_decay = "moco", "sgd", 0.06, 5e-4

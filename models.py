@@ -7,11 +7,11 @@ PRESETS                             the seven genotypes that the authors publish
 
 To add an operation, add a line to OPS; to add a backbone, a function to BACKBONES.
 
-How many heads there are. A layer in -> out has seven names, but not always seven functions (see `distinct_ops`): where in > out,
-`identity` is `linear_relu`; where in < out, five of the seven are the same bare Linear, and the activation that is recorded
-there means nothing. Where in == out, `identity` commutes with its neighbours: only the order of the other operations counts.
-SimSiam's space of 6 + 4 layers so has 7^10 = 282,475,249 names, 103,766,418 choices that differ layer by layer and
-43,333,938 heads that differ as functions (`count_heads`).
+How many heads there are. A layer in -> out has seven names, but not always seven functions (see `distinct_ops`):
+where in > out, `identity` is `linear_relu`; where in < out, five of the seven are the same bare Linear, and the
+activation that is recorded there means nothing. Where in == out, `identity` commutes with its neighbours: only the
+order of the other operations counts. SimSiam's space of 6 + 4 layers so has 7^10 = 282,475,249 names, 103,766,418
+choices that differ layer by layer and 43,333,938 heads that differ as functions (`count_heads`).
 """
 
 import json
@@ -30,9 +30,9 @@ from torchvision.ops import Conv2dNormActivation
 
 
 class ResNet(nn.Module):
-    """torchvision's ResNet without its classifier (1512.03385), of any width; images (B, 3, H, W) -> h (B, F).
+    """torchvision's ResNet (1512.03385) without its classifier, of any width; (B, 3, H, W) -> h (B, F).
 
-    stem  "imagenet": 7x7 convolution of stride 2 and max-pool; "small": 3x3 of stride 1 and none, for images up to 64 px.
+    stem  "imagenet": 7x7 convolution of stride 2 and max-pool; "small": 3x3, stride 1, no pool, for up to 64 px.
     The last BN of each residual branch starts at zero, as SimSiam's authors do.
     """
 
@@ -186,7 +186,7 @@ def head_dims(layers: int, i: int, hidden: int, o: int) -> list[int]:
 
 
 def build_head(spec: Sequence[str], dims: Sequence[int]) -> nn.Sequential:
-    """A chain of len(spec) operations of OPS, the l-th from dims[l] to dims[l + 1] features: (B, dims[0]) -> (B, dims[-1])."""
+    """A chain of operations of OPS, the l-th from dims[l] to dims[l + 1] features: (B, dims[0]) -> (B, dims[-1])."""
     if len(dims) != len(spec) + 1:
         raise ValueError(f"a head of {len(spec)} operations needs {len(spec) + 1} dims, not {len(dims)}")
     unknown = [name for name in spec if name not in OPS]
@@ -196,7 +196,7 @@ def build_head(spec: Sequence[str], dims: Sequence[int]) -> nn.Sequential:
 
 
 class SearchHead(nn.Module):
-    """Every layer is y = sum_k softmax(alpha_l)_k op_k(x) over all operations (2302.00059); alpha (L, 7) starts at zero."""
+    """Every layer is y = sum_k softmax(alpha_l)_k op_k(x) over all of OPS (2302.00059); alpha (L, 7) starts at zero."""
 
     def __init__(self, dims: Sequence[int]):
         super().__init__()
@@ -210,7 +210,7 @@ class SearchHead(nn.Module):
         return x
 
     def discretise(self) -> list[str]:
-        """The strongest operation of each layer, identity and pools included; the derived head starts from fresh weights."""
+        """The strongest operation of each layer, identity and pools included."""
         names = list(OPS)
         return [names[k] for k in self.alpha.argmax(1).tolist()]
 
@@ -221,7 +221,7 @@ class SearchHead(nn.Module):
 
 
 def distinct_ops(i: int, o: int) -> list[str]:
-    """The operations that differ as functions in a layer i -> o, each by the first of its names that says what it is."""
+    """The operations that differ as functions in a layer i -> o, one name for each."""
     if i > o:
         return [name for name in OPS if name != "identity"]  # identity is Linear BN ReLU: linear_relu
     if i < o:
@@ -256,7 +256,8 @@ def count_heads(dims: Sequence[int]) -> tuple[int, int, int]:
 def load_heads(source: str, expected: Sequence[str]) -> dict[str, list[str]] | None:
     """--heads: `default` -> None (handcrafted), a preset's name, or the path of an arch.json -> {head: operations}.
 
-    Raises FileNotFoundError or ValueError, naming what is wrong, where a head of `expected` is missing or cannot be built.
+    Raises FileNotFoundError or ValueError, naming what is wrong, where a head of `expected` is missing or cannot be
+    built.
     """
     if source == "default":
         return None

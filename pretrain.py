@@ -1,14 +1,14 @@
 """Pre-trains a backbone without labels.
 
-    torchrun pretrain.py                                                              # made-up images, a laptop, minutes
-    torchrun pretrain.py --data cifar10 --width 1 --epochs 200 --batch-size 512       # one GPU
+    torchrun pretrain.py                                                            # made-up images, a laptop
+    torchrun pretrain.py --data cifar10 --width 1 --epochs 200 --batch-size 512     # one GPU
     torchrun --nproc-per-node 8 pretrain.py --data my/images --image-size 224 --arch resnet50 --width 1
-    torchrun pretrain.py --heads runs/search/arch.json                                # what search.py found
-    torchrun pretrain.py --bench                                                      # where a step's time goes
+    torchrun pretrain.py --heads runs/search/arch.json                              # what search.py found
+    torchrun pretrain.py --bench                                                    # where a step's time goes
 
-The output folder gets views.png (look at it first), log.txt (a JSON line an epoch), checkpoint.pth (the same command again goes
-on from it, to the same weights) and at the end backbone.pth with backbone.json: a plain state dict that torchvision's own model
-loads, and what it is.
+The output folder gets views.png (look at it first), log.txt (a JSON line an epoch), checkpoint.pth (the same command
+again goes on from it, to the same weights) and at the end backbone.pth with backbone.json: a plain state dict that
+torchvision's own model loads, and what it is.
 """
 
 import argparse
@@ -114,7 +114,7 @@ class Run:
         self.rank, self.world, self.device = setup(args.device)
         if args.batch_size % self.world:
             raise ValueError(
-                f"--batch-size {args.batch_size} does not divide by the {self.world} ranks: it is the total over all of them"
+                f"--batch-size {args.batch_size} is the total over ranks and does not divide by {self.world} of them"
             )
         cuda = self.device.type == "cuda"
         self.amp, self.compile = (cuda if flag is None else flag for flag in (args.amp, args.compile))
@@ -132,8 +132,8 @@ class Run:
         shortest = min(len(p) for p in self.parts)
         if shortest < args.batch_size:
             raise ValueError(
-                f"{shortest} training images{' in each part' if parts > 1 else ''} do not fill one batch of {args.batch_size}: "
-                f"lower --batch-size{', --held-out' if args.held_out else ''} or give more images"
+                f"{shortest} training images{' in each part' * (parts > 1)} do not fill one batch of "
+                f"{args.batch_size}: lower --batch-size{', --held-out' * (args.held_out > 0)} or give more images"
             )
         self.steps_per_epoch = shortest // args.batch_size
         self.pixels = self.images.pixels.to(self.device)
@@ -175,8 +175,8 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16) if self.amp else nullcontext()
 
     def batch(self, order: Tensor, step: int) -> tuple[list[Tensor], Tensor]:
-        """(views, index) of this rank's share of step's batch. All ranks draw for the whole batch, so that one or many see the
-        same views."""
+        """(views, index) of this rank's share of step's batch. All ranks draw for the whole batch, so that one or
+        many see the same views."""
         n, b = self.args.batch_size, self.args.batch_size // self.world
         index = order[step * n : (step + 1) * n]
         parameters = self.views.sample(n, *self.pixels.shape[2:], self.generator)
@@ -210,7 +210,7 @@ class Run:
 
 
 def split_images(n: int, held_out: float, parts: int) -> list[Tensor]:
-    """[held-out, part, ...]: disjoint index tensors of one fixed shuffle, the same whatever the seed; parts of equal size."""
+    """[held-out, part, ...]: disjoint index tensors of one shuffle, the same for every seed; equal parts."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     out, rest = order[: int(n * held_out)], order[int(n * held_out) :]
     size = len(rest) // parts
@@ -218,7 +218,7 @@ def split_images(n: int, held_out: float, parts: int) -> list[Tensor]:
 
 
 def rankme(h: Tensor) -> float:
-    """Effective rank of features (N, F): exp of the entropy of their singular values' distribution. RankMe, 2210.02885."""
+    """Effective rank of features (N, F): exp of the entropy of their singular values. RankMe, 2210.02885."""
     s = torch.linalg.svdvals(h.double())
     p = s / s.sum() + 1e-7
     return torch.exp(-(p * p.log()).sum()).item()
@@ -228,8 +228,9 @@ def collapsed(facts: dict[str, float]) -> str | None:
     """A warning in words where the embedding does not tell images apart."""
     if facts["z_std"] < 0.1 or facts["rankme"] < 1.5:
         return (
-            f"the embedding has collapsed: std x sqrt(D) is {facts['z_std']:.3f} (healthy: about 1), RankMe {facts['rankme']:.1f}. Every "
-            "image gets nearly the same vector, whatever the loss says; try a lower --lr, longer --warmup-epochs, a larger batch"
+            f"the embedding has collapsed: std x sqrt(D) is {facts['z_std']:.3f} (healthy: about 1), RankMe "
+            f"{facts['rankme']:.1f}. Every image gets nearly the same vector, whatever the loss says; try a lower "
+            "--lr, longer --warmup-epochs, a larger --batch-size"
         )
     return None
 
@@ -237,7 +238,7 @@ def collapsed(facts: dict[str, float]) -> str | None:
 def optimizer_of(
     named: list[tuple[str, nn.Parameter]], method: nn.Module, args: argparse.Namespace
 ) -> torch.optim.Optimizer:
-    """SGD with momentum .9 or AdamW over two groups, the second for what keeps its learning rate (SimSiam's predictor)."""
+    """SGD with momentum .9 or AdamW ; the second group keeps its learning rate (SimSiam's predictor)."""
     defaults = {"sgd": (method.lr, method.weight_decay), "adamw": (1e-3, 0.05)}[args.optimizer]
     lr, decay = (d if v is None else v for v, d in zip((args.lr, args.weight_decay), defaults))
     lr *= args.batch_size / 256
@@ -321,7 +322,7 @@ def save_checkpoint(run: Run, epoch: int, history: list[dict], optimizers: list[
 
 
 def load_checkpoint(run: Run, optimizers: list[torch.optim.Optimizer]) -> tuple[int, list[dict]]:
-    """(epochs done, history), everything restored; (0, []) where there is no checkpoint. Refuses one of another command."""
+    """(epochs done, history), all restored; (0, []) where there is no checkpoint. Refuses one of another command."""
     path = run.output / "checkpoint.pth"
     if not run.args.resume or not path.exists():
         return 0, []
@@ -330,18 +331,20 @@ def load_checkpoint(run: Run, optimizers: list[torch.optim.Optimizer]) -> tuple[
         flags, data = state["flags"], state["data"]
     except Exception as error:  # a damaged file fails in zipfile, pickle or torch
         raise ValueError(
-            f"'{path}' is damaged ({type(error).__name__}): delete it or pass --no-resume to start over, or choose another --output-dir"
+            f"'{path}' is damaged ({type(error).__name__}): delete it or pass --no-resume to start over, or choose "
+            "another --output-dir"
         ) from error
     for flag in sorted(set(flags) | set(vars(run.args)) - FREE_FLAGS):
         have, want = flags.get(flag), getattr(run.args, flag, None)
         if have != want:
             raise ValueError(
-                f"'{path}' was made with --{flag.replace('_', '-')} {have}, not {want}: choose another --output-dir, or start over "
-                "with --no-resume"
+                f"'{path}' was made with --{flag.replace('_', '-')} {have}, not {want}: choose another --output-dir, "
+                "or start over with --no-resume"
             )
     if data != fingerprint(run.images):
         raise ValueError(
-            f"'{path}' was made with other images ({data[0]:,}, now {len(run.images.pixels):,}): choose another --output-dir"
+            f"'{path}' was made with other images ({data[0]:,}, now {len(run.images.pixels):,}): choose another "
+            "--output-dir"
         )
     run.method.load_state_dict(state["method"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
@@ -376,8 +379,8 @@ class Console:
         if not math.isfinite(loss.item()):
             bad = [i for i, x in enumerate(self.losses) if not math.isfinite(x.item())]
             sys.exit(
-                f"the loss is {loss.item()} at {where} (step {bad[0] if bad else '?'} of the epoch, lr {lr:.3g}): stopped; the last "
-                "checkpoint is from before. Try a lower --lr or longer --warmup-epochs"
+                f"the loss is {loss.item()} at {where} (step {bad[0] if bad else '?'} of the epoch, lr {lr:.3g}): "
+                "stopped; the last checkpoint is from before. Try a lower --lr or longer --warmup-epochs"
             )
         return loss.item()
 
@@ -394,8 +397,8 @@ class Console:
         rate = self.steps * self.run.args.batch_size / seconds
         eta = time.strftime("%H:%M:%S", time.gmtime((self.total - done) * seconds / self.steps))
         say(
-            f"{where}  loss {loss:.4f}  lr {lr:.4f}  views {1e3 * self.views_s / self.steps:.0f} ms  step {1e3 * seconds / self.steps:.0f} ms  "
-            f"{rate:,.0f} images/s  ETA {eta}{more}"
+            f"{where}  loss {loss:.4f}  lr {lr:.4f}  views {1e3 * self.views_s / self.steps:.0f} ms  "
+            f"step {1e3 * seconds / self.steps:.0f} ms  {rate:,.0f} images/s  ETA {eta}{more}"
         )
 
 
@@ -458,7 +461,8 @@ def save_views(run: Run, views: list[Tensor]) -> None:
 
 
 def bench(run: Run, optimizer: torch.optim.Optimizer, steps: int = 20, warm_up: int = 5) -> dict[str, float]:
-    """Median seconds of a step's parts, which take turns, so that a noisy machine bears on all alike. Prints and returns them.
+    """Median seconds of a step's parts, which take turns, so that a noisy machine bears on all alike. Prints and
+    returns them.
 
     network is the bare forward and backward of encoder and heads; loss is the mathematics on their outputs, both ways.
     """
@@ -495,9 +499,8 @@ def bench(run: Run, optimizer: torch.optim.Optimizer, steps: int = 20, warm_up: 
     total = sum(median.values())
     share = "  ".join(f"{part} {1e3 * t:.1f} ms ({100 * t / total:.1f} %)" for part, t in median.items())
     say(f"{run.args.batch_size / total:,.0f} images/s: {share}")
-    say(
-        f"views, loss and optimiser add {100 * (total / median['network'] - 1):.1f} % to the network's own forward and backward"
-    )
+    added = 100 * (total / median["network"] - 1)
+    say(f"views, loss and optimiser add {added:.1f} % to the network's own forward and backward")
     return median
 
 
@@ -511,13 +514,13 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     total = args.epochs * run.steps_per_epoch
     warmup = warmup_steps(args, run.steps_per_epoch)
     say(
-        f"{args.method}, {args.arch} x{args.width:g} ({sum(p.numel() for p in method.encoder.parameters()) / 1e6:.2f} M parameters), heads "
-        f"{args.heads}, {len(run.parts[0]):,} images of {run.size} px ({len(run.held_out):,} held out), {run.world} x {run.device.type}"
+        f"{args.method}, {args.arch} x{args.width:g} ({sum(p.numel() for p in method.encoder.parameters()):,} "
+        f"parameters), heads {args.heads}, {len(run.parts[0]):,} images of {run.size} px ({len(run.held_out):,} "
+        f"held out), {run.world} x {run.device.type}"
     )
     peak = optimizer.param_groups[0]["peak"]
-    say(
-        f"batch {args.batch_size} over all ranks, base lr {peak * 256 / args.batch_size:g} x {args.batch_size}/256 = {peak:g}"
-    )
+    base = peak * 256 / args.batch_size
+    say(f"batch {args.batch_size} over all ranks, base lr {base:g} x {args.batch_size}/256 = {peak:g}")
     if args.bench:
         return bench(run, optimizer)
     if first:

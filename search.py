@@ -1,17 +1,17 @@
 """Searches the projector and predictor heads of a Siamese method without labels (NASiam, arXiv 2302.00059).
 
-    torchrun search.py                                                        # made-up images, two cores, about three minutes
-    torchrun search.py --data cifar10 --width 1 --epochs 100 --batch-size 512 # one GPU
+    torchrun search.py                                                            # made-up images, a laptop
+    torchrun search.py --data cifar10 --width 1 --epochs 100 --batch-size 512     # one GPU
     torchrun search.py --data my/images --image-size 64 --method moco
-    torchrun search.py --compare 8                                            # found against handcrafted and 8 random heads
-    torchrun search.py --bench                                                # what an iteration costs beside its weight step
+    torchrun search.py --compare 8                        # found heads against handcrafted and 8 random ones
+    torchrun search.py --bench                            # what an iteration costs beside its weight step
 
-First-order alternating search: the training images are cut into two disjoint halves; every iteration takes one step of the alphas
-on a batch of the second half, then one of the weights on a batch of the first. Where the paper's code differs between methods
-(alphas once an epoch for SimCLR, never saved, never synchronised), here all do the same.
+First-order alternating search: the training images are cut into two disjoint halves; every iteration takes one step
+of the alphas on a batch of the second half, then one of the weights on a batch of the first. Where the paper's code
+differs between methods (alphas once an epoch for SimCLR, never saved, never synchronised), here all do the same.
 
-The output folder gets log.txt (alphas, entropy and the operations chosen so far, an epoch a line), checkpoint.pth, arch.json (what
-was found, as plain data) and search.svg (the alphas over time, and the head).
+The output folder gets log.txt (alphas, entropy and the operations chosen so far, an epoch a line), checkpoint.pth,
+arch.json (what was found, as plain data) and search.svg (the alphas over time, and the head).
 """
 
 import argparse
@@ -46,8 +46,8 @@ from pretrain import (
     write_atomic,
 )
 
-# The paper steps its alphas by 1e-3 (AdamW) 4,800 times. Adam moves an alpha by about lr a step, so a shorter search with the same
-# lr decides nothing; --arch-lr's default keeps lr x steps at the paper's value.
+# The paper steps its alphas by 1e-3 (AdamW) 4,800 times. Adam moves an alpha by about lr a step, so a shorter search
+# with the same lr decides nothing; --arch-lr's default keeps lr x steps at the paper's value.
 PAPER_TRAVEL = 4.8
 
 
@@ -80,8 +80,8 @@ def alpha_gradients(
 ) -> tuple[Tensor, list[Tensor]]:
     """(loss, its gradient to each alpha) of one batch, first order; weights and buffers stay as they are.
 
-    With the weights held constant nothing below the first mixture needs a graph: the encoder runs forward only, and the gradients
-    are those of a full backward to the last bit.
+    With the weights held constant nothing below the first mixture needs a graph: the encoder runs forward only, and
+    the gradients are those of a full backward to the last bit.
     """
     for p in weights:
         p.requires_grad_(False)
@@ -175,9 +175,7 @@ def bench(search: Search, steps: int = 15, warm_up: int = 3) -> float:
             seconds["weight"].append(t2 - t1)
     alpha, weight = (statistics.median(s) for s in seconds.values())
     ratio = (alpha + weight) / weight
-    say(
-        f"alpha step {1e3 * alpha:.1f} ms, weight step {1e3 * weight:.1f} ms: an iteration costs {ratio:.3f} weight steps"
-    )
+    say(f"alpha step {1e3 * alpha:.1f} ms, weight step {1e3 * weight:.1f} ms: an iteration is {ratio:.3f} weight steps")
 
     views, index = run.batch(orders[1], 0)
     _, cheap = alpha_gradients(search.method, views, index, search.alphas, search.weights)
@@ -210,7 +208,8 @@ def draw(history: list[dict], title: str) -> str:
         peak = max(0.3, max(p for line in curves for layer in line for p in layer))
         svg.append(f'<text x="20" y="{top}" font-weight="bold">{head}</text>')
         svg.append(
-            f'<text x="90" y="{top}" fill="#666">softmax(alpha), 0 to {peak:.2f}, over {len(history) - 1} epochs; chosen below</text>'
+            f'<text x="90" y="{top}" fill="#666">softmax(alpha), 0 to {peak:.2f}, over {len(history) - 1} epochs; '
+            "chosen below</text>"
         )
         for layer, op in enumerate(ops):
             x0, y0 = 20 + cell * layer, top + 10
@@ -224,7 +223,8 @@ def draw(history: list[dict], title: str) -> str:
                 svg.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="{thick}"/>')
             y1 = y0 + plot[1] + 8
             svg.append(
-                f'<rect x="{x0}" y="{y1}" width="{plot[0]}" height="24" rx="4" fill="{COLOURS[op]}" fill-opacity="0.18" stroke="{COLOURS[op]}"/>'
+                f'<rect x="{x0}" y="{y1}" width="{plot[0]}" height="24" rx="4" fill="{COLOURS[op]}" '
+                f'fill-opacity="0.18" stroke="{COLOURS[op]}"/>'
             )
             svg.append(f'<text x="{x0 + plot[0] / 2}" y="{y1 + 16}" text-anchor="middle">{op}</text>')
             if layer + 1 < len(ops):
@@ -246,10 +246,11 @@ def draw(history: list[dict], title: str) -> str:
 
 
 def compare(run: Run, arch: Path) -> dict[str, list[dict]]:
-    """Trains the found, the handcrafted and K random heads alike, --compare-seeds times each, and prints and writes the table.
+    """Trains the found, the handcrafted and K random heads alike, --compare-seeds times each, and prints and writes
+    the table.
 
-    Every run is a run of pretrain.py in a folder of its own below compare/, so a cut comparison goes on where it was. Accuracies
-    are on the test images, of which nothing was chosen.
+    Every run is a run of pretrain.py in a folder of its own below compare/, so a cut comparison goes on where it was.
+    Accuracies are on the test images, of which nothing was chosen.
     """
     args, folder = run.args, run.output / "compare"
     with user_errors():
@@ -298,8 +299,8 @@ def compare(run: Run, arch: Path) -> dict[str, list[dict]]:
         f"random ({args.compare} heads)": [n for n in results if n.startswith("random")],
     }
     lines = [
-        f"{args.method}, {args.arch} x{args.width:g}, {args.data}, {args.compare_seeds} seeds: test accuracy, mean and standard deviation "
-        "over runs; RI is the linear accuracy's relative improvement over the random heads' mean",
+        f"{args.method}, {args.arch} x{args.width:g}, {args.data}, {args.compare_seeds} seeds: test accuracy, mean and "
+        "standard deviation over runs; RI: the linear accuracy's relative improvement over the random heads' mean",
         "",
         f"| heads | kNN (k {args.knn_k}, T {args.knn_t:g}) | linear | RI, % |",
         "|---|---|---|---|",
@@ -336,13 +337,12 @@ def main(args: argparse.Namespace) -> dict[str, list[str]]:
         math.prod(c) for c in zip(*(count_heads(head_dims(*space)) for space in run.spaces.values()))
     )
     say(
-        f"{args.method}, {args.arch} x{args.width:g}, {len(run.parts[0]):,} + {len(run.parts[1]):,} images of {run.size} px "
-        f"({len(run.held_out):,} held out), {run.world} x {run.device.type}"
+        f"{args.method}, {args.arch} x{args.width:g}, {len(run.parts[0]):,} + {len(run.parts[1]):,} images of "
+        f"{run.size} px ({len(run.held_out):,} held out), {run.world} x {run.device.type}"
     )
     say(f"{names:,} heads by name, {choices:,} that differ layer by layer, {functions:,} as functions")
-    say(
-        f"base lr {search.base_lr:g} x {args.batch_size}/256, alpha lr {search.alpha_optimizer.param_groups[0]['lr']:.2g}"
-    )
+    alpha_lr = search.alpha_optimizer.param_groups[0]["lr"]
+    say(f"base lr {search.base_lr:g} x {args.batch_size}/256, alpha lr {alpha_lr:.2g}")
     if args.bench:
         bench(search)
         return {}
@@ -395,8 +395,8 @@ def main(args: argparse.Namespace) -> dict[str, list[str]]:
         say(f"{name}: {' '.join(ops)}")
     if "knn" in history[-1] and "knn" in history[0]:
         say(
-            f"kNN on {len(run.held_out):,} held-out images: {100 * history[-1]['knn']:.2f} % with the search network's encoder, "
-            f"{100 * history[0]['knn']:.2f} % untrained"
+            f"kNN on {len(run.held_out):,} held-out images: {100 * history[-1]['knn']:.2f} % with the search network's "
+            f"encoder, {100 * history[0]['knn']:.2f} % untrained"
         )
     parser = pretrain.get_parser()
     shared = {k: v for k, v in vars(args).items() if k in vars(parser.parse_args([])) and k != "output_dir"}

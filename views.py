@@ -1,11 +1,11 @@
 """Images in memory, and batches of augmented views of them.
 
-load_images(source, split)   everything as one uint8 tensor (N, 3, H, W): made in memory, a torchvision data set, or a folder
-MultiCrop(recipe, size)      uint8 batch -> list of float views; every image has its own parameters, drawn from a generator
+load_images(source, split)   one uint8 tensor (N, 3, H, W): made in memory, a torchvision data set, or a folder
+MultiCrop(recipe, size)      uint8 batch -> list of float views; each image has its own parameters, from a generator
 
-Drawing (`sample`) and computing (`render`) are apart: the same parameters give the same views on a CPU, on a GPU, eager or
-compiled, and a slice of them is one rank's share. The order is crop, flip, colour jitter, grey, blur, solarize, normalise,
-each as torchvision's functional operation on a float image does it.
+Drawing (`sample`) and computing (`render`) are apart: the same parameters give the same views on a CPU, on a GPU,
+eager or compiled, and a slice of them is one rank's share. The order is crop, flip, colour jitter, grey, blur,
+solarize, normalise, each as torchvision's functional operation on a float image does it.
 """
 
 import itertools
@@ -68,15 +68,15 @@ def load_images(
 ) -> Images:
     """Loads one split whole into memory.
 
-    source  `shapes` (made in memory), a name in DATASETS (downloaded to `root`), or a folder: train/ and test/ or val/ with
-            one sub-folder a class; or images in any nesting, which are then one training split without labels
+    source  `shapes` (made in memory), a name in DATASETS (downloaded to `root`), or a folder: train/ and test/ or
+            val/ with a sub-folder a class; or images in any nesting, which are then a training split without labels
     split   "train" or "test"
-    size    edge in pixels: the short side is resized to it, antialiased, and the centre cut out; None keeps the images as
-            they are, which then must all have one size
+    size    edge in pixels: the short side is resized to it, antialiased, and the centre cut out; None keeps the images
+            as they are, which then must all have one size
     limit   that many images of a fixed shuffle (the same ones whatever the seed of the run)
 
-    Everything becomes 8-bit RGB: grey is repeated, alpha dropped, 16 bits scaled to 8. A file that cannot be decoded is named
-    on stderr and skipped. Raises FileNotFoundError, ConnectionError or ValueError with what to do.
+    Everything becomes 8-bit RGB: grey is repeated, alpha dropped, 16 bits scaled to 8. A file that cannot be decoded
+    is named on stderr and skipped. Raises FileNotFoundError, ConnectionError or ValueError with what to do.
     """
     if source == "shapes":
         images = make_shapes({"train": 4000, "test": 1000}[split], size or 32, seed={"train": 0, "test": 1}[split])
@@ -111,17 +111,19 @@ class _Subset:
 
 def _torchvision_items(name, split, root):
     class_name, train, test = DATASETS[name]
-    arguments = train if split == "train" else test
     try:
-        dataset = getattr(datasets, class_name)(root, download=True, **arguments)
-    except Exception as error:  # urllib, tarfile, hashing: every data set fails in its own way
-        raise ConnectionError(
-            f"could not download {name} into '{root}' ({type(error).__name__}: {error}). Without a network, copy it there from "
-            f"a machine that has one: python -c \"from torchvision import datasets; datasets.{class_name}('{root}', "
-            f'download=True)", or give a folder of images instead'
+        dataset = getattr(datasets, class_name)(root, download=True, **(train if split == "train" else test))
+    except ImportError as error:
+        raise ValueError(
+            f"torchvision's {class_name} needs a package that is not there: pip install {error.name}"
         ) from error
-    classes = list(getattr(dataset, "classes", [])) or [str(i) for i in range(10)]
-    return dataset, [], classes  # labels come with the items
+    except Exception as error:  # urllib, tarfile, hashing: every data set fails in its own way
+        command = f"from torchvision import datasets; datasets.{class_name}('{root}', download=True)"
+        raise ConnectionError(
+            f"could not download {name} into '{root}' ({type(error).__name__}: {error}). Without a network, copy it "
+            f'there from a machine that has one, where python -c "{command}" fetches it, or give a folder of images'
+        ) from error
+    return dataset, None, getattr(dataset, "classes", None)  # labels come with the items
 
 
 def _image_files(folder):
@@ -225,8 +227,9 @@ def _decode(items, labels, classes, size, budget_gb, workers, what):
                 need = n * image.numel() / 1e9
                 if need > budget_gb:
                     raise ValueError(
-                        f"{what}: {n:,} images of {image.shape[1]} x {image.shape[0]} take {need:.1f} GB in memory, more than the "
-                        f"{budget_gb:g} GB allowed: choose a smaller --image-size, --max-images, or raise --resident-gb"
+                        f"{what}: {n:,} images of {image.shape[1]} x {image.shape[0]} take {need:.1f} GB in memory, "
+                        f"more than the {budget_gb:g} GB allowed: choose a smaller --image-size or --max-images, or "
+                        "raise --resident-gb"
                     )
                 pixels = torch.empty((n, 3, *image.shape[:2]), dtype=torch.uint8)
             if image.shape[:2] != pixels.shape[2:]:
@@ -249,7 +252,10 @@ def _decode(items, labels, classes, size, budget_gb, workers, what):
         raise ValueError(f"{what}: none of the {n:,} files could be decoded as an image")
     if broken:
         print(f"{what}: skipped {len(broken)} of {n:,} files that could not be decoded", file=sys.stderr)
-    return Images(pixels[:count], torch.tensor(kept), classes)
+    labels = torch.tensor(kept)
+    if classes is None:  # the data set does not name them
+        classes = [str(i) for i in range(int(labels.max()) + 1)]
+    return Images(pixels[:count], labels, list(classes))
 
 
 # ---- shapes: a data set for a machine without one -------------------------------------------------------------------
@@ -277,8 +283,9 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def make_shapes(n: int, size: int = 32, seed: int = 0) -> Images:
     """n images of 10 balanced classes: about a dozen copies of one shape, strewn over a sloping, noisy ground.
 
-    Place, size and angle are drawn for each copy, colours for each image, all independently of the class: neither a colour nor a
-    pixel tells it, while nearly every crop shows it, which is what a method that compares crops can learn from.
+    Place, size and angle are drawn for each copy, colours for each image, all independently of the class: neither a
+    colour nor a pixel tells it, while nearly every crop shows it, which is what a method that compares crops can
+    learn from.
     """
     rng = torch.Generator().manual_seed(seed)
 
@@ -369,9 +376,9 @@ class MultiCrop:
 def sample_view(view: View, n: int, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Parameters of one view of n images, distributed as in torchvision's transforms.
 
-    box (n, 4) top, left, height, width of the crop; flip (n,) bool; factor (n, 3) of brightness, contrast, saturation, 1 for
-    none; order (n, 3) of the three; hue (n,) shift in turns, 0 for none; hue_after (n,) that many of the three; grey, solarize
-    (n,) bool; sigma (n,) of the blur in pixels, 0 for none.
+    box (n, 4) top, left, height, width of the crop; flip (n,) bool; factor (n, 3) of brightness, contrast,
+    saturation, 1 for none; order (n, 3) of the three; hue (n,) shift in turns, 0 for none; hue_after (n,) that many
+    of the three; grey, solarize (n,) bool; sigma (n,) of the blur in pixels, 0 for none.
     """
     u = torch.rand(n, 36, generator=generator, device=generator.device)
     area = (
@@ -409,9 +416,11 @@ def sample_view(view: View, n: int, height: int, width: int, generator: torch.Ge
 
 
 def resize_matrix(start: Tensor, length: Tensor, size: int, extent: int, flip: Tensor | None = None) -> Tensor:
-    """(n, size, extent): row o of image i holds the weights with which the pixels of [start_i, start_i + length_i) make pixel o.
+    """(n, size, extent): row o of image i holds the weights with which the pixels of [start_i, start_i + length_i)
+    make pixel o.
 
-    A triangle as wide as the reduction, cut at the crop's edge and normalised: torchvision's antialiased bilinear resize, exactly.
+    A triangle as wide as the reduction, cut at the crop's edge and normalised: torchvision's antialiased bilinear
+    resize, exactly.
     """
     scale = (length / size)[:, None]
     out = torch.arange(size, device=start.device, dtype=torch.float32).expand(len(start), size)
@@ -457,7 +466,9 @@ def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
 def render_view(pixels: Tensor, p: dict[str, Tensor], size: int) -> Tensor:
     """uint8 (n, 3, H, W) and sample_view's parameters -> float32 (n, 3, size, size) in 0..1."""
     rows = None
-    if not _everywhere(pixels):  # put images beside each other whose hue is due at the same step: then a step is a slice
+    if not _everywhere(
+        pixels
+    ):  # put images beside each other whose hue is due at the same step: then a step is a slice
         turn = torch.where(p["hue"] != 0, p["hue_after"], 4)
         rows = turn.argsort()
         pixels, p = pixels[rows], {k: v[rows] for k, v in p.items()}
@@ -489,9 +500,11 @@ BRIGHTNESS, CONTRAST, SATURATION = range(3)
 
 
 def blend_(x: Tensor, step: Tensor, factor: Tensor) -> None:
-    """One of brightness, contrast and saturation, in place; step (n,) says which for each image, factor (n, 3) how much.
+    """One of brightness, contrast and saturation, in place; step (n,) says which for each image, factor (n, 3) how
+    much.
 
-    All are clamp(f x + (1 - f) reference), the reference being black, the mean luma and the luma: one expression serves them all.
+    All are clamp(f x + (1 - f) reference), the reference being black, the mean luma and the luma: one expression
+    serves them all.
     """
     f = factor.gather(1, step[:, None]).view(-1, 1, 1, 1)
     to_mean, to_luma = ((1 - f) * (step == k).view(-1, 1, 1, 1) for k in (CONTRAST, SATURATION))
@@ -506,7 +519,7 @@ def _blur(x, sigma):
 
 
 def _everywhere(x):
-    """Whether to compute on all images and select. On a GPU, or compiled: to ask which images are due would stop the stream."""
+    """Whether to compute on all images and select: on a GPU, or compiled, asking which are due stops the stream."""
     return x.is_cuda or torch.compiler.is_compiling()
 
 

@@ -2,8 +2,8 @@
 
     python tests/bench_views.py
 
-Both make the two SimSiam views of 32 px images that are in memory already. The two take turns, on one thread, and the figure is the
-median over rounds of the ratio within a round, so that a busy machine slows both alike.
+Both make the two SimSiam views of 32 px images that are in memory already. The two take turns, on one thread, and the
+figure is the median over rounds of the ratio within a round, so that a busy machine slows both alike.
 """
 
 import statistics
@@ -51,7 +51,9 @@ def main(batch: int = 256, rounds: int = 15) -> float:
                 rates[name].append(2 * batch / (time.process_time() - start))
     ratio = statistics.median(a / b for a, b in zip(*rates.values()))
     for name, values in rates.items():
-        print(f"{name:12} {statistics.median(values):8,.0f} views a CPU-second ({min(values):,.0f} to {max(values):,.0f})")
+        print(
+            f"{name:12} {statistics.median(values):8,.0f} views a CPU-second ({min(values):,.0f} to {max(values):,.0f})"
+        )
     print(f"ratio {ratio:.1f}")
     return ratio
 
