@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import BACKBONES, build_backbone
-from views import IMAGENET_MEAN, IMAGENET_STD, Images, MultiCrop, load_images
+from views import CROP_AND_FLIP, IMAGENET_MEAN, IMAGENET_STD, Images, MultiCrop, load_images
 
 # ---- what every script needs at its start ---------------------------------------------------------------------------
 
@@ -318,7 +318,10 @@ def measure(
     h, h_test = (extract(backbone, images.pixels, mean, std, device, args.batch_size) for images in (train, test))
     augmented = None
     if args.augment:
-        views, g = (MultiCrop("linear", train.pixels.shape[-1], mean, std), torch.Generator().manual_seed(args.seed))
+        views, g = (
+            MultiCrop(CROP_AND_FLIP, train.pixels.shape[-1], mean, std),
+            torch.Generator().manual_seed(args.seed),
+        )
         backbone.eval()
 
         @torch.no_grad()
@@ -332,6 +335,7 @@ def measure(
 
 
 def get_parser() -> Parser:
+    on_off = argparse.BooleanOptionalAction
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--weights", required=True, help="backbone.pth, or a torchvision state dict together with --arch"
@@ -344,12 +348,8 @@ def get_parser() -> Parser:
     parser.add_argument(
         "--stem", choices=["imagenet", "small"], default=None, help="only where backbone.json is missing"
     )
-    parser.add_argument(
-        "--augment", action=argparse.BooleanOptionalAction, default=False, help="the probe trains on crops and flips"
-    )
-    parser.add_argument(
-        "--untrained", action=argparse.BooleanOptionalAction, default=True, help="measure the untrained network too"
-    )
+    parser.add_argument("--augment", action=on_off, default=False, help="the probe trains on crops and flips")
+    parser.add_argument("--untrained", action=on_off, default=True, help="measure the untrained network too")
     parser.add_argument("--epochs", type=int, default=100, help="of the probe")
     parser.add_argument("--batch-size", type=int, default=512, help="images a forward pass")
     parser.add_argument("--knn-k", type=int, default=200, help="neighbours")

@@ -148,7 +148,7 @@ class SimSiam(nn.Module):
     as for ResNet18; the predictor's hidden layer has D / 4.
     """
 
-    recipe, optimizer, lr, weight_decay = "simsiam", "sgd", 0.06, 5e-4  # lr at batch 256
+    recipe, optimizer, lr, weight_decay = "simsiam", "sgd", 0.12, 5e-4  # lr at batch 256
     constant_lr = ("predictor",)
 
     @staticmethod
@@ -229,7 +229,7 @@ class MoCo(nn.Module):
     its image returns.
     """
 
-    recipe, optimizer, lr, weight_decay = "moco", "sgd", 0.06, 5e-4
+    recipe, optimizer, lr, weight_decay = "moco", "sgd", 0.12, 5e-4
     constant_lr = ()
 
     @staticmethod

@@ -41,10 +41,9 @@ from views import RECIPES, Images, MultiCrop, channel_stats
 
 def training_flags(parser: Parser) -> None:
     """What search.py and pretrain.py have in common."""
+    on_off = argparse.BooleanOptionalAction
     group = parser.add_argument_group("model and method")
-    group.add_argument(
-        "--data", default="shapes", help="shapes (made in memory), a torchvision name (cifar10, ...) or a folder"
-    )
+    group.add_argument("--data", default="shapes", help="shapes (made in memory), a torchvision name or a folder")
     group.add_argument("--method", choices=list(METHODS), default="simsiam")
     group.add_argument("--arch", choices=list(BACKBONES), default="resnet18")
     group.add_argument("--width", type=float, default=0.25, help="times torchvision's channels; 1 is the full network")
@@ -52,37 +51,23 @@ def training_flags(parser: Parser) -> None:
     group.add_argument("--recipe", choices=list(RECIPES), default=None, help="of the views; None is the method's")
     group.add_argument("--out-dim", type=int, default=None, help="dimensions of z; None is the method's")
     group.add_argument("--temperature", type=float, default=None, help="of simclr and moco; None is the method's")
-    group.add_argument(
-        "--momentum-teacher", type=float, default=None, help="of moco's momentum encoder; None is the method's"
-    )
+    group.add_argument("--momentum-teacher", type=float, default=None, help="of moco; None is the method's")
     group.add_argument("--queue-size", type=int, default=None, help="keys in moco's queue; None fits it to the data")
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=int, default=20)
-    group.add_argument("--batch-size", type=int, default=256, help="images a step, over all ranks together")
+    group.add_argument("--epochs", type=int, default=12)
+    group.add_argument("--batch-size", type=int, default=64, help="images a step, over all ranks together")
     group.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd")
     group.add_argument("--lr", type=float, default=None, help="at batch size 256, scaled with it; None is the method's")
     group.add_argument("--weight-decay", type=float, default=None, help="None is the method's")
-    group.add_argument(
-        "--warmup-epochs", type=float, default=None, help="from 0 to the full lr; None is a tenth, 10 at the most"
-    )
-    group.add_argument(
-        "--held-out", type=float, default=0.1, help="share of the training images kept aside for the monitor"
-    )
-    group.add_argument(
-        "--knn-every", type=int, default=5, help="epochs between kNN figures on held-out images; 0 is never"
-    )
+    group.add_argument("--warmup-epochs", type=float, default=None, help="None is a tenth of all, 10 at the most")
+    group.add_argument("--held-out", type=float, default=0.1, help="share of the training images kept for the monitor")
+    group.add_argument("--knn-every", type=int, default=5, help="epochs between the monitor's kNN figures; 0 is never")
     group.add_argument("--knn-k", type=int, default=200, help="neighbours of the monitor")
     group.add_argument("--knn-t", type=float, default=0.1, help="temperature of the monitor's votes")
-    group.add_argument(
-        "--amp", action=argparse.BooleanOptionalAction, default=None, help="bf16 autocast; None: on CUDA"
-    )
-    group.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=None, help="torch.compile; None: on CUDA"
-    )
+    group.add_argument("--amp", action=on_off, default=None, help="bf16 autocast; None is on CUDA alone")
+    group.add_argument("--compile", action=on_off, default=None, help="torch.compile; None is on CUDA alone")
     group.add_argument("--print-every", type=int, default=50, help="steps between lines on the console")
-    group.add_argument(
-        "--resume", action=argparse.BooleanOptionalAction, default=True, help="go on from a checkpoint of this command"
-    )
+    group.add_argument("--resume", action=on_off, default=True, help="go on from a checkpoint of this command")
     group.add_argument("--bench", action="store_true", help="time the parts of a step and stop; writes nothing")
     data_flags(parser)
 
@@ -150,23 +135,24 @@ class Run:
         """The method with its encoder and heads: search_head(dims) for each, else those that --heads names."""
         args, encoder = self.args, build_backbone(self.args.arch, self.stem, self.args.width)[0]
         self.spaces = self.method_class.heads(encoder.feature_dim, args.out_dim)
-        specs = None if search_head else load_heads(args.heads, list(self.spaces))
+        self.specs = None if search_head else load_heads(args.heads, list(self.spaces))
+        self.heads = None  # the method's handcrafted ones
         if search_head:
             self.heads = {name: search_head(head_dims(*space)) for name, space in self.spaces.items()}
-        elif specs:
-            self.heads = {
-                n: build_head(ops, head_dims(*self.spaces[n]._replace(layers=len(ops)))) for n, ops in specs.items()
-            }
-        else:
-            self.heads = None  # the method's handcrafted ones
-        flags = {"temperature": "temperature", "momentum": "momentum_teacher", "queue_size": "queue_size"}
-        options = {option: getattr(args, flag) for option, flag in flags.items() if getattr(args, flag) is not None}
-        known = inspect.signature(self.method_class).parameters
-        for option in options:
-            if option not in known:
-                raise ValueError(
-                    f"--{flags[option].replace('_', '-')} means nothing to --method {args.method}: leave it out"
-                )
+        elif self.specs:
+            spaces = {name: self.spaces[name]._replace(layers=len(ops)) for name, ops in self.specs.items()}
+            self.heads = {name: build_head(self.specs[name], head_dims(*space)) for name, space in spaces.items()}
+        known, options = inspect.signature(self.method_class).parameters, {}
+        for option, flag in (
+            ("temperature", "temperature"),
+            ("momentum", "momentum-teacher"),
+            ("queue_size", "queue-size"),
+        ):
+            value = getattr(args, flag.replace("-", "_"))
+            if value is not None and option not in known:
+                raise ValueError(f"--{flag} means nothing to --method {args.method}: leave it out")
+            if value is not None:
+                options[option] = value
         if "n_images" in known:
             options["n_images"] = min(map(len, self.parts))
         return self.method_class(encoder, self.heads, args.out_dim, **options)
@@ -175,8 +161,7 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16) if self.amp else nullcontext()
 
     def batch(self, order: Tensor, step: int) -> tuple[list[Tensor], Tensor]:
-        """(views, index) of this rank's share of step's batch. All ranks draw for the whole batch, so that one or
-        many see the same views."""
+        """(views, index) of this rank's share of a batch; all draw for all of it: one or many see the same views."""
         n, b = self.args.batch_size, self.args.batch_size // self.world
         index = order[step * n : (step + 1) * n]
         parameters = self.views.sample(n, *self.pixels.shape[2:], self.generator)
@@ -238,16 +223,12 @@ def collapsed(facts: dict[str, float]) -> str | None:
 def optimizer_of(
     named: list[tuple[str, nn.Parameter]], method: nn.Module, args: argparse.Namespace
 ) -> torch.optim.Optimizer:
-    """SGD with momentum .9 or AdamW ; the second group keeps its learning rate (SimSiam's predictor)."""
+    """SGD with momentum .9 or AdamW; the second group keeps its learning rate (SimSiam's predictor)."""
     defaults = {"sgd": (method.lr, method.weight_decay), "adamw": (1e-3, 0.05)}[args.optimizer]
     lr, decay = (d if v is None else v for v, d in zip((args.lr, args.weight_decay), defaults))
     lr *= args.batch_size / 256
-    constant = [p for n, p in named if n.startswith(method.constant_lr)] if method.constant_lr else []
-    kept = {id(p) for p in constant}
-    groups = [
-        {"params": [p for _, p in named if id(p) not in kept], "constant": False},
-        {"params": constant, "constant": True},
-    ]
+    kept = [n.startswith(method.constant_lr) for n, _ in named]
+    groups = [{"params": [p for (_, p), k in zip(named, kept) if k == c], "constant": c} for c in (False, True)]
     groups = [g | {"peak": lr} for g in groups if g["params"]]
     fused = named[0][1].is_cuda or None
     if args.optimizer == "sgd":
@@ -309,6 +290,7 @@ def save_checkpoint(run: Run, epoch: int, history: list[dict], optimizers: list[
     state = {
         "flags": {k: v for k, v in vars(run.args).items() if k not in FREE_FLAGS},
         "data": fingerprint(run.images),
+        "heads": run.specs,
         "epoch": epoch,
         "method": run.method.state_dict(),
         "optimizers": [o.state_dict() for o in optimizers],
@@ -341,6 +323,8 @@ def load_checkpoint(run: Run, optimizers: list[torch.optim.Optimizer]) -> tuple[
                 f"'{path}' was made with --{flag.replace('_', '-')} {have}, not {want}: choose another --output-dir, "
                 "or start over with --no-resume"
             )
+    if state["heads"] != run.specs:
+        raise ValueError(f"'{path}' was made with other heads than --heads now names: choose another --output-dir")
     if data != fingerprint(run.images):
         raise ValueError(
             f"'{path}' was made with other images ({data[0]:,}, now {len(run.images.pixels):,}): choose another "
@@ -364,7 +348,7 @@ class Console:
         self.begin()
 
     def begin(self):
-        self.start, self.views_s, self.steps, self.losses, self.printed = time.time(), 0.0, 0, [], 0
+        self.start, self.views_s, self.steps, self.losses = time.time(), 0.0, 0, []
 
     def add(self, loss: Tensor, views_s: float):
         self.losses.append(loss.detach())
@@ -388,9 +372,8 @@ class Console:
         if self.steps % self.run.args.print_every:
             return
         loss = self.mean_loss(f"epoch {epoch + 1}", lr)
-        self.text(
-            f"epoch {epoch + 1}/{self.run.args.epochs} step {self.steps}/{self.run.steps_per_epoch}", loss, done, lr
-        )
+        where = f"epoch {epoch + 1}/{self.run.args.epochs} step {self.steps}/{self.run.steps_per_epoch}"
+        self.text(where, loss, done, lr)
 
     def text(self, where: str, loss: float, done: int, lr: float, more: str = "") -> None:
         seconds = time.time() - self.start

@@ -38,6 +38,7 @@ from pretrain import (
     Run,
     collapsed,
     command_line,
+    is_main,
     load_checkpoint,
     optimizer_of,
     save_checkpoint,
@@ -246,10 +247,9 @@ def draw(history: list[dict], title: str) -> str:
 
 
 def compare(run: Run, arch: Path) -> dict[str, list[dict]]:
-    """Trains the found, the handcrafted and K random heads alike, --compare-seeds times each, and prints and writes
-    the table.
+    """Trains the found, the handcrafted and K random heads alike, --compare-seeds times each, and writes a table.
 
-    Every run is a run of pretrain.py in a folder of its own below compare/, so a cut comparison goes on where it was.
+    Every run is one of pretrain.py in a folder of its own below compare/, so a cut comparison goes on where it was.
     Accuracies are on the test images, of which nothing was chosen.
     """
     args, folder = run.args, run.output / "compare"
@@ -261,43 +261,44 @@ def compare(run: Run, arch: Path) -> dict[str, list[dict]]:
     rng = random.Random(args.seed)
     candidates = {"found": str(arch), "handcrafted": "default"}
     for k in range(args.compare):
+        candidates[f"random {k + 1}"] = str(folder / f"random-{k + 1}.json")
         heads = {name: random_head(head_dims(*space), rng) for name, space in run.spaces.items()}
-        path = folder / f"random-{k + 1}.json"
-        if pretrain.is_main():
-            write_atomic(json.dumps({"method": args.method, "heads": heads}, indent=2) + "\n", path)
-        candidates[f"random {k + 1}"] = str(path)
+        if is_main():
+            write_atomic(
+                json.dumps({"method": args.method, "heads": heads}) + "\n", Path(candidates[f"random {k + 1}"])
+            )
     if dist.is_initialized():
         dist.barrier()
 
-    eval_args = linear_eval.get_parser().parse_args(
-        ["--weights", "", "--knn-k", str(args.knn_k), "--knn-t", str(args.knn_t)]
-    )
+    shared = {k: v for k, v in vars(args).items() if k in vars(pretrain.get_parser().parse_args([]))}
+    shared |= {"epochs": args.compare_epochs or args.epochs}
+    measuring = linear_eval.get_parser().parse_args(["--weights", "", f"--knn-k={args.knn_k}", f"--knn-t={args.knn_t}"])
     results: dict[str, list[dict]] = {name: [] for name in candidates}
     for seed in range(args.compare_seeds):
         for name, heads in candidates.items():
             output = folder / f"{name.replace(' ', '-')}-seed{seed}"
-            scores = output / "scores.json"
-            if not (args.resume and scores.exists()):
-                say(f"\n{name}, seed {seed}: {output}")
-                shared = {k: v for k, v in vars(args).items() if k in vars(pretrain.get_parser().parse_args([]))}
-                epochs = args.compare_epochs or args.epochs
-                pretrain.main(
-                    argparse.Namespace(
-                        **shared | {"heads": heads, "output_dir": str(output), "seed": seed, "epochs": epochs}
-                    )
-                )
+            say(f"\n{name}, seed {seed}: {output}")
+            pretrain.main(argparse.Namespace(**shared | {"heads": heads, "output_dir": str(output), "seed": seed}))
+            scores, trained = output / "scores.json", output / "checkpoint.pth"
+            if not scores.exists() or scores.stat().st_mtime < trained.stat().st_mtime:
                 backbone, facts = load_backbone(str(output / "backbone.pth"))
-                row = measure(backbone, facts, train, test, run.device, eval_args)
-                if pretrain.is_main():
+                row = measure(backbone, facts, train, test, run.device, measuring)
+                if is_main():
                     write_atomic(json.dumps(row) + "\n", scores)
                 if dist.is_initialized():
                     dist.barrier()
             results[name].append(json.loads(scores.read_text()))
-    groups = {
-        "found": ["found"],
-        "handcrafted": ["handcrafted"],
-        f"random ({args.compare} heads)": [n for n in results if n.startswith("random")],
-    }
+    lines = table(args, results)
+    say("\n" + "\n".join(lines))
+    if is_main():
+        write_atomic("\n".join(lines) + "\n", folder / "compare.md")
+    return results
+
+
+def table(args: argparse.Namespace, results: dict[str, list[dict]]) -> list[str]:
+    """Markdown: found, handcrafted and random heads; mean and standard deviation over runs."""
+    randoms = [name for name in results if name.startswith("random")]
+    base = statistics.mean(r["linear"] for name in randoms for r in results[name])
     lines = [
         f"{args.method}, {args.arch} x{args.width:g}, {args.data}, {args.compare_seeds} seeds: test accuracy, mean and "
         "standard deviation over runs; RI: the linear accuracy's relative improvement over the random heads' mean",
@@ -305,23 +306,21 @@ def compare(run: Run, arch: Path) -> dict[str, list[dict]]:
         f"| heads | kNN (k {args.knn_k}, T {args.knn_t:g}) | linear | RI, % |",
         "|---|---|---|---|",
     ]
-    base = statistics.mean(r["linear"] for n in results if n.startswith("random") for r in results[n])
+    groups = {"found": ["found"], "handcrafted": ["handcrafted"], f"random ({args.compare} heads)": randoms}
     for group, names in groups.items():
+        rows = [r for name in names for r in results[name]]
         cells = []
         for key in ("knn", "linear"):
-            values = [100 * r[key] for n in names for r in results[n]]
-            cells.append(f"{statistics.mean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else 0:.2f}")
-        gain = 100 * (statistics.mean(r["linear"] for n in names for r in results[n]) - base) / base
+            values = [100 * r[key] for r in rows]
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.2f}{spread}")
+        gain = 100 * (statistics.mean(r["linear"] for r in rows) / base - 1)
         lines.append(f"| {group} | {cells[0]} | {cells[1]} | {gain:+.2f} |")
-    per_head = [100 * statistics.mean(r["linear"] for r in results[n]) for n in results if n.startswith("random")]
-    lines += [
+    one_by_one = sorted(100 * statistics.mean(r["linear"] for r in results[name]) for name in randoms)
+    return lines + [
         "",
-        f"random heads one by one, linear, mean over seeds: {', '.join(f'{v:.2f}' for v in sorted(per_head))}",
+        f"random heads one by one, linear, mean over seeds: {', '.join(f'{v:.2f}' for v in one_by_one)}",
     ]
-    say("\n" + "\n".join(lines))
-    if pretrain.is_main():
-        write_atomic("\n".join(lines) + "\n", folder / "compare.md")
-    return results
 
 
 # ---- the script -----------------------------------------------------------------------------------------------------

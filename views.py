@@ -342,8 +342,8 @@ RECIPES = {
     "simsiam": Recipe((View(), View())),  # 2011.10566 section 3; 2302.00059 uses the same three on CIFAR
     "simclr": Recipe((_simclr, _simclr)),  # 2002.05709 appendix B.9
     "moco": Recipe((_simclr, _simclr)),  # 2003.04297
-    "linear": Recipe((View((0.08, 1.0), jitter_p=0.0, grey=0.0, blur=0.0),)),  # a probe's training: crop and flip
 }
+CROP_AND_FLIP = Recipe((View((0.08, 1.0), jitter_p=0.0, grey=0.0, blur=0.0),))  # one view, to train a probe on
 
 
 class MultiCrop:
