@@ -220,13 +220,16 @@ class SearchHead(nn.Module):
         return (torch.special.entr(p).sum(1) / math.log(len(OPS))).tolist()
 
 
+def true_name(op: str, i: int, o: int) -> str:
+    """What an operation comes to in a layer i -> o: its name, or that of the one that it coincides with there."""
+    if i > o and op == "identity":
+        return "linear_relu"
+    return "linear" if i < o and op not in ("maxpool_3x3", "avgpool_3x3") else op
+
+
 def distinct_ops(i: int, o: int) -> list[str]:
     """The operations that differ as functions in a layer i -> o, one name for each."""
-    if i > o:
-        return [name for name in OPS if name != "identity"]  # identity is Linear BN ReLU: linear_relu
-    if i < o:
-        return ["maxpool_3x3", "avgpool_3x3", "linear_relu"]  # the others are the same bare Linear
-    return list(OPS)
+    return list({true_name(op, i, o): op for op in OPS}.values())
 
 
 def random_head(dims: Sequence[int], rng: random.Random) -> list[str]:

@@ -20,6 +20,7 @@ import math
 import random
 import statistics
 import time
+from itertools import cycle
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -32,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 import linear_eval
 import pretrain
 from linear_eval import Parser, load_backbone, load_data, measure, user_errors
-from models import OPS, SearchHead, count_heads, head_dims, random_head
+from models import OPS, SearchHead, count_heads, head_dims, random_head, true_name
 from pretrain import (
     Console,
     Run,
@@ -190,11 +191,11 @@ def bench(search: Search, steps: int = 15, warm_up: int = 3) -> float:
 
 # ---- the picture ----------------------------------------------------------------------------------------------------
 
-COLOURS = dict(zip(OPS, ("#000000", "#999999", "#CC79A7", "#D55E00", "#0072B2", "#009E73", "#E69F00"), strict=True))
+COLOURS = dict(zip(OPS, cycle(["#000000", "#999999", "#CC79A7", "#D55E00", "#0072B2", "#009E73", "#E69F00"])))
 
 
-def draw(history: list[dict], title: str) -> str:
-    """SVG: softmax(alpha) of each layer over the epochs, and under it the operation that it chose."""
+def draw(history: list[dict], dims: dict[str, list[int]], title: str) -> str:
+    """SVG: softmax(alpha) of each layer over the epochs, and under it what it chose, by true_name; dims by head."""
     cell, plot, row = 150, (126, 84), 168
     heads = history[-1]["ops"]
     width = 40 + cell * max(map(len, heads.values()))
@@ -213,6 +214,7 @@ def draw(history: list[dict], title: str) -> str:
             "chosen below</text>"
         )
         for layer, op in enumerate(ops):
+            label = true_name(op, dims[head][layer], dims[head][layer + 1])
             x0, y0 = 20 + cell * layer, top + 10
             svg.append(f'<rect x="{x0}" y="{y0}" width="{plot[0]}" height="{plot[1]}" fill="none" stroke="#bbb"/>')
             for k, (name, colour) in enumerate(COLOURS.items()):
@@ -227,7 +229,7 @@ def draw(history: list[dict], title: str) -> str:
                 f'<rect x="{x0}" y="{y1}" width="{plot[0]}" height="24" rx="4" fill="{COLOURS[op]}" '
                 f'fill-opacity="0.18" stroke="{COLOURS[op]}"/>'
             )
-            svg.append(f'<text x="{x0 + plot[0] / 2}" y="{y1 + 16}" text-anchor="middle">{op}</text>')
+            svg.append(f'<text x="{x0 + plot[0] / 2}" y="{y1 + 16}" text-anchor="middle">{label}</text>')
             if layer + 1 < len(ops):
                 x1 = x0 + plot[0]
                 svg.append(
@@ -332,9 +334,8 @@ def main(args: argparse.Namespace) -> dict[str, list[str]]:
         run = search.run
         optimizers = [search.optimizer, search.alpha_optimizer]
         first, history = (0, []) if args.bench else load_checkpoint(run, optimizers)
-    names, choices, functions = (
-        math.prod(c) for c in zip(*(count_heads(head_dims(*space)) for space in run.spaces.values()))
-    )
+    dims = {name: head_dims(*space) for name, space in run.spaces.items()}
+    names, choices, functions = (math.prod(c) for c in zip(*map(count_heads, dims.values())))
     say(
         f"{args.method}, {args.arch} x{args.width:g}, {len(run.parts[0]):,} + {len(run.parts[1]):,} images of "
         f"{run.size} px ({len(run.held_out):,} held out), {run.world} x {run.device.type}"
@@ -348,7 +349,7 @@ def main(args: argparse.Namespace) -> dict[str, list[str]]:
     if first:
         say(f"goes on after epoch {first} of {run.output / 'checkpoint.pth'}")
     if not history:
-        history.append({"epoch": 0} | search.state() | run.monitor(knn=True))
+        history.append({"epoch": 0} | search.state() | run.monitor(knn=args.knn_every > 0))
 
     warmup = pretrain.warmup_steps(args, run.steps_per_epoch)
     console, done, lr = Console(run, search.total), first * run.steps_per_epoch, 0.0
@@ -389,9 +390,9 @@ def main(args: argparse.Namespace) -> dict[str, list[str]]:
     if run.rank == 0:
         write_atomic(json.dumps(found, indent=2) + "\n", arch)
         title = f"{args.method} heads found on {Path(args.data).name}, {args.arch} x{args.width:g}, seed {args.seed}"
-        write_atomic(draw(history, title), run.output / "search.svg")
+        write_atomic(draw(history, dims, title), run.output / "search.svg")
     for name, ops in heads.items():
-        say(f"{name}: {' '.join(ops)}")
+        say(f"{name}: {' '.join(true_name(*layer) for layer in zip(ops, dims[name], dims[name][1:]))}")
     if "knn" in history[-1] and "knn" in history[0]:
         say(
             f"kNN on {len(run.held_out):,} held-out images: {100 * history[-1]['knn']:.2f} % with the search network's "
