@@ -49,15 +49,9 @@ def data_flags(parser: Parser) -> None:
     group = parser.add_argument_group("data and machine")
     group.add_argument("--data-root", default="data", help="where torchvision's data sets are downloaded to")
     group.add_argument("--image-size", type=int, default=None, help="edge in pixels; None keeps the images' own")
-    group.add_argument(
-        "--max-images", type=int, default=None, help="that many of the training images, always the same ones"
-    )
-    group.add_argument(
-        "--resident-gb", type=float, default=16.0, help="the most memory that a split's pixels may take, GB"
-    )
-    group.add_argument(
-        "--workers", type=int, default=None, help="processes that decode image files; None is one a core"
-    )
+    group.add_argument("--max-images", type=int, default=None, help="so many training images, always the same ones")
+    group.add_argument("--resident-gb", type=float, default=16.0, help="the most memory that a split's pixels may take")
+    group.add_argument("--workers", type=int, default=None, help="processes that decode files; None is one a core")
     group.add_argument("--device", default="auto", help="auto (cuda where there is one, else cpu), cpu, cuda, mps")
     group.add_argument("--seed", type=int, default=0)
 
@@ -78,6 +72,10 @@ def setup(device: str) -> tuple[int, int, torch.device]:
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {device} is none that torch knows: use auto, cpu, cuda or mps") from error
     if device == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("--device cuda, but torch sees no GPU: use --device cpu, or a CUDA build of torch")
@@ -120,8 +118,7 @@ def extract(
     batch_size: int = 512,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """Features (N, F) in fp32 of uint8 (N, 3, H, W), or of some rows of it, in eval mode; the ranks share the work,
-    and all get the result."""
+    """Features (N, F) in fp32 of uint8 (N, 3, H, W), or of some rows of it, in eval mode; ranks share the work."""
     training = backbone.training
     backbone.eval()
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -276,11 +273,13 @@ def load_backbone(
     if beside.is_file():
         try:
             facts |= json.loads(beside.read_text())
-        except ValueError as error:
-            raise ValueError(f"'{beside}' is not JSON ({error})") from error
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"'{beside}' is not JSON that describes a backbone ({error})") from error
     elif arch is None:
         raise ValueError(f"'{beside}' is missing, so what network is in '{weights}' is not known: name it with --arch")
     facts |= {k: v for k, v in (("arch", arch), ("width", width), ("stem", stem)) if v is not None}
+    if "arch" not in facts:
+        raise ValueError(f"'{beside}' does not say what \"arch\" is in '{weights}': name it with --arch")
     backbone, _ = build_backbone(facts["arch"], facts["stem"], facts["width"])
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -319,7 +318,7 @@ def measure(
     augmented = None
     if args.augment:
         views, g = (
-            MultiCrop(CROP_AND_FLIP, train.pixels.shape[-1], mean, std),
+            MultiCrop(CROP_AND_FLIP, train.pixels.shape[-1], mean, std, device),
             torch.Generator().manual_seed(args.seed),
         )
         backbone.eval()
@@ -337,17 +336,11 @@ def measure(
 def get_parser() -> Parser:
     on_off = argparse.BooleanOptionalAction
     parser = Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--weights", required=True, help="backbone.pth, or a torchvision state dict together with --arch"
-    )
-    parser.add_argument(
-        "--data", nargs="+", default=None, help="shapes, a torchvision name or a folder; None is backbone.json's"
-    )
+    parser.add_argument("--weights", required=True, help="backbone.pth, or torchvision's state dict and --arch")
+    parser.add_argument("--data", nargs="+", default=None, help="shapes, names or folders; None is backbone.json's")
     parser.add_argument("--arch", choices=list(BACKBONES), default=None, help="only where backbone.json is missing")
     parser.add_argument("--width", type=float, default=None, help="only where backbone.json is missing")
-    parser.add_argument(
-        "--stem", choices=["imagenet", "small"], default=None, help="only where backbone.json is missing"
-    )
+    parser.add_argument("--stem", choices=["imagenet", "small"], default=None, help="as --width")
     parser.add_argument("--augment", action=on_off, default=False, help="the probe trains on crops and flips")
     parser.add_argument("--untrained", action=on_off, default=True, help="measure the untrained network too")
     parser.add_argument("--epochs", type=int, default=100, help="of the probe")

@@ -125,7 +125,7 @@ class Run:
         self.size = self.pixels.shape[-1]
         self.stem = args.stem if args.stem != "auto" else "small" if self.size <= 64 else "imagenet"
         self.mean, self.std = channel_stats(self.images.pixels)
-        self.views = MultiCrop(args.recipe or self.method_class.recipe, self.size, self.mean, self.std)
+        self.views = MultiCrop(args.recipe or self.method_class.recipe, self.size, self.mean, self.std, self.device)
         self.method = self.build_method(search_head).to(self.device, memory_format=torch.channels_last)
         if self.compile:
             self.method.compile()
@@ -211,7 +211,7 @@ def rankme(h: Tensor) -> float:
 
 def collapsed(facts: dict[str, float]) -> str | None:
     """A warning in words where the embedding does not tell images apart."""
-    if facts["z_std"] < 0.1 or facts["rankme"] < 1.5:
+    if facts["z_std"] < 0.05 or facts["rankme"] < 1.5:
         return (
             f"the embedding has collapsed: std x sqrt(D) is {facts['z_std']:.3f} (healthy: about 1), RankMe "
             f"{facts['rankme']:.1f}. Every image gets nearly the same vector, whatever the loss says; try a lower "
@@ -433,7 +433,7 @@ def save_backbone(run: Run, encoder: nn.Module, command: str, folder: Path, **mo
 
 def save_views(run: Run, views: list[Tensor]) -> None:
     """views.png: the views of the batch's first images, an image a column of its own."""
-    mean, std = (torch.tensor(v, device=views[0].device).view(3, 1, 1) for v in (run.mean, run.std))
+    mean, std = run.views.mean, run.views.std
     side = max(v.shape[-1] for v in views)
     n = min(16, len(views[0]), max(4, 1024 // side))
     tiles = [nn.functional.pad(v[:n] * std + mean, [0, side - v.shape[-1]] * 2, value=1.0) for v in views]

@@ -86,8 +86,8 @@ def load_images(
     else:
         items, labels, classes = _folder_items(source, split)
     if limit is not None and limit < len(items):
-        keep = np.random.default_rng(0).permutation(len(items))[:limit]
-        items, labels = _Subset(items, keep), [labels[i] for i in keep] if labels else labels
+        keep = np.random.default_rng(0).permutation(len(items))[:limit].tolist()
+        items, labels = torch.utils.data.Subset(items, keep), labels and [labels[i] for i in keep]
     return _decode(items, labels, classes, size, budget_gb, workers, f"{source}/{split}")
 
 
@@ -98,25 +98,12 @@ def channel_stats(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]
     return tuple(round(v, 4) for v in mean.tolist()), tuple(round(v, 4) for v in std.tolist())
 
 
-class _Subset:
-    def __init__(self, items, keep):
-        self.items, self.keep = items, keep
-
-    def __len__(self):
-        return len(self.keep)
-
-    def __getitem__(self, i):
-        return self.items[self.keep[i]]
-
-
 def _torchvision_items(name, split, root):
     class_name, train, test = DATASETS[name]
     try:
         dataset = getattr(datasets, class_name)(root, download=True, **(train if split == "train" else test))
     except ImportError as error:
-        raise ValueError(
-            f"torchvision's {class_name} needs a package that is not there: pip install {error.name}"
-        ) from error
+        raise ValueError(f"torchvision's {class_name} needs another package: pip install {error.name}") from error
     except Exception as error:  # urllib, tarfile, hashing: every data set fails in its own way
         command = f"from torchvision import datasets; datasets.{class_name}('{root}', download=True)"
         raise ConnectionError(
@@ -128,46 +115,34 @@ def _torchvision_items(name, split, root):
 
 def _image_files(folder):
     """Sorted paths of the images below a folder, links followed."""
-    found = []
+    files = []
     for place, _, names in os.walk(folder, followlinks=True):
-        found += [os.path.join(place, n) for n in names if n.lower().endswith((*IMG_EXTENSIONS, ".gif"))]
-    return sorted(found)
+        files += [os.path.join(place, n) for n in names if n.lower().endswith((*IMG_EXTENSIONS, ".gif"))]
+    if not files:
+        raise FileNotFoundError(f"no image below '{folder}' ({' '.join(IMG_EXTENSIONS)} .gif)")
+    return sorted(files)
 
 
 def _folder_items(source, split):
     if not os.path.isdir(source):
         known = ", ".join(["shapes", *DATASETS])
         raise FileNotFoundError(f"'{source}' is neither a folder nor a data set's name; known names: {known}")
-    if not os.path.isdir(os.path.join(source, "train")):
-        if split != "train":
-            raise FileNotFoundError(
-                f"'{source}' has no train/ and test/ or val/ inside, so there is no {split} split to load"
-            )
+    folders = {name: os.path.join(source, name) for name in ("train", "test", "val")}
+    folders = {name: folder for name, folder in folders.items() if os.path.isdir(folder)}
+    if "train" not in folders and split == "train":
         files = _image_files(source)
-        if not files:
-            raise FileNotFoundError(f"no image below '{source}' ({' '.join(IMG_EXTENSIONS)} .gif)")
         return files, [-1] * len(files), []
-    classes = sorted(e.name for e in os.scandir(os.path.join(source, "train")) if e.is_dir())
-    folder = next(
-        (p for n in ([split] if split == "train" else ["test", "val"]) if os.path.isdir(p := os.path.join(source, n))),
-        None,
-    )
-    if folder is None:
-        raise FileNotFoundError(f"'{source}' has train/ but neither test/ nor val/, so there is no test split to load")
-    files = _image_files(folder)
-    if not files:
-        raise FileNotFoundError(f"no image below '{folder}' ({' '.join(IMG_EXTENSIONS)} .gif)")
-    if not classes:
-        return files, [-1] * len(files), []
-    index = {name: i for i, name in enumerate(classes)}
-    labels = []
+    if "train" not in folders or (split == "test" and len(folders) == 1):
+        raise FileNotFoundError(f"'{source}' has no train/ and test/ or val/ inside, so there is no test split to load")
+    classes = sorted(entry.name for entry in os.scandir(folders["train"]) if entry.is_dir())
+    folder = folders["train"] if split == "train" else folders.get("test", folders.get("val"))
+    files, index, labels = _image_files(folder), {name: i for i, name in enumerate(classes)}, []
     for file in files:
         name = os.path.relpath(file, folder).split(os.sep)[0]
-        if name not in index:
-            raise ValueError(
-                f"'{file}' is in no class of '{source}/train' ({len(classes)} classes: {', '.join(classes[:5])} ...)"
-            )
-        labels.append(index[name])
+        if classes and name not in index:
+            some = ", ".join(classes[:5])
+            raise ValueError(f"'{file}' is in no class of '{source}/train' ({len(classes)} classes: {some} ...)")
+        labels.append(index.get(name, -1))
     return files, labels, classes
 
 
@@ -211,7 +186,7 @@ class _Decoder(torch.utils.data.Dataset):
 
 
 def _decode(items, labels, classes, size, budget_gb, workers, what):
-    n, start, progress = len(items), time.time(), sys.stderr.isatty()
+    n, start = len(items), time.time()
     workers = (os.cpu_count() if workers is None else workers) if n >= 2000 else 0
     loader = torch.utils.data.DataLoader(_Decoder(items, labels, size), 256, num_workers=workers, collate_fn=list)
     pixels, kept, broken, count, seen = None, [], [], 0, 0
@@ -234,20 +209,14 @@ def _decode(items, labels, classes, size, budget_gb, workers, what):
                 pixels = torch.empty((n, 3, *image.shape[:2]), dtype=torch.uint8)
             if image.shape[:2] != pixels.shape[2:]:
                 (h0, w0), (h, w) = pixels.shape[2:], image.shape[:2]
-                raise ValueError(
-                    f"{what}: images differ in size ({w0} x {h0}, {w} x {h}, ...): choose one with --image-size"
-                )
+                sizes = f"{w0} x {h0}, {w} x {h}, ..."
+                raise ValueError(f"{what}: images differ in size ({sizes}): choose one with --image-size")
             pixels[count] = image.permute(2, 0, 1)
             kept.append(label)
             count += 1
-        if progress:
-            rate = seen / (time.time() - start)
-            print(
-                f"\r{what}: {seen:,}/{n:,} images, {rate:,.0f}/s ",
-                end="\n" if seen == n else "",
-                file=sys.stderr,
-                flush=True,
-            )
+        if sys.stderr.isatty() or (seen == n and n >= 2000):
+            rate, end = seen / (time.time() - start), "\n" if seen == n else ""
+            print(f"\r{what}: {seen:,} of {n:,} images, {rate:,.0f}/s ", end=end, file=sys.stderr, flush=True)
     if count == 0:
         raise ValueError(f"{what}: none of the {n:,} files could be decoded as an image")
     if broken:
@@ -347,13 +316,13 @@ CROP_AND_FLIP = Recipe((View((0.08, 1.0), jitter_p=0.0, grey=0.0, blur=0.0),))  
 
 
 class MultiCrop:
-    """uint8 (n, 3, H, W) -> a list of float32 (n, 3, S, S), the global views first, normalised by mean and std."""
+    """uint8 (n, 3, H, W) on `device` -> a list of float32 (n, 3, S, S), globals first, normalised by mean and std."""
 
-    def __init__(self, recipe: str | Recipe, size: int, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    def __init__(self, recipe: str | Recipe, size: int, mean=IMAGENET_MEAN, std=IMAGENET_STD, device="cpu"):
         recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
         self.views = [v._replace(size=v.size or size) for v in (*recipe.globals, *recipe.locals)]
         self.n_globals = len(recipe.globals)
-        self.mean, self.std = mean, std
+        self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
 
     def __call__(self, pixels: Tensor, generator: torch.Generator) -> list[Tensor]:
         return self.render(pixels, self.sample(len(pixels), *pixels.shape[2:], generator))
@@ -364,13 +333,11 @@ class MultiCrop:
 
     def render(self, pixels: Tensor, parameters: list[dict[str, Tensor]]) -> list[Tensor]:
         """Pure: the same pixels and parameters give the same views."""
-        mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (self.mean, self.std))
-        return [
-            render_view(pixels, {k: t.to(pixels.device, non_blocking=True) for k, t in p.items()}, v.size)
-            .sub_(mean)
-            .div_(std)
-            for v, p in zip(self.views, parameters, strict=True)
-        ]
+        out = []
+        for view, p in zip(self.views, parameters, strict=True):
+            p = {k: t.to(pixels.device, non_blocking=True) for k, t in p.items()}
+            out.append(render_view(pixels, p, view.size).sub_(self.mean).div_(self.std))
+        return out
 
 
 def sample_view(view: View, n: int, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:

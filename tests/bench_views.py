@@ -31,7 +31,7 @@ def main(batch: int = 256, rounds: int = 15) -> float:
             transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
             transforms.RandomGrayscale(0.2),
             transforms.ToTensor(),
-            transforms.Normalize(crop.mean, crop.std),
+            transforms.Normalize(crop.mean.flatten().tolist(), crop.std.flatten().tolist()),
         ]
     )
 

@@ -218,6 +218,15 @@ def test_methods_optimisers_and_presets_train(more, tmp_path):
     assert math.isfinite(run(pretrain, tmp_path, "--epochs", 1, *more)["loss"])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("script", [search, pretrain])
+def test_a_gpu_trains_compiled_and_in_bf16(script, tmp_path):
+    flags = ["--max-images", "160", "--batch-size", "16", "--epochs", "1", "--output-dir", str(tmp_path)]
+    script.main(script.get_parser().parse_args(flags))
+    line = json.loads((tmp_path / "log.txt").read_text().splitlines()[-1])
+    assert math.isfinite(line["loss"]) and line["z_std"] > 0
+
+
 def test_images_without_labels_are_enough(tmp_path, capsys):
     for i, image in enumerate(make_shapes(60).pixels):
         place = tmp_path / "images" / str(i % 3)
@@ -466,6 +475,10 @@ def test_weights_that_do_not_fit_are_refused(pretrained, tmp_path, capsys):
         assert "backbone.pth' is no" in said and message in said and status == 1
     (tmp_path / "backbone.json").write_text("{")
     assert "is not JSON" in refused(capsys, linear_eval, "--weights", weights)[0]
+    (tmp_path / "backbone.json").write_text("[1]")
+    assert "is not JSON that describes" in refused(capsys, linear_eval, "--weights", weights)[0]
+    (tmp_path / "backbone.json").write_text("{}")
+    assert 'does not say what "arch"' in refused(capsys, linear_eval, "--weights", weights)[0]
     (tmp_path / "backbone.json").write_text(json.dumps(facts))
     weights.write_bytes(b"PK\x03\x04 cut")
     assert "damaged" in refused(capsys, linear_eval, "--weights", weights)[0]

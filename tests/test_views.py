@@ -79,6 +79,15 @@ def test_compiled_form_equals_the_eager_one():
     torch.testing.assert_close(whole, eager, atol=1e-5, rtol=0)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_cpus_views():
+    pixels, recipe = random_pixels(32, 80, 80), Recipe((EVERYTHING, EVERYTHING))
+    cpu, gpu = MultiCrop(recipe, 72), MultiCrop(recipe, 72, device="cuda")
+    p = cpu.sample(32, 80, 80, torch.Generator().manual_seed(2))
+    for a, b in zip(cpu.render(pixels, p), gpu.render(pixels.cuda(), p)):
+        torch.testing.assert_close(b.cpu(), a, atol=1e-3, rtol=0)
+
+
 def test_a_slice_of_the_parameters_gives_a_slice_of_the_views():
     pixels, crop = random_pixels(16, 32, 32), MultiCrop("simsiam", 32)
     p = crop.sample(16, 32, 32, torch.Generator().manual_seed(3))
