@@ -232,9 +232,9 @@ def distinct_ops(i: int, o: int) -> list[str]:
     return list({true_name(op, i, o): op for op in OPS}.values())
 
 
-def random_head(dims: Sequence[int], rng: random.Random) -> list[str]:
-    """Each layer drawn evenly from the operations that differ there."""
-    return [rng.choice(distinct_ops(i, o)) for i, o in pairwise(dims)]
+def random_head(layers: int, rng: random.Random) -> list[str]:
+    """Each layer drawn evenly from the names in OPS: what the argmax of random alphas would be."""
+    return [rng.choice(list(OPS)) for _ in range(layers)]
 
 
 def count_heads(dims: Sequence[int]) -> tuple[int, int, int]:

@@ -264,7 +264,7 @@ def compare(run: Run, arch: Path) -> dict[str, list[dict]]:
     candidates = {"found": str(arch), "handcrafted": "default"}
     for k in range(args.compare):
         candidates[f"random {k + 1}"] = str(folder / f"random-{k + 1}.json")
-        heads = {name: random_head(head_dims(*space), rng) for name, space in run.spaces.items()}
+        heads = {name: random_head(space.layers, rng) for name, space in run.spaces.items()}
         if is_main():
             write_atomic(
                 json.dumps({"method": args.method, "heads": heads}) + "\n", Path(candidates[f"random {k + 1}"])
