@@ -62,9 +62,8 @@ def user_errors():
     try:
         yield
     except (ValueError, OSError) as error:
-        if dist.is_initialized() and dist.get_rank() > 0:
-            sys.exit(1)
-        sys.exit(f"{os.path.basename(sys.argv[0])}: error: {error}")
+        rank = f" on rank {dist.get_rank()}" if dist.is_initialized() else ""
+        sys.exit(f"{os.path.basename(sys.argv[0])}: error{rank}: {error}")
 
 
 def setup(device: str) -> tuple[int, int, torch.device]:
@@ -86,6 +85,12 @@ def setup(device: str) -> tuple[int, int, torch.device]:
     return rank, world, torch.device(device, local) if device == "cuda" else torch.device(device)
 
 
+def barrier() -> None:
+    """Ranks wait for each other here, if there are several."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def load_data(args: argparse.Namespace, source: str, split: str) -> Images:
     """load_images by the flags; one rank goes first, so that a download happens once."""
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -100,8 +105,7 @@ def load_data(args: argparse.Namespace, source: str, split: str) -> Images:
                 budget_gb=args.resident_gb,
                 workers=args.workers,
             )
-        if dist.is_initialized():
-            dist.barrier()
+        barrier()
     return images
 
 

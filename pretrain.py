@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid, save_image
 
-from linear_eval import Parser, data_flags, extract, knn_accuracy, load_data, setup, user_errors
+from linear_eval import Parser, barrier, data_flags, extract, knn_accuracy, load_data, setup, user_errors
 from losses import METHODS
 from models import BACKBONES, build_backbone, build_head, head_dims, load_heads
 from views import RECIPES, Images, MultiCrop, channel_stats
@@ -209,9 +209,12 @@ def rankme(h: Tensor) -> float:
     return torch.exp(-(p * p.log()).sum()).item()
 
 
-def collapsed(facts: dict[str, float]) -> str | None:
-    """A warning in words where the embedding does not tell images apart."""
-    if facts["z_std"] < 0.05 or facts["rankme"] < 1.5:
+def collapsed(facts: dict[str, float], steps: int) -> str | None:
+    """A warning in words where the embedding does not tell images apart, after that many steps.
+
+    Before some 100 of them BN's running statistics, with which the monitor sees z, still are those of the start.
+    """
+    if steps >= 100 and (facts["z_std"] < 0.05 or facts["rankme"] < 1.5):
         return (
             f"the embedding has collapsed: std x sqrt(D) is {facts['z_std']:.3f} (healthy: about 1), RankMe "
             f"{facts['rankme']:.1f}. Every image gets nearly the same vector, whatever the loss says; try a lower "
@@ -537,8 +540,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         knn = f"  kNN {100 * facts['knn']:.2f} (held-out)" if "knn" in facts else ""
         more = f"  std {facts['z_std']:.2f}  RankMe {facts['rankme']:.1f}{knn}"
         console.text(f"epoch {epoch + 1}/{args.epochs}", loss, done, lr, more)
-        if collapsed(facts):
-            say(f"warning: {collapsed(facts)}")
+        if warning := collapsed(facts, done):
+            say(f"warning: {warning}")
         history.append({"epoch": epoch + 1, "loss": loss, "lr": lr, "seconds": time.time() - console.start} | facts)
         save_checkpoint(run, epoch + 1, history, [optimizer])
     if run.rank == 0:
@@ -550,6 +553,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             heads=args.heads,
             **{k: history[-1][k] for k in ("knn",) if k in history[-1]},
         )
+    barrier()
     say(f"wrote {run.output / 'backbone.pth'}; next: torchrun linear_eval.py --weights {run.output / 'backbone.pth'}")
     return history[-1]
 

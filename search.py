@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import linear_eval
 import pretrain
-from linear_eval import Parser, load_backbone, load_data, measure, user_errors
+from linear_eval import Parser, barrier, load_backbone, load_data, measure, user_errors
 from models import OPS, SearchHead, count_heads, head_dims, random_head, true_name
 from pretrain import (
     Console,
@@ -269,9 +269,7 @@ def compare(run: Run, arch: Path) -> dict[str, list[dict]]:
             write_atomic(
                 json.dumps({"method": args.method, "heads": heads}) + "\n", Path(candidates[f"random {k + 1}"])
             )
-    if dist.is_initialized():
-        dist.barrier()
-
+    barrier()
     shared = {k: v for k, v in vars(args).items() if k in vars(pretrain.get_parser().parse_args([]))}
     shared |= {"epochs": args.compare_epochs or args.epochs}
     measuring = linear_eval.get_parser().parse_args(["--weights", "", f"--knn-k={args.knn_k}", f"--knn-t={args.knn_t}"])
@@ -282,13 +280,14 @@ def compare(run: Run, arch: Path) -> dict[str, list[dict]]:
             say(f"\n{name}, seed {seed}: {output}")
             pretrain.main(argparse.Namespace(**shared | {"heads": heads, "output_dir": str(output), "seed": seed}))
             scores, trained = output / "scores.json", output / "checkpoint.pth"
-            if not scores.exists() or scores.stat().st_mtime < trained.stat().st_mtime:
+            missing = not scores.exists() or scores.stat().st_mtime < trained.stat().st_mtime
+            barrier()  # all ranks have looked before one writes
+            if missing:
                 backbone, facts = load_backbone(str(output / "backbone.pth"))
                 row = measure(backbone, facts, train, test, run.device, measuring)
                 if is_main():
                     write_atomic(json.dumps(row) + "\n", scores)
-                if dist.is_initialized():
-                    dist.barrier()
+                barrier()
             results[name].append(json.loads(scores.read_text()))
     lines = table(args, results)
     say("\n" + "\n".join(lines))
@@ -370,8 +369,8 @@ def main(args: argparse.Namespace) -> dict[str, list[str]]:
         entropy = statistics.mean(e for layers in state["entropy"].values() for e in layers)
         knn = f"  kNN {100 * facts['knn']:.2f} (held-out)" if "knn" in facts else ""
         console.text(f"epoch {epoch + 1}/{args.epochs}", loss, done, lr, f"  alpha entropy {entropy:.3f}{knn}")
-        if collapsed(facts):
-            say(f"warning: {collapsed(facts)}")
+        if warning := collapsed(facts, done):
+            say(f"warning: {warning}")
         line = {"epoch": epoch + 1, "loss": loss, "alpha_loss": torch.stack(alpha_losses).mean().item(), "lr": lr}
         history.append(line | facts | state | {"seconds": time.time() - console.start})
         save_checkpoint(run, epoch + 1, history, optimizers)

@@ -265,9 +265,10 @@ def test_rankme_and_the_warning_of_collapse():
     assert pretrain.rankme(eye) == pytest.approx(16, rel=1e-3) and pretrain.rankme(torch.ones(64, 16)) == pytest.approx(
         1, abs=1e-3
     )
-    assert pretrain.collapsed({"z_std": 0.98, "rankme": 20.0}) is None
-    assert "collapsed" in pretrain.collapsed({"z_std": 0.01, "rankme": 20.0})
-    assert "collapsed" in pretrain.collapsed({"z_std": 0.98, "rankme": 1.1})
+    assert pretrain.collapsed({"z_std": 0.98, "rankme": 20.0}, 500) is None
+    assert pretrain.collapsed({"z_std": 0.01, "rankme": 20.0}, 10) is None
+    assert "collapsed" in pretrain.collapsed({"z_std": 0.01, "rankme": 20.0}, 500)
+    assert "collapsed" in pretrain.collapsed({"z_std": 0.98, "rankme": 1.1}, 500)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
