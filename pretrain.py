@@ -205,7 +205,7 @@ def split_images(n: int, held_out: float, parts: int) -> list[Tensor]:
 def rankme(h: Tensor) -> float:
     """Effective rank of features (N, F): exp of the entropy of their singular values. RankMe, 2210.02885."""
     s = torch.linalg.svdvals(h.double())
-    p = s / s.sum() + 1e-7
+    p = s / s.sum().clamp(min=1e-12) + 1e-7
     return torch.exp(-(p * p.log()).sum()).item()
 
 

@@ -271,6 +271,13 @@ def test_rankme_and_the_warning_of_collapse():
     assert "collapsed" in pretrain.collapsed({"z_std": 0.98, "rankme": 1.1}, 500)
 
 
+def test_a_collapse_is_said_in_words_though_the_loss_looks_fine(tmp_path, capsys):
+    flags = ["--epochs", 14, "--knn-every", 0, "--weight-decay", 1, "--lr", 4]  # decay drives the weights to zero
+    last = run(pretrain, tmp_path, *flags)
+    assert last["loss"] < -0.2 and last["rankme"] < 1.5
+    assert "the embedding has collapsed" in capsys.readouterr().out
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(SystemExit, match=r"loss is nan at epoch 1 .*lower --lr"):
         run(pretrain, tmp_path, "--method", "simclr", "--lr", 1e30, "--warmup-epochs", 0)
