@@ -141,14 +141,13 @@ def momentum_update(twin: nn.Module, module: nn.Module, momentum: float) -> None
 
 
 class SimSiam(nn.Module):
-    """2011.10566: loss 1/2 [-cos(p1, sg z2) - cos(p2, sg z1)]; z is BN-normalised, the predictor's learning rate
-    constant.
+    """2011.10566: loss 1/2 [-cos(p1, sg z2) - cos(p2, sg z1)]; the predictor's learning rate stays constant.
 
     Deviation: both views go through the network as one batch, so BN sees them together. out_dim D is 4 F up to 2048,
     as for ResNet18; the predictor's hidden layer has D / 4.
     """
 
-    recipe, optimizer, lr, weight_decay = "simsiam", "sgd", 0.12, 5e-4  # lr at batch 256
+    recipe, lr, weight_decay = "simsiam", 0.12, 5e-4  # defaults for SGD; lr at batch 256
     constant_lr = ("predictor",)
 
     @staticmethod
@@ -186,10 +185,11 @@ class SimSiam(nn.Module):
 class SimCLR(nn.Module):
     """2002.05709: NT-Xent between the projections of two views; other ranks' images are negatives too.
 
-    A searched projector is the whole head, its last operation with BN and activation (2302.00059).
+    The handcrafted projector is Linear BN ReLU Linear; a searched one is the whole head, its last operation with BN and
+    activation (2302.00059).
     """
 
-    recipe, optimizer, lr, weight_decay = "simclr", "sgd", 0.12, 5e-4
+    recipe, lr, weight_decay = "simclr", 0.12, 5e-4
     constant_lr = ()
 
     @staticmethod
@@ -226,10 +226,10 @@ class MoCo(nn.Module):
 
     The momentum encoder has a momentum head of its own. The queue (K, D) holds the last K keys of all ranks; by
     default K is the largest power of two up to an eighth of the images, 65,536 at most, so that a key has left before
-    its image returns.
+    its image returns. Deviations: the mean of the two terms where 2302.00059 adds them; no shuffling of BN over ranks.
     """
 
-    recipe, optimizer, lr, weight_decay = "moco", "sgd", 0.12, 5e-4
+    recipe, lr, weight_decay = "moco", 0.12, 5e-4
     constant_lr = ()
 
     @staticmethod
@@ -252,7 +252,7 @@ class MoCo(nn.Module):
         self.momentum, self.temperature = momentum, temperature
         self.encoder = encoder
         self.projector = nn.Sequential(heads["projector"], nn.Linear(f, d)) if heads else mlp(f, f, d, bn=False)
-        self.momentum_encoder, self.momentum_projector = (momentum_copy(encoder), momentum_copy(self.projector))
+        self.momentum_encoder, self.momentum_projector = momentum_copy(encoder), momentum_copy(self.projector)
         size = queue_size or min(65_536, 2 ** max(4, (n_images // 8).bit_length() - 1))
         if queue_size and queue_size > n_images:
             raise ValueError(

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -249,6 +250,7 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+@lru_cache(maxsize=4)
 def make_shapes(n: int, size: int = 32, seed: int = 0) -> Images:
     """n images of 10 balanced classes: about a dozen copies of one shape, strewn over a sloping, noisy ground.
 
