@@ -121,6 +121,30 @@ def test_crops_are_distributed_as_torchvisions():
         assert ((a.std(0) / b.std(0) - 1).abs() < 0.1).all()
 
 
+def test_the_other_parameters_are_distributed_as_the_recipe_says():
+    n, view = 20_000, View(size=96, jitter=(0.4, 0.3, 0.2, 0.1), solarize=0.3)
+    p = sample_view(view, n, 96, 96, torch.Generator().manual_seed(0))
+    jittered = p["hue"] != 0
+    for share, chance in [
+        (p["flip"], 0.5),
+        (p["grey"], 0.2),
+        (p["solarize"], 0.3),
+        (p["sigma"] > 0, 0.5),
+        (jittered, 0.8),
+    ]:
+        assert share.double().mean().item() == pytest.approx(chance, abs=0.02)
+    orders = p["order"] @ torch.tensor([9, 3, 1])
+    assert (orders.unique(return_counts=True)[1] / n - 1 / 6).abs().max() < 0.02 and len(orders.unique()) == 6
+    assert (p["hue_after"].bincount() / n - 1 / 4).abs().max() < 0.02
+    assert (p["factor"][~jittered] == 1).all()
+    for values, low, high in [(p["factor"][jittered, k], 1 - s, 1 + s) for k, s in enumerate(view.jitter[:3])] + [
+        (p["hue"][jittered], -0.1, 0.1),
+        (p["sigma"][p["sigma"] > 0], 0.1, 2.0),
+    ]:
+        assert low <= values.min() < low + 0.01 * (high - low) and high - 0.01 * (high - low) < values.max() <= high
+        assert values.mean().item() == pytest.approx((low + high) / 2, abs=0.02 * (high - low))
+
+
 def test_a_crop_is_legal_where_no_try_is():
     box = sample_view(View(scale=(0.9, 1.0), size=32), 50, 8, 64, torch.Generator())["box"]
     assert (box == torch.tensor([0.0, 26.0, 8.0, 11.0])).all()  # round(8 * 4 / 3) = 11 columns in the middle
