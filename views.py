@@ -162,7 +162,7 @@ def to_pixels(image: Image.Image, size: int | None = None) -> np.ndarray:
 
 
 class _Decoder(torch.utils.data.Dataset):
-    """Item i -> (uint8 (H, W, 3), label), or the error's text; a DataLoader spreads it over the cores."""
+    """Rows -> ([(uint8 (n, H, W, 3), labels) for each size], [what could not be decoded]), for a DataLoader."""
 
     def __init__(self, items, labels, size):
         self.items, self.labels, self.size = items, labels, size
@@ -170,62 +170,64 @@ class _Decoder(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.items)
 
-    def _one(self, i):
-        name = f"item {i}"
-        try:
-            item = self.items[i]
-            if isinstance(item, tuple):  # a torchvision data set
-                return torch.from_numpy(to_pixels(item[0], self.size)), int(item[1])
-            name = item
-            with Image.open(item) as image:
-                return torch.from_numpy(to_pixels(image, self.size)), self.labels[i]
-        except Exception as error:  # a decoder meets a broken file with any exception there is
-            return f"{name}: {type(error).__name__}: {error}"
-
-    def __getitems__(self, indices):
-        return [self._one(i) for i in indices]
+    def __getitems__(self, rows):
+        groups, broken = {}, []
+        for i in rows:
+            name = f"item {i}"
+            try:
+                item = self.items[i]
+                if isinstance(item, tuple):  # a torchvision data set
+                    pixels, label = to_pixels(item[0], self.size), int(item[1])
+                else:
+                    name, label = item, self.labels[i]
+                    with Image.open(item) as image:
+                        pixels = to_pixels(image, self.size)
+            except Exception as error:  # a decoder meets a broken file with any exception there is
+                broken.append(f"{name}: {type(error).__name__}: {error}")
+            else:
+                stack, labels = groups.setdefault(pixels.shape, ([], []))
+                stack.append(pixels)
+                labels.append(label)
+        # one tensor a batch: to hand over many small ones costs more than to decode them
+        return [(torch.from_numpy(np.stack(stack)), labels) for stack, labels in groups.values()], broken
 
 
 def _decode(items, labels, classes, size, budget_gb, workers, what):
     n, start = len(items), time.time()
     workers = (os.cpu_count() if workers is None else workers) if n >= 2000 else 0
-    loader = torch.utils.data.DataLoader(_Decoder(items, labels, size), 256, num_workers=workers, collate_fn=list)
-    pixels, kept, broken, count, seen = None, [], [], 0, 0
-    for batch in loader:
-        for item in batch:
-            seen += 1
-            if isinstance(item, str):
-                broken.append(item)
-                print(f"skipped {item}", file=sys.stderr)
-                continue
-            image, label = item
+    loader = torch.utils.data.DataLoader(_Decoder(items, labels, size), 256, num_workers=workers, collate_fn=tuple)
+    pixels, kept, broken = None, [], 0
+    for groups, errors in loader:
+        broken += len(errors)
+        for error in errors:
+            print(f"skipped {error}", file=sys.stderr)
+        for images, found in groups:
+            h, w = images.shape[1:3]
             if pixels is None:
-                need = n * image.numel() / 1e9
+                need = n * 3 * h * w / 1e9
                 if need > budget_gb:
                     raise ValueError(
-                        f"{what}: {n:,} images of {image.shape[1]} x {image.shape[0]} take {need:.1f} GB in memory, "
-                        f"more than the {budget_gb:g} GB allowed: choose a smaller --image-size or --max-images, or "
-                        "raise --resident-gb"
+                        f"{what}: {n:,} images of {w} x {h} take {need:.1f} GB in memory, more than the {budget_gb:g} "
+                        "GB allowed: choose a smaller --image-size or --max-images, or raise --resident-gb"
                     )
-                pixels = torch.empty((n, 3, *image.shape[:2]), dtype=torch.uint8)
-            if image.shape[:2] != pixels.shape[2:]:
-                (h0, w0), (h, w) = pixels.shape[2:], image.shape[:2]
-                sizes = f"{w0} x {h0}, {w} x {h}, ..."
+                pixels = torch.empty((n, 3, h, w), dtype=torch.uint8)
+            if (h, w) != pixels.shape[2:]:
+                sizes = f"{pixels.shape[3]} x {pixels.shape[2]}, {w} x {h}, ..."
                 raise ValueError(f"{what}: images differ in size ({sizes}): choose one with --image-size")
-            pixels[count] = image.permute(2, 0, 1)
-            kept.append(label)
-            count += 1
+            pixels[len(kept) : len(kept) + len(images)] = images.permute(0, 3, 1, 2)
+            kept += found
+        seen = len(kept) + broken
         if sys.stderr.isatty() or (seen == n and n >= 2000):
             rate, end = seen / (time.time() - start), "\n" if seen == n else ""
             print(f"\r{what}: {seen:,} of {n:,} images, {rate:,.0f}/s ", end=end, file=sys.stderr, flush=True)
-    if count == 0:
+    if not kept:
         raise ValueError(f"{what}: none of the {n:,} files could be decoded as an image")
     if broken:
-        print(f"{what}: skipped {len(broken)} of {n:,} files that could not be decoded", file=sys.stderr)
+        print(f"{what}: skipped {broken} of {n:,} files that could not be decoded", file=sys.stderr)
     labels = torch.tensor(kept)
     if classes is None:  # the data set does not name them
         classes = [str(i) for i in range(int(labels.max()) + 1)]
-    return Images(pixels[:count], labels, list(classes))
+    return Images(pixels[: len(kept)], labels, list(classes))
 
 
 # ---- shapes: a data set for a machine without one -------------------------------------------------------------------
@@ -423,13 +425,16 @@ def grey(x: Tensor) -> Tensor:
 def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
     """(n, 3, S, S) in 0..1 -> the same with the hue of HSV moved by (n,) turns."""
     r, g, b = x.unbind(1)
-    value = x.amax(1)
-    chroma = value - x.amin(1)
-    unit = torch.where(chroma == 0, 1.0, chroma)
-    hue = torch.where(value == r, (g - b) / unit, torch.where(value == g, (b - r) / unit + 2, (r - g) / unit + 4))
-    hue = hue + 6 * turns[:, None, None]
-    k = torch.remainder(hue[:, None] + torch.tensor([5.0, 3.0, 1.0], device=x.device).view(3, 1, 1), 6)  # (n, 3, S, S)
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+    # Hue in sixths of a turn, by ordering the channels, not by asking which is largest: torch.where is slow on a CPU.
+    high, low = torch.maximum(g, b), torch.minimum(g, b)
+    value, middle = torch.maximum(r, high), torch.minimum(r, high)
+    chroma = value - torch.minimum(low, middle)
+    hue = (g < b) * -6.0
+    hue += (r < high) * (-2 - 2 * hue)
+    hue = hue.add_((middle - low).div_(chroma.clamp(min=1e-12))).abs_().add_(6 * turns[:, None, None])
+    hue -= (hue / 6).floor_().mul_(6)
+    weights = torch.stack([(hue - 3).abs_().sub_(1), 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()], 1)
+    return weights.clamp_(0, 1).sub_(1).mul_(chroma[:, None]).add_(value[:, None])
 
 
 def render_view(pixels: Tensor, p: dict[str, Tensor], size: int) -> Tensor:
