@@ -313,7 +313,7 @@ def load_checkpoint(run: Run, optimizers: list[torch.optim.Optimizer]) -> tuple[
         return 0, []
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        flags, data = state["flags"], state["data"]
+        flags, data, heads = state["flags"], state["data"], state["heads"]
     except Exception as error:  # a damaged file fails in zipfile, pickle or torch
         raise ValueError(
             f"'{path}' is damaged ({type(error).__name__}): delete it or pass --no-resume to start over, or choose "
@@ -326,7 +326,7 @@ def load_checkpoint(run: Run, optimizers: list[torch.optim.Optimizer]) -> tuple[
                 f"'{path}' was made with --{flag.replace('_', '-')} {have}, not {want}: choose another --output-dir, "
                 "or start over with --no-resume"
             )
-    if state["heads"] != run.specs:
+    if heads != run.specs:
         raise ValueError(f"'{path}' was made with other heads than --heads now names: choose another --output-dir")
     if data != fingerprint(run.images):
         raise ValueError(
@@ -446,6 +446,13 @@ def save_views(run: Run, views: list[Tensor]) -> None:
 # ---- the script -----------------------------------------------------------------------------------------------------
 
 
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def bench(run: Run, optimizer: torch.optim.Optimizer, steps: int = 20, warm_up: int = 5) -> dict[str, float]:
     """Median seconds of a step's parts, which take turns, so that a noisy machine bears on all alike. Prints and
     returns them.
@@ -456,28 +463,23 @@ def bench(run: Run, optimizer: torch.optim.Optimizer, steps: int = 20, warm_up: 
     outputs, criterion = ((torch.compile(f) if run.compile else f) for f in (method.outputs, method.loss))
     seconds: dict[str, list[float]] = {"views": [], "network": [], "loss": [], "optimiser": []}
 
-    def clock():
-        if run.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     for step in range(warm_up + steps):
-        t0 = clock()
+        t0 = clock(run.device)
         views, _ = run.batch(order, step % run.steps_per_epoch)
-        t1 = clock()
+        t1 = clock(run.device)
         with run.autocast():
             out = outputs(views)
-        t2 = clock()
+        t2 = clock(run.device)
         leaves = [o.detach().requires_grad_(o.requires_grad) for o in out]
         criterion(*leaves).backward()
-        t3 = clock()
+        t3 = clock(run.device)
         pairs = [(o, leaf.grad) for o, leaf in zip(out, leaves) if o.requires_grad]
         torch.autograd.backward(*zip(*pairs))
-        t4 = clock()
+        t4 = clock(run.device)
         optimizer.step()
         optimizer.zero_grad()
         method.after_step(0.0)
-        t5 = clock()
+        t5 = clock(run.device)
         if step >= warm_up:
             for part, t in zip(seconds, (t1 - t0, t2 - t1 + t4 - t3, t3 - t2, t5 - t4)):
                 seconds[part].append(t)

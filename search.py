@@ -37,6 +37,7 @@ from models import OPS, SearchHead, count_heads, head_dims, random_head, true_na
 from pretrain import (
     Console,
     Run,
+    clock,
     collapsed,
     command_line,
     is_main,
@@ -161,17 +162,12 @@ def bench(search: Search, steps: int = 15, warm_up: int = 3) -> float:
     run, seconds = search.run, {"alpha": [], "weight": []}
     orders = [part[torch.randperm(len(part), generator=run.generator)] for part in run.parts]
 
-    def clock():
-        if run.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     for step in range(warm_up + steps):
-        t0 = clock()
+        t0 = clock(run.device)
         search.alpha_step(orders[1], step % run.steps_per_epoch)
-        t1 = clock()
+        t1 = clock(run.device)
         search.weight_step(orders[0], step % run.steps_per_epoch, 0.0)
-        t2 = clock()
+        t2 = clock(run.device)
         if step >= warm_up:
             seconds["alpha"].append(t1 - t0)
             seconds["weight"].append(t2 - t1)

@@ -471,6 +471,21 @@ def test_a_checkpoint_that_does_not_fit_is_left_alone(pretrained, tmp_path, caps
     assert load(tmp_path / "checkpoint.pth")["epoch"] == 3
 
 
+def test_other_heads_or_images_under_the_same_name_are_noticed(tmp_path, capsys):
+    heads, images = tmp_path / "arch.json", tmp_path / "images"
+    images.mkdir()
+    for i, image in enumerate(make_shapes(40).pixels):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(images / f"{i}.png")
+    flags = ["--output-dir", tmp_path / "run", "--data", images, "--heads", heads, "--epochs", 1, "--held-out", 0]
+    heads.write_text(json.dumps({"heads": PRESETS["simsiam_cifar10_resnet18"]}))
+    run(pretrain, tmp_path, *flags)
+    heads.write_text(json.dumps({"heads": PRESETS["simsiam_cifar10_resnet50"]}))
+    assert "made with other heads" in refused(capsys, pretrain, *TINY, *flags)[0]
+    heads.write_text(json.dumps({"heads": PRESETS["simsiam_cifar10_resnet18"]}))
+    (images / "0.png").unlink()
+    assert "made with other images" in refused(capsys, pretrain, *TINY, *flags)[0]
+
+
 def test_weights_that_do_not_fit_are_refused(pretrained, tmp_path, capsys):
     weights = tmp_path / "backbone.pth"
     weights.write_bytes((pretrained / "backbone.pth").read_bytes())
