@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid, save_image
 
-from linear_eval import Parser, barrier, data_flags, extract, knn_accuracy, load_data, setup, user_errors
+from linear_eval import Parser, barrier, data_flags, extract, knn_accuracy, load_data, memory_format, setup, user_errors
 from losses import METHODS
 from models import BACKBONES, build_backbone, build_head, head_dims, load_heads
 from views import RECIPES, Images, MultiCrop, channel_stats
@@ -126,7 +126,7 @@ class Run:
         self.stem = args.stem if args.stem != "auto" else "small" if self.size <= 64 else "imagenet"
         self.mean, self.std = channel_stats(self.images.pixels)
         self.views = MultiCrop(args.recipe or self.method_class.recipe, self.size, self.mean, self.std, self.device)
-        self.method = self.build_method(search_head).to(self.device, memory_format=torch.channels_last)
+        self.method = self.build_method(search_head).to(self.device, memory_format=memory_format(self.device))
         if self.compile:
             self.method.compile()
             self.views.render = torch.compile(self.views.render, dynamic=False)
@@ -168,7 +168,7 @@ class Run:
         mine = slice(self.rank * b, (self.rank + 1) * b)
         index = index[mine].to(self.device, non_blocking=True)
         views = self.views.render(self.pixels[index], [{k: v[mine] for k, v in p.items()} for p in parameters])
-        return [v.contiguous(memory_format=torch.channels_last) for v in views], index
+        return [v.contiguous(memory_format=memory_format(self.device)) for v in views], index
 
     def monitor(self, knn: bool) -> dict[str, float]:
         """Of the encoder now: std of z and RankMe of h; and, if asked for, kNN accuracy on held-out training images."""
