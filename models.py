@@ -14,54 +14,205 @@ order of the other operations counts. SimSiam's space of 6 + 4 layers so has 7^1
 choices that differ layer by layer and 43,333,938 heads that differ as functions (`count_heads`).
 """
 
+import copy
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from itertools import chain, pairwise, product
+from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.mobilenetv2 import InvertedResidual, _make_divisible
-from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
+from torch.func import functional_call
+from torchvision.models import mobilenetv2, resnet
 from torchvision.ops import Conv2dNormActivation
 
 # ---- backbones ------------------------------------------------------------------------------------------------------
 
 
-class ResNet(nn.Module):
-    """torchvision's ResNet (1512.03385) without its classifier, of any width; (B, 3, H, W) -> h (B, F).
+class BasicBlock(resnet.BasicBlock):
+    """torchvision's, of any inner width and kernel."""
 
-    stem  "imagenet": 7x7 convolution of stride 2 and max-pool; "small": 3x3, stride 1, no pool, for up to 64 px.
+    MASKS: ClassVar = {
+        "conv1.weight": "kernel",
+        "conv2.weight": "kernel inner",
+        "bn2.weight": "depth",
+        "bn2.bias": "depth",
+    }
+
+    def __init__(self, i: int, o: int, inner: int, kernel: int, stride: int):
+        super().__init__(i, o, stride, _shortcut(i, o, stride))
+        self.conv1, self.bn1 = _conv(i, inner, kernel, stride), nn.BatchNorm2d(inner)
+        self.conv2 = _conv(inner, o, kernel)
+        nn.init.zeros_(self.bn2.weight)
+
+    @staticmethod
+    def macs(i: int, o: int, inner: int, kernel: int, stride: int, side: int) -> int:
+        out = -(-side // stride)
+        return out**2 * (kernel**2 * inner * (i + o) + i * o * (stride > 1 or i != o))
+
+
+class Bottleneck(resnet.Bottleneck):
+    """torchvision's, of any inner width and kernel; o is four times the planes."""
+
+    MASKS: ClassVar = {
+        "conv2.weight": "kernel inner",
+        "conv3.weight": "inner",
+        "bn3.weight": "depth",
+        "bn3.bias": "depth",
+    }
+
+    def __init__(self, i: int, o: int, inner: int, kernel: int, stride: int):
+        super().__init__(i, o // self.expansion, stride, _shortcut(i, o, stride))
+        self.conv1, self.bn1 = _conv(i, inner, 1), nn.BatchNorm2d(inner)
+        self.conv2, self.bn2 = _conv(inner, inner, kernel, stride), nn.BatchNorm2d(inner)
+        self.conv3 = _conv(inner, o, 1)
+        nn.init.zeros_(self.bn3.weight)
+
+    @staticmethod
+    def macs(i: int, o: int, inner: int, kernel: int, stride: int, side: int) -> int:
+        out = -(-side // stride)
+        shortcut = i * o * (stride > 1 or i != o)
+        return side**2 * i * inner + out**2 * (kernel**2 * inner**2 + inner * o + shortcut)
+
+
+class InvertedResidual(mobilenetv2.InvertedResidual):
+    """torchvision's, of any kernel; inner is i times the expansion."""
+
+    MASKS: ClassVar = {
+        "conv.1.0.weight": "kernel",
+        "conv.2.weight": "inner",
+        "conv.3.weight": "depth",
+        "conv.3.bias": "depth",
+    }
+
+    def __init__(self, i: int, o: int, inner: int, kernel: int, stride: int):
+        super().__init__(i, o, stride, inner / i)
+        self.conv[-3] = Conv2dNormActivation(inner, inner, kernel, stride, groups=inner, activation_layer=nn.ReLU6)
+
+    @staticmethod
+    def macs(i: int, o: int, inner: int, kernel: int, stride: int, side: int) -> int:
+        out = -(-side // stride)
+        return side**2 * i * inner * (inner != i) + out**2 * inner * (kernel**2 + o)
+
+
+def _conv(i: int, o: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(i, o, kernel, stride, kernel // 2, bias=False)
+
+
+def _shortcut(i: int, o: int, stride: int) -> nn.Module | None:
+    return nn.Sequential(_conv(i, o, 1, stride), nn.BatchNorm2d(o)) if stride > 1 or i != o else None
+
+
+def _kaiming(network: nn.Module) -> None:
+    for m in network.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+
+BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck, "inverted": InvertedResidual}
+
+
+def _handcrafted(block: str, depth: Sequence[int], inner: Sequence[float]) -> dict:
+    return {"block": block, "depth": list(depth), "inner": list(inner), "kernel": [3] * len(depth)}
+
+
+# An architecture, as it stands in arch.json: the block, and for every stage its depth, the inner width of its blocks
+# (a share of the planes; in inverted blocks a multiple of the input's channels) and their kernel.
+BACKBONES: dict[str, dict] = {
+    "resnet18": _handcrafted("basic", (2, 2, 2, 2), (1.0,) * 4),
+    "resnet34": _handcrafted("basic", (3, 4, 6, 3), (1.0,) * 4),
+    "resnet50": _handcrafted("bottleneck", (3, 4, 6, 3), (1.0,) * 4),
+    "mobilenet_v2": _handcrafted("inverted", (1, 2, 3, 4, 3, 3, 1), (1.0, *(6.0,) * 6)),
+}
+STEMS = {"imagenet": (7, 2, 2), "small": (3, 1, 1)}  # of ResNets: kernel, stride, stride of the pool
+
+
+class Place(NamedTuple):
+    """A block of a network: its stage, channels in, out and inside, kernel and stride."""
+
+    stage: int
+    i: int
+    o: int
+    inner: int
+    kernel: int
+    stride: int
+
+
+class Plan(NamedTuple):
+    """What a network is built of: the stem's channels, kernel, stride and pool, its blocks, the last convolution's."""
+
+    stem: tuple[int, int, int, int]
+    blocks: list[Place]
+    last: int | None  # channels of MobileNetV2's last 1x1 convolution
+
+
+def plan(arch: dict, width: float = 1.0, stem: str = "imagenet") -> Plan:
+    """The channels and strides that torchvision's networks have, for any depths, inner widths and kernels.
+
+    stem  "imagenet": a convolution of stride 2, in ResNets 7x7 with a max-pool behind it; "small", for up to 64 px: 3x3
+    of stride 1 and no pool, and MobileNetV2 keeps the resolution in its second stage too: 32 px end at 4x4.
+    """
+    if arch["block"] == "inverted":
+        divisible = mobilenetv2._make_divisible
+        channels, last = divisible(32 * width, 8), divisible(1280 * max(1.0, width), 8)
+        outs = [divisible(c * width, 8) for c in (16, 24, 32, 64, 96, 160, 320)]
+        strides = [1, 1 if stem == "small" else 2, 2, 2, 1, 2, 1]
+        head = (channels, 3, STEMS[stem][1], 1)
+    else:
+        channels, last = round(64 * width), None
+        outs = [channels * 2**stage * BLOCKS[arch["block"]].expansion for stage in range(4)]
+        strides = [1, 2, 2, 2]
+        head = (channels, *STEMS[stem])
+    blocks = []
+    for stage, (depth, inner, kernel) in enumerate(zip(arch["depth"], arch["inner"], arch["kernel"], strict=True)):
+        for j in range(depth):
+            base = channels if last else outs[stage] // BLOCKS[arch["block"]].expansion
+            stride = strides[stage] if j == 0 else 1
+            blocks.append(Place(stage, channels, outs[stage], max(1, round(base * inner)), kernel, stride))
+            channels = outs[stage]
+    return Plan(head, blocks, last)
+
+
+def macs(arch: dict, width: float = 1.0, stem: str = "imagenet", size: int = 224) -> int:
+    """Multiply-accumulates of the convolutions for one image of size x size pixels, in closed form."""
+    (channels, kernel, stride, pool), blocks, last = plan(arch, width, stem)
+    side = -(-size // stride)
+    total, side = side**2 * kernel**2 * 3 * channels, -(-side // pool)
+    for _, *shape, stride in blocks:
+        total += BLOCKS[arch["block"]].macs(*shape, stride, side)
+        side = -(-side // stride)
+    return total + (side**2 * blocks[-1].o * last if last else 0)
+
+
+def new_block(block: str, place: Place, n: int) -> nn.Module:
+    """The n-th block of a network, initialised."""
+    module = BLOCKS[block](*place[1:])
+    _kaiming(module)
+    return module
+
+
+class ResNet(nn.Module):
+    """torchvision's ResNet (1512.03385) without its classifier; images (B, 3, H, W) -> h (B, F).
+
     The last BN of each residual branch starts at zero, as SimSiam's authors do.
     """
 
-    def __init__(self, block: type[nn.Module], depths: Sequence[int], width: float = 1.0, stem: str = "imagenet"):
+    def __init__(self, arch: dict, width: float = 1.0, stem: str = "imagenet", make: Callable = new_block):
         super().__init__()
-        channels = base = round(64 * width)
-        kernel, stride = {"imagenet": (7, 2), "small": (3, 1)}[stem]
-        self.conv1 = nn.Conv2d(3, base, kernel, stride, kernel // 2, bias=False)
-        self.bn1 = nn.BatchNorm2d(base)
+        (channels, kernel, stride, pool), blocks, _ = plan(arch, width, stem)
+        self.conv1, self.bn1 = _conv(3, channels, kernel, stride), nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, 2, 1) if stem == "imagenet" else nn.Identity()
-        for stage, depth in enumerate(depths):
-            blocks = []
-            for i in range(depth):
-                planes, stride = base * 2**stage, 2 if stage > 0 and i == 0 else 1
-                out, shortcut = planes * block.expansion, None
-                if stride > 1 or channels != out:
-                    shortcut = nn.Sequential(conv1x1(channels, out, stride), nn.BatchNorm2d(out))
-                blocks.append(block(channels, planes, stride, shortcut))
-                channels = out
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
-        self.feature_dim = channels
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(m, BasicBlock):
-                nn.init.zeros_(m.bn2.weight)
-            elif isinstance(m, Bottleneck):
-                nn.init.zeros_(m.bn3.weight)
+        self.maxpool = nn.MaxPool2d(3, 2, 1) if pool > 1 else nn.Identity()
+        for stage in range(4):
+            layer = (make(arch["block"], place, n) for n, place in enumerate(blocks) if place.stage == stage)
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*layer))
+        self.feature_dim = blocks[-1].o
+        self.places = [[f"layer{s + 1}.{j}" for j in range(d)] for s, d in enumerate(arch["depth"])]
+        _kaiming(self.conv1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
@@ -70,49 +221,332 @@ class ResNet(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """torchvision's MobileNetV2 without its classifier (1801.04381), of any width; images (B, 3, H, W) -> h (B, F).
+    """torchvision's MobileNetV2 (1801.04381) without its classifier; images (B, 3, H, W) -> h (B, F)."""
 
-    stem "small" keeps the resolution in the first convolution and in the second stage: 32 px end at 4x4 instead of 1x1.
-    """
-
-    STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
-
-    def __init__(self, width: float = 1.0, stem: str = "imagenet"):
+    def __init__(self, arch: dict, width: float = 1.0, stem: str = "imagenet", make: Callable = new_block):
         super().__init__()
-        small = {"imagenet": False, "small": True}[stem]
-        channels = _make_divisible(32 * width, 8)
-        layers = [Conv2dNormActivation(3, channels, stride=1 if small else 2, activation_layer=nn.ReLU6)]
-        for stage, (expansion, planes, depth, stride) in enumerate(self.STAGES):
-            out = _make_divisible(planes * width, 8)
-            for i in range(depth):
-                first = stride if i == 0 and not (small and stage == 1) else 1
-                layers.append(InvertedResidual(channels, out, first, expansion))
-                channels = out
-        self.feature_dim = _make_divisible(1280 * max(1.0, width), 8)
-        layers.append(Conv2dNormActivation(channels, self.feature_dim, kernel_size=1, activation_layer=nn.ReLU6))
-        self.features = nn.Sequential(*layers)
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out")
+        (channels, kernel, stride, _), blocks, self.feature_dim = plan(arch, width, stem)
+        self.features = nn.Sequential(
+            Conv2dNormActivation(3, channels, kernel, stride, activation_layer=nn.ReLU6),
+            *(make("inverted", place, n) for n, place in enumerate(blocks)),
+            Conv2dNormActivation(blocks[-1].o, self.feature_dim, 1, activation_layer=nn.ReLU6),
+        )
+        names = (f"features.{n}" for n in range(1, len(blocks) + 2))
+        self.places = [[next(names) for _ in range(d)] for d in (*arch["depth"], 1)]  # the last convolution is one more
+        _kaiming(self.features[0]), _kaiming(self.features[-1])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.features(x).mean((2, 3))
 
 
-BACKBONES: dict[str, Callable[[float, str], nn.Module]] = {
-    "resnet18": lambda width, stem: ResNet(BasicBlock, (2, 2, 2, 2), width, stem),
-    "resnet34": lambda width, stem: ResNet(BasicBlock, (3, 4, 6, 3), width, stem),
-    "resnet50": lambda width, stem: ResNet(Bottleneck, (3, 4, 6, 3), width, stem),
-    "mobilenet_v2": lambda width, stem: MobileNetV2(width, stem),
-}
+NETWORKS = {"basic": ResNet, "bottleneck": ResNet, "inverted": MobileNetV2}
 
 
-def build_backbone(arch: str, stem: str = "imagenet", width: float = 1.0) -> tuple[nn.Module, int]:
-    """(module, feature_dim). Raises ValueError for a name that BACKBONES does not have."""
-    if arch not in BACKBONES:
+def check_arch(arch: object, source: str = "arch") -> dict:
+    """An architecture as in BACKBONES; else ValueError, which says what is wrong with that of `source`."""
+    if not isinstance(arch, dict) or set(arch) != {"block", "depth", "inner", "kernel"}:
+        raise ValueError(f'{source}: an architecture has "block", "depth", "inner" and "kernel", and nothing else')
+    if arch["block"] not in BLOCKS:
+        raise ValueError(f"{source}: unknown block {arch['block']!r}: choose from {', '.join(BLOCKS)}")
+    stages = 7 if arch["block"] == "inverted" else 4
+    for key, kind, low, high in ("depth", int, 1, 64), ("inner", (int, float), 1 / 64, 64), ("kernel", int, 1, 31):
+        values = arch[key] if isinstance(arch[key], list) else [None]
+        ok = len(values) == stages and all(type(v) is not bool and isinstance(v, kind) for v in values)
+        if not ok or not all(low <= v <= high and (key != "kernel" or v % 2) for v in values):
+            odd = "odd numbers" if key == "kernel" else "numbers"
+            raise ValueError(f'{source}: "{key}" must be a list of {stages} {odd}, {low:g} to {high:g}')
+    return arch
+
+
+def load_arch(source: str) -> str | dict:
+    """--arch: a name in BACKBONES, or the path of an arch.json -> its architecture, checked."""
+    if source in BACKBONES:
+        return source
+    try:
+        with open(source) as file:
+            arch = json.load(file)["backbone"]["arch"]
+    except OSError as error:
+        known = ", ".join(BACKBONES)
+        raise FileNotFoundError(f"--arch '{source}' is neither a readable file nor one of {known}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"'{source}' is not an arch.json: no JSON object with \"backbone\" in it") from error
+    return arch if isinstance(arch, str) and arch in BACKBONES else check_arch(arch, f"'{source}'")
+
+
+def describe(arch: str | dict) -> str:
+    """A line for a person: depth x inner width, kernel, stage after stage."""
+    if isinstance(arch, str):
+        return arch
+    stages = zip(arch["depth"], arch["inner"], arch["kernel"])
+    return f"{arch['block']} " + " ".join(f"{d}x{r:g}k{k}" for d, r, k in stages)
+
+
+def build_backbone(arch: str | dict, stem: str = "imagenet", width: float = 1.0) -> tuple[nn.Module, int]:
+    """(module, feature_dim) of a name in BACKBONES or of an architecture like those. Raises ValueError for others."""
+    if isinstance(arch, str) and arch not in BACKBONES:
         raise ValueError(f"unknown --arch '{arch}': choose from {', '.join(BACKBONES)}")
-    module = BACKBONES[arch](width, stem)
+    arch = BACKBONES[arch] if isinstance(arch, str) else check_arch(arch)
+    module = NETWORKS[arch["block"]](arch, width, stem)
     return module, module.feature_dim
+
+
+# ---- searchable backbones -------------------------------------------------------------------------------------------
+
+
+class Space(NamedTuple):
+    """Architectures with every choice made anew in each of some stages; the other stages are the handcrafted one's."""
+
+    handcrafted: str
+    stages: tuple[int, ...]
+    depth: tuple[int, ...]
+    inner: tuple[float, ...]
+    kernel: tuple[int, ...]
+
+    @property
+    def options(self) -> list[tuple[int, float, int]]:
+        """All (depth, inner, kernel) of a stage, the largest last: O of them."""
+        return list(product(self.depth, self.inner, self.kernel))
+
+    def arch(self, choice: Sequence[int]) -> dict:
+        """The architecture with the choice[s]-th option in the s-th searched stage."""
+        arch = copy.deepcopy(BACKBONES[self.handcrafted])
+        for stage, o in zip(self.stages, choice, strict=True):
+            arch["depth"][stage], arch["inner"][stage], arch["kernel"][stage] = self.options[o]
+        return arch
+
+    def costs(self, width: float, stem: str, size: int) -> tuple[int, Tensor]:
+        """(base, (S, O)): MACs of the smallest network, and what each option adds to it, which is independent of the
+        other stages since widths between stages are fixed: a network's MACs are base + the sum of its choices'."""
+        smallest = [0] * len(self.stages)
+        base = macs(self.arch(smallest), width, stem, size)
+        table = torch.zeros(len(self.stages), len(self.options), dtype=torch.float64)
+        for s, o in product(range(len(self.stages)), range(len(self.options))):
+            choice = [o if stage == s else 0 for stage in range(len(self.stages))]
+            table[s, o] = macs(self.arch(choice), width, stem, size) - base
+        return base, table
+
+
+# ResNet18 and MobileNetV2 are points of their spaces; ResNet50, with its stage of 6 blocks, is not.
+SPACES: dict[str, Space] = {
+    "resnet": Space("resnet18", (0, 1, 2, 3), (1, 2, 3, 4), (0.25, 0.5, 0.75, 1.0), (3, 5)),
+    "bottleneck": Space("resnet50", (0, 1, 2, 3), (1, 2, 3, 4), (0.25, 0.5, 0.75, 1.0), (3, 5)),
+    "mobilenet": Space("mobilenet_v2", (1, 2, 3, 4, 5), (1, 2, 3, 4), (2.0, 4.0, 6.0), (3, 5, 7)),
+}
+BAND = 0.95, 1.0  # a network meets its target with MACs in this band of it
+
+
+class Choices(nn.Module):
+    """Alphas (S, options) of depth, inner width and kernel, and the gates sampled last: one-hot, of the same shapes.
+
+    A copy is the thing itself: a momentum twin has the student's alphas and takes its gates.
+    """
+
+    def __init__(self, space: Space):
+        super().__init__()
+        self.space = space
+        self.depth_alpha, self.inner_alpha, self.kernel_alpha = (
+            nn.Parameter(torch.zeros(len(space.stages), len(options))) for options in space[2:]
+        )
+        self.set(self.largest)
+
+    def __deepcopy__(self, memo):
+        return self
+
+    @property
+    def largest(self) -> list[int]:
+        return [len(self.space.options) - 1] * len(self.space.stages)
+
+    def alphas(self) -> list[nn.Parameter]:
+        return [self.depth_alpha, self.inner_alpha, self.kernel_alpha]
+
+    def sample(self, tau: float, generator: torch.Generator) -> None:
+        """Gates from a Gumbel softmax of temperature tau, hard, with straight-through gradients where alphas have any.
+
+        The noise comes from the CPU, so that ranks and devices sample the same.
+        """
+        self.gates = []
+        for alpha in self.alphas():
+            noise = -torch.empty(alpha.shape).exponential_(generator=generator).log()
+            soft = ((alpha + noise.to(alpha.device)) / tau).softmax(1)
+            hard = F.one_hot(soft.argmax(1), soft.shape[1]).to(soft.dtype)
+            self.gates.append(hard + (soft - soft.detach()) if alpha.requires_grad else hard)
+
+    def set(self, choice: Sequence[int]) -> None:
+        """Gates of one option a stage."""
+        options = torch.unravel_index(torch.tensor(choice), [a.shape[1] for a in self.alphas()])
+        self.gates = [F.one_hot(o.to(a.device), a.shape[1]).to(a) for o, a in zip(options, self.alphas())]
+
+    def choice(self) -> list[int]:
+        """The options that the gates hold now, as Space.arch takes them."""
+        d, r, k = (gate.argmax(1) for gate in self.gates)
+        return ((d * self.inner_alpha.shape[1] + r) * self.kernel_alpha.shape[1] + k).tolist()
+
+    def log_probabilities(self) -> Tensor:
+        """(S, O): of every option, the sum over its depth, inner width and kernel, which are independent."""
+        d, r, k = (alpha.log_softmax(1) for alpha in self.alphas())
+        return (d[:, :, None, None] + r[:, None, :, None] + k[:, None, None, :]).flatten(1)
+
+    def expected_macs(self, base: int, table: Tensor) -> Tensor:
+        """E[MACs] under the alphas, in closed form and differentiable; (base, table) from Space.costs."""
+        return base + (self.log_probabilities().exp() * table).sum()
+
+
+class SearchBackbone(nn.Module):
+    """The largest network of a space, used in part: every choice is a mask on its weights (2203.08130; design ours).
+
+    A kernel is the centre of the largest; inner channels are the first ones, masked where the next convolution takes
+    them in, that is after BN and activation; a block that depth leaves out has its last BN at zero. So the masked
+    network costs what the largest costs, every option gets a gradient, and what is left out changes nothing: the
+    network cut out of the weights gives the same numbers. Gates without gradient run that cut, at its own cost, unless
+    `masked` asks for masks always, whose shapes never change, as a compiler wants it.
+    """
+
+    def __init__(self, space: Space, width: float = 1.0, stem: str = "imagenet", masked: bool = False):
+        super().__init__()
+        self.space, self.width, self.stem, self.masked = space, width, stem, masked
+        self.choices = Choices(space)
+        arch = space.arch(self.choices.largest)
+        self.largest, self.feature_dim = build_backbone(arch, stem, width)
+        kernel = max(space.kernel)
+        away = (torch.arange(kernel) - kernel // 2).abs()
+        away = torch.maximum(away[:, None], away)
+        self._constant("kernel_masks", away <= torch.tensor(space.kernel)[:, None, None] // 2)  # (options, k, k)
+        inner = {o: plan(arch | {"inner": self._inner(o)}, width, stem).blocks for o in space.inner}
+        for n, (prefix, place) in enumerate(zip(chain(*self.largest.places), inner[space.inner[-1]])):
+            if place.stage in space.stages:
+                counts = torch.tensor([blocks[n].inner for blocks in inner.values()])
+                mask = torch.arange(place.inner) < counts[:, None]
+                self._constant(f"inner_masks_{prefix.replace('.', '_')}", mask)  # (options, inner)
+
+    def _inner(self, value: float) -> list[float]:
+        fixed = BACKBONES[self.space.handcrafted]["inner"]
+        return [value if s in self.space.stages else r for s, r in enumerate(fixed)]
+
+    def _constant(self, name: str, mask: Tensor) -> None:
+        self.register_buffer(name, mask.float(), persistent=False)
+
+    def masked_weights(self) -> dict[str, Tensor]:
+        """The largest network's parameters under the gates, by name: those that a choice touches."""
+        out = {}
+        for stage, depth, inner, kernel in zip(self.space.stages, *self.choices.gates):
+            kernel = torch.einsum("o,oxy->xy", kernel, self.kernel_masks)
+            for j, prefix in enumerate(self.largest.places[stage]):
+                block = self.largest.get_submodule(prefix)
+                channels = inner @ getattr(self, f"inner_masks_{prefix.replace('.', '_')}")
+                on = sum(gate for gate, d in zip(depth, self.space.depth) if d > j)
+                masks = {"kernel": kernel, "inner": channels[:, None, None], "depth": on}
+                for name, kinds in block.MASKS.items():
+                    if kinds == "depth" and j < self.space.depth[0]:
+                        continue  # never left out
+                    weight = block.get_parameter(name)
+                    for kind in kinds.split():
+                        weight = weight * masks[kind]
+                    out[f"{prefix}.{name}"] = weight
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.masked or self.choices.gates[0].requires_grad:
+            return functional_call(self.largest, self.masked_weights(), x)
+        network, _ = _skeleton(self.space, tuple(self.choices.choice()), self.stem, self.width)
+        network.train(self.training)
+        return functional_call(network, self.slices(self.choices.choice()), x)
+
+    def slices(self, choice: Sequence[int]) -> dict[str, Tensor]:
+        """Views of the largest network's parameters and buffers that make up a network of the space, by its names."""
+        network, names = _skeleton(self.space, tuple(choice), self.stem, self.width)
+        full = dict(chain(self.largest.named_parameters(), self.largest.named_buffers()))
+        out = {}
+        for name, small in chain(network.named_parameters(), network.named_buffers()):
+            big = full[names[name]]
+            for dim, n in enumerate(small.shape):
+                if n < big.shape[dim]:
+                    big = big.narrow(dim, (big.shape[dim] - n) // 2 if dim > 1 else 0, n)
+            out[name] = big
+        return out
+
+    def cut(self, choice: Sequence[int]) -> nn.Module:
+        """A network of the space with a copy of its part of the weights; its BN statistics want `recalibrate`."""
+        network, _ = build_backbone(self.space.arch(choice), self.stem, self.width)
+        network.to(self.largest.get_parameter(next(iter(network.state_dict()))))  # device and precision
+        network.load_state_dict(self.slices(choice))
+        return network
+
+
+@lru_cache(maxsize=4096)
+def _meta_block(block: str, place: Place, n: int) -> nn.Module:
+    with torch.device("meta"):
+        return BLOCKS[block](*place[1:])
+
+
+@lru_cache(maxsize=256)
+def _skeleton(space: Space, choice: tuple[int, ...], stem: str, width: float) -> tuple[nn.Module, dict[str, str]]:
+    """(network without memory, its names -> those of the same things in the largest network).
+
+    A search visits a new network nearly every step, so blocks, which take long to make, are kept for the next.
+    """
+    archs = space.arch(choice), space.arch([-1] * len(choice))
+    with torch.device("meta"):
+        small, big = (NETWORKS[arch["block"]](arch, width, stem, _meta_block) for arch in archs)
+    renamed = {a: b for ours, theirs in zip(small.places, big.places) for a, b in zip(ours, theirs)}
+    names = {}
+    for name, _ in chain(small.named_parameters(), small.named_buffers()):
+        head = ".".join(name.split(".")[:2])
+        names[name] = renamed.get(head, head) + name[len(head) :]
+    return small, names
+
+
+def derive(scores: Tensor, base: int, table: Tensor, target: float) -> list[int]:
+    """The choice with the highest total score (S, O) among all whose MACs lie in BAND of the target, by enumeration.
+
+    With scores = log probabilities the likeliest network that meets the target; each stage's own argmax would miss it.
+    Raises ValueError where no network does.
+    """
+    scores, table = scores.detach().double().cpu(), table.cpu()
+    score, cost = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    for s in range(1, len(table)):  # all choices of all stages but the first
+        score = (score[:, None] + scores[s]).flatten()
+        cost = (cost[:, None] + table[s]).flatten()
+    best, best_choice = -math.inf, None
+    for o in range(table.shape[1]):
+        total = base + table[0, o] + cost
+        good = torch.where((total >= BAND[0] * target) & (total <= BAND[1] * target), score, -math.inf)
+        n = int(good.argmax())
+        if good[n] + scores[0, o] > best:
+            rest = torch.unravel_index(torch.tensor(n), [table.shape[1]] * (len(table) - 1))
+            best, best_choice = float(good[n] + scores[0, o]), [o, *map(int, rest)]
+    if best_choice is None:
+        low, high = base, base + float(table.max(1).values.sum())
+        raise ValueError(
+            f"no network of the space has {BAND[0]:g} to {BAND[1]:g} of {target / 1e6:.4g} MMACs: they go from "
+            f"{low / 1e6:.4g} to {high / 1e6:.4g} MMACs"
+        )
+    return best_choice
+
+
+def random_choice(base: int, table: Tensor, target: float, generator: torch.Generator) -> list[int]:
+    """A choice drawn evenly from those whose MACs lie in BAND of the target (there must be one: see `derive`)."""
+    while True:
+        choices = torch.randint(table.shape[1], (4096, len(table)), generator=generator)
+        total = base + table.cpu()[torch.arange(len(table)), choices].sum(1)
+        good = choices[(total >= BAND[0] * target) & (total <= BAND[1] * target)]
+        if len(good):
+            return good[0].tolist()
+
+
+@torch.no_grad()
+def recalibrate(backbone: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+    """BN statistics anew: the mean over batches (B, 3, S, S), in place of those that other networks have left."""
+    norms = [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta, training = [m.momentum for m in norms], backbone.training
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None  # a plain average
+    backbone.train()
+    for x in batches:
+        backbone(x)
+    for m, momentum in zip(norms, momenta):
+        m.momentum = momentum
+    return backbone.train(training)
 
 
 # ---- heads ----------------------------------------------------------------------------------------------------------
