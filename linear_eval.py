@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import BACKBONES, build_backbone
+from models import BACKBONES, build_backbone, describe
 from views import CROP_AND_FLIP, IMAGENET_MEAN, IMAGENET_STD, Images, MultiCrop, load_images
 
 # ---- what every script needs at its start ---------------------------------------------------------------------------
@@ -271,9 +271,8 @@ def load_backbone(
     """(backbone, facts) of backbone.pth with its backbone.json, or of a plain torchvision state dict with its arch
     named.
 
-    facts: arch, width, stem, mean, std and what else backbone.json holds. Keys must match to the last one; only a
-    torchvision classifier (fc.*, classifier.*) is left out. Raises FileNotFoundError or ValueError, naming what does
-    not fit.
+    facts: arch, width, stem, mean, std and what else backbone.json holds. Raises FileNotFoundError or ValueError,
+    naming what does not fit.
     """
     path, beside = Path(weights), Path(weights).with_suffix(".json")
     if not path.is_file():
@@ -289,9 +288,21 @@ def load_backbone(
     facts |= {k: v for k, v in (("arch", arch), ("width", width), ("stem", stem)) if v is not None}
     if "arch" not in facts:
         raise ValueError(f"'{beside}' does not say what \"arch\" is in '{weights}': name it with --arch")
-    backbone, _ = build_backbone(facts["arch"], facts["stem"], facts["width"])
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        backbone, _ = build_backbone(facts["arch"], facts["stem"], facts["width"])
+    except ValueError as error:
+        raise ValueError(f"'{beside}': {error}") from error
+    load_weights(backbone, weights, f"{describe(facts['arch'])} x{facts['width']:g} with the {facts['stem']} stem")
+    return backbone, facts
+
+
+def load_weights(backbone: nn.Module, weights: str, name: str) -> None:
+    """Fills a backbone, which `name` describes, from a state dict on disk. Keys must match to the last one; only a
+    torchvision classifier (fc.*, classifier.*) is left out. Raises FileNotFoundError or ValueError."""
+    if not Path(weights).is_file():
+        raise FileNotFoundError(f"no weights at '{weights}'")
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in zipfile, pickle or torch
         raise ValueError(
             f"'{weights}' cannot be read as a state dict ({type(error).__name__}): damaged, or not torch's"
@@ -309,12 +320,10 @@ def load_backbone(
         if k in state and state[k].shape != expected[k].shape
     ]
     if wrong:
-        name = f"{facts['arch']} of width {facts['width']:g} with the {facts['stem']} stem"
         raise ValueError(
             f"'{weights}' is no {name}: {wrong[0]}" + (f", and {len(wrong) - 1} more keys differ" if wrong[1:] else "")
         )
     backbone.load_state_dict(state)
-    return backbone, facts
 
 
 def measure(
@@ -393,8 +402,8 @@ def main(args: argparse.Namespace) -> dict[str, list[dict]]:
             )
         tables[source] = rows
         lines = [
-            f"{facts['arch']} x{facts['width']:g} ({args.weights}) on {source}: {len(train.pixels):,} training images, "
-            f"{len(test.pixels):,} test images",
+            f"{describe(facts['arch'])} x{facts['width']:g} ({args.weights}) on {source}: {len(train.pixels):,} "
+            f"training images, {len(test.pixels):,} test images",
             "",
             f"| network | kNN (k {args.knn_k}, T {args.knn_t:g}, cosine) | linear{' (augmented)' * args.augment} "
             "| chosen on held-out training images | s |",

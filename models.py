@@ -314,6 +314,15 @@ class Space(NamedTuple):
             arch["depth"][stage], arch["inner"][stage], arch["kernel"][stage] = self.options[o]
         return arch
 
+    def choice(self, arch: str | dict) -> list[int] | None:
+        """The choice that makes up an architecture; None where it is no point of the space."""
+        arch = BACKBONES[arch] if isinstance(arch, str) else arch
+        try:
+            choice = [self.options.index((arch["depth"][s], arch["inner"][s], arch["kernel"][s])) for s in self.stages]
+        except (ValueError, IndexError):
+            return None
+        return choice if self.arch(choice) == arch else None
+
     def costs(self, width: float, stem: str, size: int) -> tuple[int, Tensor]:
         """(base, (S, O)): MACs of the smallest network, and what each option adds to it, which is independent of the
         other stages since widths between stages are fixed: a network's MACs are base + the sum of its choices'."""
@@ -388,7 +397,8 @@ class Choices(nn.Module):
 
     def expected_macs(self, base: int, table: Tensor) -> Tensor:
         """E[MACs] under the alphas, in closed form and differentiable; (base, table) from Space.costs."""
-        return base + (self.log_probabilities().exp() * table).sum()
+        p = self.log_probabilities().exp()
+        return base + (p * table.to(p)).sum()
 
 
 class SearchBackbone(nn.Module):
@@ -534,19 +544,22 @@ def random_choice(base: int, table: Tensor, target: float, generator: torch.Gene
 
 
 @torch.no_grad()
-def recalibrate(backbone: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
-    """BN statistics anew: the mean over batches (B, 3, S, S), in place of those that other networks have left."""
-    norms = [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
-    momenta, training = [m.momentum for m in norms], backbone.training
+def recalibrate(module: nn.Module, batches: Iterable, forward: Callable | None = None) -> nn.Module:
+    """BN statistics anew: the mean over batches, in place of those that other networks have left.
+
+    forward: what takes a batch, by default the module itself.
+    """
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta, training = [m.momentum for m in norms], module.training
     for m in norms:
         m.reset_running_stats()
         m.momentum = None  # a plain average
-    backbone.train()
-    for x in batches:
-        backbone(x)
+    module.train()
+    for batch in batches:
+        (forward or module)(batch)
     for m, momentum in zip(norms, momenta):
         m.momentum = momentum
-    return backbone.train(training)
+    return module.train(training)
 
 
 # ---- heads ----------------------------------------------------------------------------------------------------------

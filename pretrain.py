@@ -3,7 +3,8 @@
     torchrun pretrain.py                                                            # made-up images, a laptop
     torchrun pretrain.py --data cifar10 --width 1 --epochs 200 --batch-size 512     # one GPU
     torchrun --nproc-per-node 8 pretrain.py --data my/images --image-size 224 --arch resnet50 --width 1
-    torchrun pretrain.py --heads runs/search/arch.json                              # what search.py found
+    torchrun pretrain.py --heads runs/search/arch.json                              # heads that search.py found
+    torchrun pretrain.py --arch runs/search/arch.json --weights runs/search/backbone.pth   # a found backbone, going on
     torchrun pretrain.py --bench                                                    # where a step's time goes
 
 The output folder gets views.png (look at it first), log.txt (a JSON line an epoch), checkpoint.pth (the same command
@@ -20,7 +21,6 @@ import shlex
 import sys
 import time
 import zlib
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -31,9 +31,31 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid, save_image
 
-from linear_eval import Parser, barrier, data_flags, extract, knn_accuracy, load_data, memory_format, setup, user_errors
+from linear_eval import (
+    Parser,
+    barrier,
+    data_flags,
+    extract,
+    knn_accuracy,
+    load_data,
+    load_weights,
+    memory_format,
+    setup,
+    user_errors,
+)
 from losses import METHODS
-from models import BACKBONES, build_backbone, build_head, head_dims, load_heads
+from models import (
+    BACKBONES,
+    SearchBackbone,
+    SearchHead,
+    Space,
+    build_backbone,
+    build_head,
+    describe,
+    head_dims,
+    load_arch,
+    load_heads,
+)
 from views import RECIPES, Images, MultiCrop, channel_stats
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
@@ -45,7 +67,8 @@ def training_flags(parser: Parser) -> None:
     group = parser.add_argument_group("model and method")
     group.add_argument("--data", default="shapes", help="shapes (made in memory), a torchvision name or a folder")
     group.add_argument("--method", choices=list(METHODS), default="simsiam")
-    group.add_argument("--arch", choices=list(BACKBONES), default="resnet18")
+    group.add_argument("--arch", default="resnet18", help=f"{', '.join(BACKBONES)}, or an arch.json with a backbone")
+    group.add_argument("--heads", default="default", help="default (handcrafted), a preset's name, or an arch.json")
     group.add_argument("--width", type=float, default=0.25, help="times torchvision's channels; 1 is the full network")
     group.add_argument("--stem", choices=["auto", "small", "imagenet"], default="auto", help="auto: small up to 64 px")
     group.add_argument("--recipe", choices=list(RECIPES), default=None, help="of the views; None is the method's")
@@ -75,7 +98,7 @@ def training_flags(parser: Parser) -> None:
 def get_parser() -> Parser:
     parser = Parser(description=__doc__.split("\n\n")[0])
     training_flags(parser)
-    parser.add_argument("--heads", default="default", help="default (handcrafted), a preset's name, or an arch.json")
+    parser.add_argument("--weights", default=None, help="a backbone.pth of --arch to start from; None starts at random")
     parser.add_argument("--output-dir", default="runs/pretrain")
     return parser
 
@@ -87,9 +110,10 @@ class Run:
     """Everything that flags decide before the first step: process, images, views, network. Checks all of it first."""
 
     def __init__(
-        self, args: argparse.Namespace, search_head: Callable[[list[int]], nn.Module] | None = None, parts: int = 1
+        self, args: argparse.Namespace, search_heads: bool = False, space: Space | None = None, parts: int = 1
     ):
-        """search_head: dims -> a head to use in place of --heads; parts: into how many the training images are cut."""
+        """search_heads: mixtures in place of --heads; space: its largest network in place of --arch; parts: into how
+        many the training images are cut."""
         for flag in ("epochs", "batch_size", "width", "print_every"):
             if getattr(args, flag) <= 0:
                 raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be above 0")
@@ -103,7 +127,8 @@ class Run:
             )
         cuda = self.device.type == "cuda"
         self.amp, self.compile = (cuda if flag is None else flag for flag in (args.amp, args.compile))
-        self.output = Path(args.output_dir)
+        self.arch = space.handcrafted if space else load_arch(args.arch)
+        self.epochs, self.output = args.epochs, Path(args.output_dir)
         if not args.bench:
             self.output.mkdir(parents=True, exist_ok=True)
             if not os.access(self.output, os.W_OK):
@@ -126,19 +151,26 @@ class Run:
         self.stem = args.stem if args.stem != "auto" else "small" if self.size <= 64 else "imagenet"
         self.mean, self.std = channel_stats(self.images.pixels)
         self.views = MultiCrop(args.recipe or self.method_class.recipe, self.size, self.mean, self.std, self.device)
-        self.method = self.build_method(search_head).to(self.device, memory_format=memory_format(self.device))
+        method = self.build_method(search_heads, space)
+        self.method = method.to(self.device, memory_format=memory_format(self.device))
         if self.compile:
             self.method.compile()
             self.views.render = torch.compile(self.views.render, dynamic=False)
 
-    def build_method(self, search_head: Callable[[list[int]], nn.Module] | None) -> nn.Module:
-        """The method with its encoder and heads: search_head(dims) for each, else those that --heads names."""
-        args, encoder = self.args, build_backbone(self.args.arch, self.stem, self.args.width)[0]
+    def build_method(self, search_heads: bool, space: Space | None) -> nn.Module:
+        """The method with its encoder and heads: searchable, or those that flags name."""
+        args = self.args
+        if space:
+            encoder = SearchBackbone(space, args.width, self.stem, masked=self.compile)
+        else:
+            encoder, _ = build_backbone(self.arch, self.stem, args.width)
+        if weights := getattr(args, "weights", None):
+            load_weights(encoder, weights, f"{describe(self.arch)} x{args.width:g} with the {self.stem} stem")
         self.spaces = self.method_class.heads(encoder.feature_dim, args.out_dim)
-        self.specs = None if search_head else load_heads(args.heads, list(self.spaces))
+        self.specs = None if search_heads else load_heads(args.heads, list(self.spaces))
         self.heads = None  # the method's handcrafted ones
-        if search_head:
-            self.heads = {name: search_head(head_dims(*space)) for name, space in self.spaces.items()}
+        if search_heads:
+            self.heads = {name: SearchHead(head_dims(*dims)) for name, dims in self.spaces.items()}
         elif self.specs:
             spaces = {name: self.spaces[name]._replace(layers=len(ops)) for name, ops in self.specs.items()}
             self.heads = {name: build_head(self.specs[name], head_dims(*space)) for name, space in spaces.items()}
@@ -160,19 +192,23 @@ class Run:
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16) if self.amp else nullcontext()
 
-    def batch(self, order: Tensor, step: int) -> tuple[list[Tensor], Tensor]:
-        """(views, index) of this rank's share of a batch; all draw for all of it: one or many see the same views."""
+    def batch(self, order: Tensor, step: int, generator: torch.Generator | None = None) -> tuple[list[Tensor], Tensor]:
+        """(views, index) of this rank's share of a batch; all draw for all of it: one or many see the same views.
+
+        generator: of the views; None is the run's own.
+        """
         n, b = self.args.batch_size, self.args.batch_size // self.world
         index = order[step * n : (step + 1) * n]
-        parameters = self.views.sample(n, *self.pixels.shape[2:], self.generator)
+        parameters = self.views.sample(n, *self.pixels.shape[2:], generator or self.generator)
         mine = slice(self.rank * b, (self.rank + 1) * b)
         index = index[mine].to(self.device, non_blocking=True)
         views = self.views.render(self.pixels[index], [{k: v[mine] for k, v in p.items()} for p in parameters])
         return [v.contiguous(memory_format=memory_format(self.device)) for v in views], index
 
-    def monitor(self, knn: bool) -> dict[str, float]:
-        """Of the encoder now: std of z and RankMe of h; and, if asked for, kNN accuracy on held-out training images."""
-        args, method, facts = self.args, self.method, {}
+    def monitor(self, knn: bool, method: nn.Module | None = None) -> dict[str, float]:
+        """Of the method now: std of z and RankMe of h; and, if asked for, loss and kNN accuracy on held-out training
+        images."""
+        args, method, facts = self.args, method or self.method, {}
 
         def features(rows):
             return extract(method.encoder, self.pixels, self.mean, self.std, self.device, rows=rows.to(self.device))
@@ -186,12 +222,33 @@ class Run:
         with torch.no_grad():
             z = nn.functional.normalize(method.projector(h), dim=1)
         method.train()
-        return facts | {"z_std": (z.std(0).mean() * z.shape[1] ** 0.5).item(), "rankme": rankme(h)}
+        facts |= {"z_std": (z.std(0).mean() * z.shape[1] ** 0.5).item(), "rankme": rankme(h)}
+        return facts | (self.held_out_loss(method) if knn else {})
+
+    @torch.no_grad()
+    def held_out_loss(self, method: nn.Module) -> dict[str, float]:
+        """{"held_out_loss": its mean over views of the held-out images, always the same ones, in eval mode}; {} where
+        these do not fill a batch."""
+        generator, losses = torch.Generator().manual_seed(0), []
+        method.eval()
+        for step in range(len(self.held_out) // self.args.batch_size):
+            with self.autocast():
+                losses.append(method.loss(*method.outputs(self.batch(self.held_out, step, generator)[0])))
+        method.train()
+        return {"held_out_loss": mean_over_ranks(torch.stack(losses).mean()).item()} if losses else {}
 
     def knn_due(self, epoch: int) -> bool:
         """After `epoch` epochs."""
         every = self.args.knn_every
-        return bool(every) and (epoch % every == 0 or epoch == self.args.epochs)
+        return bool(every) and (epoch % every == 0 or epoch == self.epochs)
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """In place, where there are several."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
 
 
 def split_images(n: int, held_out: float, parts: int) -> list[Tensor]:
@@ -265,6 +322,8 @@ FREE_FLAGS = {
     "compare",
     "compare_seeds",
     "compare_epochs",
+    "compare_data",
+    "compare_with",
 }
 
 
@@ -293,7 +352,7 @@ def save_checkpoint(run: Run, epoch: int, history: list[dict], optimizers: list[
     state = {
         "flags": {k: v for k, v in vars(run.args).items() if k not in FREE_FLAGS},
         "data": fingerprint(run.images),
-        "heads": run.specs,
+        "network": [run.arch, run.specs],
         "epoch": epoch,
         "method": run.method.state_dict(),
         "optimizers": [o.state_dict() for o in optimizers],
@@ -313,7 +372,7 @@ def load_checkpoint(run: Run, optimizers: list[torch.optim.Optimizer]) -> tuple[
         return 0, []
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        flags, data, heads = state["flags"], state["data"], state["heads"]
+        flags, data, network = state["flags"], state["data"], state["network"]
     except Exception as error:  # a damaged file fails in zipfile, pickle or torch
         raise ValueError(
             f"'{path}' is damaged ({type(error).__name__}): delete it or pass --no-resume to start over, or choose "
@@ -326,8 +385,9 @@ def load_checkpoint(run: Run, optimizers: list[torch.optim.Optimizer]) -> tuple[
                 f"'{path}' was made with --{flag.replace('_', '-')} {have}, not {want}: choose another --output-dir, "
                 "or start over with --no-resume"
             )
-    if heads != run.specs:
-        raise ValueError(f"'{path}' was made with other heads than --heads now names: choose another --output-dir")
+    if network != [run.arch, run.specs]:
+        flag = "heads" if network[0] == run.arch else "arch"
+        raise ValueError(f"'{path}' was made with another network than --{flag} now names: choose another --output-dir")
     if data != fingerprint(run.images):
         raise ValueError(
             f"'{path}' was made with other images ({data[0]:,}, now {len(run.images.pixels):,}): choose another "
@@ -359,10 +419,7 @@ class Console:
 
     def mean_loss(self, where: str, lr: float) -> float:
         """Over the steps since begin(), all ranks; a loss that is not finite stops the run."""
-        loss = torch.stack(self.losses).mean()
-        if dist.is_initialized():
-            dist.all_reduce(loss)
-            loss /= dist.get_world_size()
+        loss = mean_over_ranks(torch.stack(self.losses).mean())
         if not math.isfinite(loss.item()):
             bad = [i for i, x in enumerate(self.losses) if not math.isfinite(x.item())]
             sys.exit(
@@ -375,7 +432,7 @@ class Console:
         if self.steps % self.run.args.print_every:
             return
         loss = self.mean_loss(f"epoch {epoch + 1}", lr)
-        where = f"epoch {epoch + 1}/{self.run.args.epochs} step {self.steps}/{self.run.steps_per_epoch}"
+        where = f"epoch {epoch + 1}/{self.run.epochs} step {self.steps}/{self.run.steps_per_epoch}"
         self.text(where, loss, done, lr)
 
     def text(self, where: str, loss: float, done: int, lr: float, more: str = "") -> None:
@@ -417,7 +474,7 @@ def save_backbone(run: Run, encoder: nn.Module, command: str, folder: Path, **mo
     """backbone.pth, a plain state dict, and backbone.json, what it is and where it comes from."""
     args = run.args
     facts = {
-        "arch": args.arch,
+        "arch": run.arch,
         "width": args.width,
         "stem": run.stem,
         "mean": run.mean,
@@ -502,7 +559,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     total = args.epochs * run.steps_per_epoch
     warmup = warmup_steps(args, run.steps_per_epoch)
     say(
-        f"{args.method}, {args.arch} x{args.width:g} ({sum(p.numel() for p in method.encoder.parameters()):,} "
+        f"{args.method}, {describe(run.arch)} x{args.width:g} ({sum(p.numel() for p in method.encoder.parameters()):,} "
         f"parameters), heads {args.heads}, {len(run.parts[0]):,} images of {run.size} px ({len(run.held_out):,} "
         f"held out), {run.world} x {run.device.type}"
     )

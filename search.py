@@ -1,28 +1,40 @@
-"""Searches the projector and predictor heads of a Siamese method without labels (NASiam, arXiv 2302.00059).
+"""Searches an architecture without labels: the heads of a Siamese method, its backbone, or both together.
 
-    torchrun search.py                                                            # made-up images, a laptop
+    torchrun search.py                                                            # heads, made-up images, a laptop
+    torchrun search.py --space resnet --target-macs 0.5xresnet18 --method simclr  # a backbone of half the MACs
+    torchrun search.py --space heads mobilenet --method simclr                    # both together
     torchrun search.py --data cifar10 --width 1 --epochs 100 --batch-size 512     # one GPU
-    torchrun search.py --data my/images --image-size 64 --method moco
-    torchrun search.py --compare 8                        # found heads against handcrafted and 8 random ones
-    torchrun search.py --bench                            # what an iteration costs beside its weight step
+    torchrun search.py --compare 8                        # found against handcrafted and 8 random ones
+    torchrun search.py --bench                            # what an iteration costs
 
-First-order alternating search: the training images are cut into two disjoint halves; every iteration takes one step
-of the alphas on a batch of the second half, then one of the weights on a batch of the first. Where the paper's code
-differs between methods (alphas once an epoch for SimCLR, never saved, never synchronised), here all do the same.
+Heads (NASiam, arXiv 2302.00059): every layer mixes seven operations by its alphas. Backbones (SSA, 2203.08130; the
+design is ours): one largest network in which every choice is a mask; a step samples one network for all its views, and
+the alphas learn by straight-through gradients of the loss + cost_weight |E[MACs] / target - 1|. Either way first-order
+and alternating: the training images are cut into two disjoint halves; every iteration takes one step of the alphas on a
+batch of the second half, then one of the weights on a batch of the first. A backbone search begins with a quarter of
+its steps on weights alone, uniform samples and the largest network taking turns, and ends with the likeliest network
+among all whose MACs lie in [.95, 1] of the target. A contrastive method (simclr, moco) is the better judge of
+backbones: a loss that can collapse lets the alphas choose networks that help it collapse.
 
-The output folder gets log.txt (alphas, entropy and the operations chosen so far, an epoch a line), checkpoint.pth,
-arch.json (what was found, as plain data) and search.svg (the alphas over time, and the head).
+--strategy random and supernet-random are the baselines of a backbone search, of the same cost in multiply-accumulates:
+networks trained alone, or networks that inherit from a largest network trained with uniform samples; the best by the
+loss on held-out training images is what they find.
+
+The output folder gets log.txt (a JSON line an epoch: alphas and what they choose so far), checkpoint.pth, arch.json
+(what was found, as plain data), search.svg (alphas of heads) and backbone.svg; of a backbone also backbone.pth, with
+the weights that it inherits, BN recalibrated.
 """
 
 import argparse
+import copy
 import json
 import math
 import random
+import re
 import statistics
 import time
-from itertools import cycle
+from itertools import combinations, pairwise
 from pathlib import Path
-from xml.sax.saxutils import escape
 
 import torch
 import torch.distributed as dist
@@ -33,7 +45,24 @@ from torch.nn.parallel import DistributedDataParallel
 import linear_eval
 import pretrain
 from linear_eval import Parser, barrier, load_backbone, load_data, measure, user_errors
-from models import OPS, SearchHead, count_heads, head_dims, random_head, true_name
+from models import (
+    BACKBONES,
+    BAND,
+    SPACES,
+    SearchBackbone,
+    build_backbone,
+    count_heads,
+    derive,
+    describe,
+    head_dims,
+    load_arch,
+    macs,
+    random_choice,
+    random_head,
+    recalibrate,
+    true_name,
+)
+from pictures import draw_backbone, draw_heads, draw_scores
 from pretrain import (
     Console,
     Run,
@@ -42,7 +71,9 @@ from pretrain import (
     command_line,
     is_main,
     load_checkpoint,
+    mean_over_ranks,
     optimizer_of,
+    save_backbone,
     save_checkpoint,
     say,
     set_lr,
@@ -50,41 +81,76 @@ from pretrain import (
 )
 
 # The paper steps its alphas by 1e-3 (AdamW) 4,800 times. Adam moves an alpha by about lr a step, so a shorter search
-# with the same lr decides nothing; --arch-lr's default keeps lr x steps at the paper's value.
-PAPER_TRAVEL = 4.8
+# with the same lr decides nothing; --arch-lr's default keeps lr x steps at the paper's value. A backbone's alphas need
+# at least 3 to meet their target.
+TRAVEL = 4.8
 
 
 def get_parser() -> Parser:
     parser = Parser(description=__doc__.split("\n\n")[0])
     pretrain.training_flags(parser)
     group = parser.add_argument_group("search")
-    group.add_argument(
-        "--arch-lr",
-        type=float,
-        default=None,
-        help=f"of the alphas (AdamW); None is {PAPER_TRAVEL} / steps, 1e-3 at least",
-    )
-    group.add_argument("--arch-weight-decay", type=float, default=1e-3, help="of the alphas")
-    group.add_argument(
-        "--compare",
-        type=int,
-        default=0,
-        metavar="K",
-        help="afterwards train the found, the handcrafted and K random heads",
-    )
-    group.add_argument("--compare-seeds", type=int, default=3, help="runs of each head")
+    group.add_argument("--space", nargs="+", choices=["heads", *SPACES], default=["heads"], help="what is searched")
+    group.add_argument("--target-macs", default=None, help="40e6, resnet18 or 0.5xresnet18; None is the handcrafted's")
+    group.add_argument("--strategy", choices=["gradient", "random", "supernet-random"], default="gradient")
+    group.add_argument("--candidates", type=int, default=None, help="of the random strategies; None is 8, or what fits")
+    group.add_argument("--arch-lr", type=float, default=None, help=f"of the alphas; None is {TRAVEL} / their steps, or")
+    group.add_argument("--arch-weight-decay", type=float, default=1e-3, help="of the heads' alphas")
+    group.add_argument("--arch-warmup", type=float, default=None, help="share of steps without; None: .25, heads 0")
+    group.add_argument("--cost-weight", type=float, default=2.0, help="of |E[MACs] / target - 1| beside the loss")
+    group.add_argument("--tau", type=float, nargs=2, default=[5.0, 0.5], help="of the gates, at first and at last")
+    group.add_argument("--recalibrate-batches", type=int, default=50, help="for the BN statistics of what was found")
+    group.add_argument("--compare", type=int, default=0, metavar="K", help="afterwards train found and K random alike")
+    group.add_argument("--compare-seeds", type=int, default=3, help="runs of each")
     group.add_argument("--compare-epochs", type=int, default=None, help="of each run; None is --epochs")
+    group.add_argument("--compare-data", nargs="+", default=None, help="what to measure on; None is --data")
+    group.add_argument("--compare-with", nargs="+", default=[], help="more arch.json files, a row each")
     parser.add_argument("--output-dir", default="runs/search")
     return parser
 
 
-def alpha_gradients(
-    method: nn.Module, views: list[Tensor], index: Tensor, alphas: list[Tensor], weights: list[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    """(loss, its gradient to each alpha) of one batch, first order; weights and buffers stay as they are.
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises ValueError for flags that contradict each other."""
+    backbones = [name for name in args.space if name != "heads"]
+    if len(set(args.space)) < len(args.space) or len(backbones) > 1:
+        raise ValueError(f"--space {' '.join(args.space)}: name one backbone space at the most, and nothing twice")
+    if backbones and args.arch != get_parser().get_default("arch"):
+        raise ValueError(f"--arch means nothing where a backbone is searched (--space {backbones[0]}): leave it out")
+    if "heads" in args.space and args.heads != "default":
+        raise ValueError("--heads means nothing where heads are searched: leave it out, or heads out of --space")
+    if not backbones and args.target_macs is not None:
+        raise ValueError("--target-macs means nothing to --space heads: name a backbone space too")
+    if args.strategy != "gradient" and (not backbones or "heads" in args.space):
+        raise ValueError(f"--strategy {args.strategy} is for a backbone alone: --space {' or '.join(SPACES)}")
+    if args.strategy == "gradient" and getattr(pretrain.METHODS[args.method], "classifies_instances", False):
+        raise ValueError(
+            f"--method {args.method} has a class for every training image, so alphas cannot learn on images that the "
+            "weights never see: its classes there are untrained. Choose another --method or --strategy random"
+        )
+    if min(args.tau) <= 0:
+        raise ValueError(f"--tau {args.tau[0]:g} {args.tau[1]:g}: must be above 0")
+    if args.arch_warmup is not None and not 0 <= args.arch_warmup < 1:
+        raise ValueError(f"--arch-warmup {args.arch_warmup:g}: must be a share, 0 up to 1")
 
-    With the weights held constant nothing below the first mixture needs a graph: the encoder runs forward only, and
-    the gradients are those of a full backward to the last bit.
+
+def parse_target(text: str, width: float, stem: str, size: int) -> float:
+    """MACs of --target-macs: a number, a network's name, or a multiple of one as in 0.5xresnet18, of that width."""
+    match = re.fullmatch(rf"(?:([\d.]+)x)?({'|'.join(BACKBONES)})", text)
+    try:
+        if match:
+            return float(match[1] or 1) * macs(BACKBONES[match[2]], width, stem, size)
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"--target-macs '{text}' is neither a number nor like 0.5xresnet18") from error
+
+
+def alpha_gradients(
+    method: nn.Module, views: list[Tensor], index: Tensor, alphas: list[Tensor], weights: list[Tensor], cost=None
+) -> tuple[Tensor, list[Tensor]]:
+    """(loss, gradients of loss + cost() to each alpha) of one batch, first order; weights and buffers stay as they are.
+
+    With the weights held constant nothing below the first choice needs a graph: where heads alone are searched, the
+    encoder runs forward only. The gradients are those of a full backward to the last bit.
     """
     for p in weights:
         p.requires_grad_(False)
@@ -93,7 +159,7 @@ def alpha_gradients(
     before = [b.clone() for b in method.buffers()]
     try:
         loss = method(views, index)
-        return loss.detach(), list(torch.autograd.grad(loss, alphas))
+        return loss.detach(), list(torch.autograd.grad(loss + cost() if cost else loss, alphas))
     finally:
         with torch.no_grad():
             for b, old in zip(method.buffers(), before):
@@ -108,38 +174,84 @@ class Search:
     """The searchable network, its weights and alphas, and an optimiser for each."""
 
     def __init__(self, args: argparse.Namespace):
-        self.run = Run(args, SearchHead, parts=2)
-        self.method, self.heads = self.run.method, self.run.heads
-        self.alphas = [head.alpha for head in self.heads.values()]
+        check_flags(args)
+        self.args, learns = args, args.strategy == "gradient"
+        self.space = next((SPACES[name] for name in args.space if name in SPACES), None)
+        self.run = Run(args, "heads" in args.space, self.space, parts=2 if learns else 1)
+        self.method, self.heads = self.run.method, (self.run.heads or {}) if "heads" in args.space else {}
+        self.choices = self.method.encoder.choices if self.space else None
+        self.total = self.run.epochs * self.run.steps_per_epoch
+        share = (0.25 if self.space else 0.0) if args.arch_warmup is None else args.arch_warmup
+        self.warmup = round(share * self.total) if learns else self.total  # steps on weights alone
+        if self.space:
+            where = args.width, self.run.stem, self.run.size
+            self.base, self.table = self.space.costs(*where)
+            self.target = parse_target(args.target_macs or self.space.handcrafted, *where)
+            derive(self.choices.log_probabilities(), self.base, self.table, self.target)  # raises: nothing meets it
+            if not learns:
+                self.plan_baseline()
+
         named = [(n, p) for n, p in self.method.named_parameters() if p.requires_grad and not n.endswith("alpha")]
-        for alpha in self.alphas:
-            alpha.requires_grad_(False)
         self.weights = [p for _, p in named]
         self.optimizer = optimizer_of(named, self.method, args)
         self.base_lr = self.optimizer.param_groups[0]["peak"] * 256 / args.batch_size
-        self.total = args.epochs * self.run.steps_per_epoch
-        lr = args.arch_lr if args.arch_lr is not None else max(1e-3, PAPER_TRAVEL / self.total)
-        self.alpha_optimizer = torch.optim.AdamW(self.alphas, lr, weight_decay=args.arch_weight_decay)
+        steps, lr = max(1, self.total - self.warmup), args.arch_lr
+        groups = []
+        if self.heads:
+            alphas = {"params": [head.alpha for head in self.heads.values()], "weight_decay": args.arch_weight_decay}
+            groups.append(alphas | {"lr": max(1e-3, TRAVEL / steps) if lr is None else lr})
+        if self.space:
+            alphas = {"params": self.choices.alphas(), "weight_decay": 0.0, "betas": (0.5, 0.999)}
+            groups.append(alphas | {"lr": max(1e-2, TRAVEL / steps) if lr is None else lr})
+        self.alpha_optimizer = torch.optim.AdamW(groups)
+        self.alphas = [alpha for group in groups for alpha in group["params"]]
+        for alpha in self.alphas:
+            alpha.requires_grad_(False)
+        # a sampled network leaves weights without gradients
         ddp = self.run.world > 1
-        self.model = DistributedDataParallel(self.method) if ddp else self.method
+        self.model = (
+            DistributedDataParallel(self.method, find_unused_parameters=bool(self.space)) if ddp else self.method
+        )
 
-    def alpha_step(self, order: Tensor, step: int) -> Tensor:
+    # ---- steps
+
+    def sample(self, step: int, alphas: bool) -> None:
+        """Gates for one step, with gradients to the alphas or without; in the warm-up every other is the largest."""
+        if not self.space:
+            return
+        for alpha in self.alphas:
+            alpha.requires_grad_(alphas)
+        if step < self.warmup and step % 2:
+            self.choices.set(self.choices.largest)
+        else:
+            first, last = self.args.tau
+            progress = (step - self.warmup) / max(1, self.total - self.warmup)
+            self.choices.sample(first * (last / first) ** max(0.0, progress), self.run.generator)
+
+    def cost(self) -> Tensor:
+        """cost_weight |E[MACs] / target - 1|: added, since a factor would change its sense with the loss's sign."""
+        expected = self.choices.expected_macs(self.base, self.table)
+        return self.args.cost_weight * (expected / self.target - 1).abs()
+
+    def alpha_step(self, order: Tensor, step: int, done: int = 0) -> Tensor:
+        """step: of the epoch, which says what batch; done: of the search, which says what temperature."""
         views, index = self.run.batch(order, step)
+        self.sample(max(done, self.warmup), alphas=True)
         with self.run.autocast():
-            loss, gradients = alpha_gradients(self.method, views, index, self.alphas, self.weights)
+            loss, gradients = alpha_gradients(
+                self.method, views, index, self.alphas, self.weights, self.cost if self.space else None
+            )
         for alpha, gradient in zip(self.alphas, gradients):
-            if dist.is_initialized():
-                dist.all_reduce(gradient)
-                gradient /= dist.get_world_size()
-            alpha.grad = gradient
+            alpha.grad = mean_over_ranks(gradient)
         self.alpha_optimizer.step()
         self.alpha_optimizer.zero_grad()
         return loss
 
-    def weight_step(self, order: Tensor, step: int, progress: float) -> tuple[Tensor, float]:
+    def weight_step(self, order: Tensor, step: int, progress: float, done: int = 0) -> tuple[Tensor, float]:
         start = time.time()
         views, index = self.run.batch(order, step)
         views_s = time.time() - start
+        self.sample(done, alphas=False)
         with self.run.autocast():
             loss = self.model(views, index)
         loss.backward()
@@ -148,258 +260,503 @@ class Search:
         self.method.after_step(progress)
         return loss, views_s
 
+    # ---- what is found
+
     def state(self) -> dict:
-        """Alphas, their entropy and the operations chosen so far, by head."""
-        return {
+        """Alphas, their entropy and what they choose so far, by head and of the backbone."""
+        state = {
             "alphas": {n: h.alpha.detach().softmax(1).tolist() for n, h in self.heads.items()},
             "entropy": {n: h.entropy() for n, h in self.heads.items()},
             "ops": {n: h.discretise() for n, h in self.heads.items()},
         }
+        if self.space:
+            for name, alpha in zip(("depth", "inner", "kernel"), self.choices.alphas()):
+                p = alpha.detach().double().softmax(1)
+                state["alphas"][name] = p.tolist()
+                state["entropy"][name] = (torch.special.entr(p).sum(1) / math.log(p.shape[1])).tolist()
+            state["expected_macs"] = self.choices.expected_macs(self.base, self.table).item()
+            state["arch"] = self.space.arch(self.derive())
+        return state
+
+    def derive(self) -> list[int]:
+        return derive(self.choices.log_probabilities(), self.base, self.table, self.target)
+
+    def macs(self, choice: list[int]) -> int:
+        return int(self.base + sum(self.table[s, o].item() for s, o in enumerate(choice)))
+
+    def standalone(self, choice: list[int], batches: int) -> nn.Module:
+        """The method with a copy of that network's weights in place of the searchable one, BN recalibrated."""
+        twin = copy.deepcopy(self.method)
+        for name, child in twin.named_children():
+            if isinstance(child, SearchBackbone):
+                setattr(twin, name, child.cut(choice))
+        order, generator = self.run.parts[0], torch.Generator().manual_seed(self.args.seed)
+        views = (self.run.batch(order, i % self.run.steps_per_epoch, generator)[0] for i in range(batches))
+        with self.run.autocast():
+            return recalibrate(twin, views, twin.outputs)
+
+    # ---- baselines of the same cost
+
+    def plan_baseline(self) -> None:
+        """Sets epochs and candidates so that a random strategy costs what --epochs of gradient search would.
+
+        Costs are MACs x steps; a forward pass alone counts a third. A gradient search has half the steps an epoch, each
+        with a step of the largest network for the alphas, after a warm-up of one and a half. E[MACs] is taken to go
+        from the uniform mean to the target.
+        """
+        args, run = self.args, self.run
+        if len(run.held_out) < args.batch_size:
+            raise ValueError(
+                f"--strategy {args.strategy} chooses by the loss on held-out images, and {len(run.held_out)} do "
+                "not fill a batch: raise --held-out or lower --batch-size"
+            )
+        steps = args.epochs * (len(run.parts[0]) // 2 // args.batch_size)
+        warmup = (0.25 if args.arch_warmup is None else args.arch_warmup) * steps
+        largest, mean = self.macs(self.choices.largest), self.choices.expected_macs(self.base, self.table).item()
+        both = (mean + largest) / 2
+        budget = warmup * both + (steps - warmup) * (largest + (mean + self.target) / 2)
+        if args.strategy == "random":
+            self.candidates = args.candidates or 8
+            run.epochs = round(budget / (self.candidates * self.target * run.steps_per_epoch))
+        else:
+            one = (args.recalibrate_batches + len(run.held_out) // args.batch_size) * self.target / 3
+            self.candidates = args.candidates or int(min(1000, max(8, budget / 4 / one)))
+            run.epochs = round((budget - self.candidates * one) / (both * run.steps_per_epoch))
+        if run.epochs < 1:
+            raise ValueError(f"{self.candidates} candidates leave no epoch of training each: lower --candidates")
+        self.total = self.warmup = run.epochs * run.steps_per_epoch
+        say(
+            f"{args.strategy}: {self.candidates} candidates, {run.epochs} epochs, to cost what the gradient search does"
+        )
+
+    def best_candidate(self) -> tuple[list[int], nn.Module]:
+        """(choice, method) of the lowest held-out loss among random networks that inherit from the largest."""
+        best = (math.inf, [], self.method)
+        for choice in self.random_choices(self.candidates):
+            twin = self.standalone(choice, self.args.recalibrate_batches)
+            loss = self.run.held_out_loss(twin)["held_out_loss"]
+            best = min(best, (loss, choice, twin), key=lambda c: c[0])
+        return best[1:]
+
+    def random_choices(self, n: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(self.args.seed)
+        return [random_choice(self.base, self.table, self.target, generator) for _ in range(n)]
+
+
+def random_search(search: Search) -> tuple[list[int], nn.Module]:
+    """(choice, backbone) of the lowest held-out loss among networks trained alone, each a run of pretrain.py."""
+    run, best = search.run, (math.inf, [], search.method)
+    for k, choice in enumerate(search.random_choices(search.candidates)):
+        folder = run.output / "candidates" / str(k + 1)
+        path = folder.with_suffix(".json")
+        write_arch(path, {"backbone": {"arch": search.space.arch(choice)}})
+        flags = {"arch": str(path), "epochs": run.epochs, "knn_every": run.epochs, "output_dir": str(folder)}
+        facts = pretrain.main(argparse.Namespace(**shared_flags(search.args) | flags))
+        say(f"candidate {k + 1}/{search.candidates}: held-out loss {facts['held_out_loss']:.4f}")
+        if facts["held_out_loss"] < best[0]:
+            best = facts["held_out_loss"], choice, load_backbone(str(folder / "backbone.pth"))[0]
+    return best[1:]
+
+
+def shared_flags(args: argparse.Namespace) -> dict:
+    """Those of pretrain.py, as they are here."""
+    defaults = vars(pretrain.get_parser().parse_args([]))
+    return defaults | {k: v for k, v in vars(args).items() if k in defaults}
+
+
+def write_arch(path: Path, arch: dict) -> None:
+    if is_main():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(json.dumps(arch, indent=2) + "\n", path)
+    barrier()
+
+
+# ---- what it costs --------------------------------------------------------------------------------------------------
 
 
 def bench(search: Search, steps: int = 15, warm_up: int = 3) -> float:
-    """Prints what an iteration (alpha and weight step) costs beside its weight step alone, and returns the ratio."""
-    run, seconds = search.run, {"alpha": [], "weight": []}
-    orders = [part[torch.randperm(len(part), generator=run.generator)] for part in run.parts]
+    """Prints what an iteration (alpha and weight step) costs, and returns its ratio: of heads to the weight step alone,
+    of a backbone to a plain step of the largest network, for which time and memory are given."""
+    run, orders = search.run, [p[torch.randperm(len(p), generator=search.run.generator)] for p in search.run.parts]
+    variants = {"alpha step": lambda step: search.alpha_step(orders[1], step, search.warmup)}
+    variants["weight step"] = lambda step: search.weight_step(orders[0], step, 0.0, search.warmup)
+    if search.space:
+        plain = search.standalone(search.choices.largest, 1)
+        optimizer = optimizer_of(list(plain.named_parameters()), plain, run.args)
 
+        def masked(step):
+            search.method.encoder.masked = True
+            search.weight_step(orders[0], step, 0.0, search.warmup)
+            search.method.encoder.masked = run.compile
+
+        def largest(step):
+            with run.autocast():
+                plain(*run.batch(orders[0], step)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        variants |= {"weight step, masked": masked, "plain step of the largest": largest}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     for step in range(warm_up + steps):
-        t0 = clock(run.device)
-        search.alpha_step(orders[1], step % run.steps_per_epoch)
-        t1 = clock(run.device)
-        search.weight_step(orders[0], step % run.steps_per_epoch, 0.0)
-        t2 = clock(run.device)
-        if step >= warm_up:
-            seconds["alpha"].append(t1 - t0)
-            seconds["weight"].append(t2 - t1)
-    alpha, weight = (statistics.median(s) for s in seconds.values())
-    ratio = (alpha + weight) / weight
-    say(f"alpha step {1e3 * alpha:.1f} ms, weight step {1e3 * weight:.1f} ms: an iteration is {ratio:.3f} weight steps")
+        for name, variant in variants.items():
+            start = clock(run.device)
+            variant(step % run.steps_per_epoch)
+            if step >= warm_up:
+                seconds[name].append(clock(run.device) - start)
+    # the mean: sampled networks differ in size
+    took = {name: statistics.mean(s) if search.space else statistics.median(s) for name, s in seconds.items()}
+    held = {name: memory(run, lambda v=v: v(0)) for name, v in variants.items()}
+    what = "at the peak" if run.device.type == "cuda" else "kept for backward"
+    for name in variants:
+        say(f"{name}: {1e3 * took[name]:.1f} ms, {held[name] / 2**20:.1f} MiB {what}")
+    base = "plain step of the largest" if search.space else "weight step"
+    ratio = (took["alpha step"] + took["weight step"]) / took[base]
+    say(f"an iteration is {ratio:.3f} times a {base}" + (" network" if search.space else ""))
+    if search.space:
+        name = "weight step, masked"
+        say(f"{name}: {took[name] / took[base]:.3f} times in time, {held[name] / held[base]:.3f} in memory")
 
-    views, index = run.batch(orders[1], 0)
-    _, cheap = alpha_gradients(search.method, views, index, search.alphas, search.weights)
+    state = run.generator.get_state()
+
+    def gradients(of):
+        run.generator.set_state(state)  # the same views and gates
+        views, index = run.batch(orders[1], 0)
+        search.sample(search.warmup, alphas=True)
+        return of(views, index)
+
+    cheap = gradients(lambda v, i: alpha_gradients(search.method, v, i, search.alphas, search.weights)[1])
     for a in search.alphas:
         a.requires_grad_(True)
-    full = torch.autograd.grad(search.method(views, index), [*search.alphas, *search.weights])
+    full = gradients(lambda v, i: torch.autograd.grad(search.method(v, i), [*search.alphas, *search.weights]))
     worst = max((a - b).abs().max().item() for a, b in zip(cheap, full))
     say(f"alpha gradients beside those of a full backward: largest difference {worst:.3g}")
     return ratio
 
 
-# ---- the picture ----------------------------------------------------------------------------------------------------
+def memory(run: Run, step) -> int:
+    """Bytes of a step: at the peak on CUDA; elsewhere those that its graphs keep for backward, weights left out."""
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated()
+    kept = {}
 
-COLOURS = dict(zip(OPS, cycle(["#000000", "#999999", "#CC79A7", "#D55E00", "#0072B2", "#009E73", "#E69F00"])))
+    def keep(x: Tensor) -> Tensor:
+        if not isinstance(x, nn.Parameter):
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
 
-
-def draw(history: list[dict], dims: dict[str, list[int]], title: str) -> str:
-    """SVG: softmax(alpha) of each layer over the epochs, and under it what it chose, by true_name; dims by head."""
-    cell, plot, row = 150, (126, 84), 168
-    heads = history[-1]["ops"]
-    width = 40 + cell * max(map(len, heads.values()))
-    svg = [f'<text x="20" y="26" font-size="15">{escape(title)}</text>']
-    for k, (op, colour) in enumerate(COLOURS.items()):
-        x, y = 20 + 150 * (k % (width // 150)), 50 + 18 * (k // (width // 150))
-        svg.append(f'<line x1="{x}" x2="{x + 16}" y1="{y - 4}" y2="{y - 4}" stroke="{colour}" stroke-width="3"/>')
-        svg.append(f'<text x="{x + 22}" y="{y}">{op}</text>')
-    top = 68 + 18 * (-(-len(OPS) // (width // 150)))
-    for head, ops in heads.items():
-        curves = [line["alphas"][head] for line in history]  # (epochs + 1, L, 7)
-        peak = max(0.3, max(p for line in curves for layer in line for p in layer))
-        svg.append(f'<text x="20" y="{top}" font-weight="bold">{head}</text>')
-        svg.append(
-            f'<text x="90" y="{top}" fill="#666">softmax(alpha), 0 to {peak:.2f}, over {len(history) - 1} epochs; '
-            "chosen below</text>"
-        )
-        for layer, op in enumerate(ops):
-            label = true_name(op, dims[head][layer], dims[head][layer + 1])
-            x0, y0 = 20 + cell * layer, top + 10
-            svg.append(f'<rect x="{x0}" y="{y0}" width="{plot[0]}" height="{plot[1]}" fill="none" stroke="#bbb"/>')
-            for k, (name, colour) in enumerate(COLOURS.items()):
-                points = " ".join(
-                    f"{x0 + plot[0] * t / max(1, len(curves) - 1):.1f},{y0 + plot[1] * (1 - line[layer][k] / peak):.1f}"
-                    for t, line in enumerate(curves)
-                )
-                thick = 2.5 if name == op else 1.2
-                svg.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="{thick}"/>')
-            y1 = y0 + plot[1] + 8
-            svg.append(
-                f'<rect x="{x0}" y="{y1}" width="{plot[0]}" height="24" rx="4" fill="{COLOURS[op]}" '
-                f'fill-opacity="0.18" stroke="{COLOURS[op]}"/>'
-            )
-            svg.append(f'<text x="{x0 + plot[0] / 2}" y="{y1 + 16}" text-anchor="middle">{label}</text>')
-            if layer + 1 < len(ops):
-                x1 = x0 + plot[0]
-                svg.append(
-                    f'<path d="M{x1} {y1 + 12} h{cell - plot[0] - 7} m-5 -4 l5 4 l-5 4" fill="none" stroke="#666"/>'
-                )
-        top += row
-    height = top - 12
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-        'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>'
-        + "\n".join(svg)
-        + "</svg>\n"
-    )
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        step()
+    return sum(kept.values())
 
 
 # ---- found against handcrafted and random ---------------------------------------------------------------------------
 
 
-def compare(run: Run, arch: Path) -> dict[str, list[dict]]:
-    """Trains the found, the handcrafted and K random heads alike, --compare-seeds times each, and writes a table.
+def compare(search: Search, arch: Path) -> None:
+    """Trains the found, the handcrafted and K random networks alike, --compare-seeds times each: a table, a picture.
 
     Every run is one of pretrain.py in a folder of its own below compare/, so a cut comparison goes on where it was.
-    Accuracies are on the test images, of which nothing was chosen.
+    Accuracies are on test images, of which nothing was chosen.
     """
-    args, folder = run.args, run.output / "compare"
+    run, args, folder = search.run, search.args, search.run.output / "compare"
     with user_errors():
-        train, test = (load_data(args, args.data, split) for split in ("train", "test"))
-        if not train.labelled:
-            raise ValueError(f"--compare needs labels to measure with, and '{args.data}' has none")
-    folder.mkdir(exist_ok=True)
-    rng = random.Random(args.seed)
-    candidates = {"found": str(arch), "handcrafted": "default"}
+        data = {}
+        for source in args.compare_data or [args.data]:
+            data[source] = [load_data(args, source, split) for split in ("train", "test")]
+            if not data[source][0].labelled:
+                raise ValueError(f"--compare needs labels to measure with, and '{source}' has none")
+        more = {Path(p).parent.name or p: p for p in args.compare_with}
+        for path in more.values():
+            load_arch(path)
+    candidates = {"found": {k: str(arch) for k in ("heads", "arch") if k in searched(search)}}
+    inherited = run.output / "backbone.pth"
+    if search.space:
+        candidates["found, trained on"] = candidates["found"] | {"weights": str(inherited)}
+    candidates["handcrafted"] = {"arch": search.space.handcrafted} if search.space else {}
+    candidates |= {name: {k: path for k in searched(search)} for name, path in more.items()}
+    rng, choices = random.Random(args.seed), iter(search.random_choices(args.compare) if search.space else [])
     for k in range(args.compare):
-        candidates[f"random {k + 1}"] = str(folder / f"random-{k + 1}.json")
-        heads = {name: random_head(space.layers, rng) for name, space in run.spaces.items()}
-        if is_main():
-            write_atomic(
-                json.dumps({"method": args.method, "heads": heads}) + "\n", Path(candidates[f"random {k + 1}"])
-            )
-    barrier()
-    shared = {k: v for k, v in vars(args).items() if k in vars(pretrain.get_parser().parse_args([]))}
-    shared |= {"epochs": args.compare_epochs or args.epochs}
+        path, spec = folder / f"random-{k + 1}.json", {}
+        if search.heads:
+            spec["heads"] = {name: random_head(dims.layers, rng) for name, dims in run.spaces.items()}
+        if search.space:
+            spec["backbone"] = {"arch": search.space.arch(next(choices))}
+        write_arch(path, spec)
+        candidates[f"random {k + 1}"] = {what: str(path) for what in searched(search)}
+
+    flags = shared_flags(args) | {"epochs": args.compare_epochs or args.epochs}
     measuring = linear_eval.get_parser().parse_args(["--weights", "", f"--knn-k={args.knn_k}", f"--knn-t={args.knn_t}"])
+
+    def scores(weights: Path) -> dict[str, dict]:
+        """{data: {"knn", "linear", ...}}, kept beside the weights."""
+        path = weights.with_name("scores.json")
+        stale = not path.exists() or path.stat().st_mtime < weights.stat().st_mtime
+        known = {} if stale else json.loads(path.read_text())
+        barrier()  # all ranks have looked before one writes
+        for source in set(data) - set(known):
+            backbone, facts = load_backbone(str(weights))
+            known[source] = measure(backbone, facts, *data[source], run.device, measuring)
+        if is_main():
+            write_atomic(json.dumps(known) + "\n", path)
+        barrier()
+        return known
+
     results: dict[str, list[dict]] = {name: [] for name in candidates}
     for seed in range(args.compare_seeds):
-        for name, heads in candidates.items():
-            output = folder / f"{name.replace(' ', '-')}-seed{seed}"
+        for name, spec in candidates.items():
+            output = folder / f"{re.sub('[^a-z0-9.]+', '-', name)}-seed{seed}"
             say(f"\n{name}, seed {seed}: {output}")
-            pretrain.main(argparse.Namespace(**shared | {"heads": heads, "output_dir": str(output), "seed": seed}))
-            scores, trained = output / "scores.json", output / "checkpoint.pth"
-            missing = not scores.exists() or scores.stat().st_mtime < trained.stat().st_mtime
-            barrier()  # all ranks have looked before one writes
-            if missing:
-                backbone, facts = load_backbone(str(output / "backbone.pth"))
-                row = measure(backbone, facts, train, test, run.device, measuring)
-                if is_main():
-                    write_atomic(json.dumps(row) + "\n", scores)
-                barrier()
-            results[name].append(json.loads(scores.read_text()))
-    lines = table(args, results)
+            pretrain.main(argparse.Namespace(**flags | spec | {"output_dir": str(output), "seed": seed}))
+            results[name].append(scores(output / "backbone.pth"))
+    costs = {}
+    if search.space:
+        results["found, inherited"] = [scores(inherited)]
+        costs = {name: facts_of(search, load_arch(spec["arch"])) for name, spec in candidates.items()}
+        costs["found, inherited"] = costs["found"]
+    lines = table(args, results, costs)
+    if search.space and args.strategy != "random":
+        lines += ["", *rank_correlations(search, candidates, results, costs)]
     say("\n" + "\n".join(lines))
     if is_main():
         write_atomic("\n".join(lines) + "\n", folder / "compare.md")
-    return results
+        groups = grouped(results)
+        dots = {d: {g: [100 * r[d]["linear"] for r in rows] for g, rows in groups.items()} for d in data}
+        title = f"Linear accuracy, {' and '.join(args.space)}, {args.method}, x{args.width:g}: each run, and the mean"
+        write_atomic(draw_scores(dots, title), folder / "compare.svg")
 
 
-def table(args: argparse.Namespace, results: dict[str, list[dict]]) -> list[str]:
-    """Markdown: found, handcrafted and random heads; mean and standard deviation over runs."""
-    randoms = [name for name in results if name.startswith("random")]
-    base = statistics.mean(r["linear"] for name in randoms for r in results[name])
+def searched(search: Search) -> list[str]:
+    """The flags of pretrain.py that take what is searched."""
+    return ["heads"] * bool(search.heads) + ["arch"] * bool(search.space)
+
+
+def facts_of(search: Search, arch: str | dict) -> tuple[int, int]:
+    """(MACs, parameters) of a backbone at this search's width, stem and image size."""
+    run = search.run
+    with torch.device("meta"):
+        network, _ = build_backbone(arch, run.stem, run.args.width)
+    spec = BACKBONES[arch] if isinstance(arch, str) else arch
+    return macs(spec, run.args.width, run.stem, run.size), sum(p.numel() for p in network.parameters())
+
+
+def grouped(results: dict[str, list]) -> dict[str, list]:
+    """Rows of the table: the random networks as one, last."""
+    groups = {name: rows for name, rows in results.items() if not name.startswith("random ")}
+    randoms = [rows for name, rows in results.items() if name.startswith("random ")]
+    return dict(sorted(groups.items(), key=lambda g: not g[0].startswith("found"))) | {
+        f"random ({len(randoms)} of them)": [row for rows in randoms for row in rows]
+    }
+
+
+def table(args: argparse.Namespace, results: dict[str, list[dict]], costs: dict[str, tuple[int, int]]) -> list[str]:
+    """Markdown: mean and standard deviation over runs; RI is the relative improvement over the random ones' mean."""
+    groups, sources = grouped(results), list(next(iter(results.values()))[0])
+    randoms = next(g for g in groups if g.startswith("random ("))
+    head = ["network", *(["MMACs", "M parameters"] if costs else []), "runs"]
+    for source in sources:
+        head += [f"{Path(source).name}: kNN", "linear", "RI, %"]
     lines = [
-        f"{args.method}, {args.arch} x{args.width:g}, {args.data}, {args.compare_seeds} seeds: test accuracy, mean and "
-        "standard deviation over runs; RI: the linear accuracy's relative improvement over the random heads' mean",
+        f"{args.method}, {args.arch + ' ' if not costs else ''}x{args.width:g}, trained on {Path(args.data).name}, "
+        f"{args.compare_epochs or args.epochs} epochs, {args.compare_seeds} seeds: test accuracy, mean and standard "
+        f"deviation over runs (kNN: k {args.knn_k}, T {args.knn_t:g}); RI: the linear accuracy's relative improvement "
+        "over the random networks' mean",
         "",
-        f"| heads | kNN (k {args.knn_k}, T {args.knn_t:g}) | linear | RI, % |",
-        "|---|---|---|---|",
+        f"| {' | '.join(head)} |",
+        "|---" * len(head) + "|",
     ]
-    groups = {"found": ["found"], "handcrafted": ["handcrafted"], f"random ({args.compare} heads)": randoms}
-    for group, names in groups.items():
-        rows = [r for name in names for r in results[name]]
-        cells = []
-        for key in ("knn", "linear"):
-            values = [100 * r[key] for r in rows]
-            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.2f}{spread}")
-        gain = 100 * (statistics.mean(r["linear"] for r in rows) / base - 1)
-        lines.append(f"| {group} | {cells[0]} | {cells[1]} | {gain:+.2f} |")
-    one_by_one = sorted(100 * statistics.mean(r["linear"] for r in results[name]) for name in randoms)
-    return lines + [
-        "",
-        f"random heads one by one, linear, mean over seeds: {', '.join(f'{v:.2f}' for v in one_by_one)}",
+    for group, rows in groups.items():
+        cells = [group]
+        if costs:
+            mine = [costs[n] for n in costs if n == group or (group == randoms and n.startswith("random "))]
+            cells += [f"{statistics.mean(c[i] for c in mine) / 1e6:.{i + 1}f}" for i in (0, 1)]
+        cells.append(str(len(rows)))
+        for source in sources:
+            for key in ("knn", "linear"):
+                values = [100 * r[source][key] for r in rows]
+                spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.2f}{spread}")
+            base = statistics.mean(r[source]["linear"] for r in groups[randoms])
+            cells.append(f"{100 * (statistics.mean(r[source]['linear'] for r in rows) / base - 1):+.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    for source in sources:
+        means = (statistics.mean(r[source]["linear"] for r in rows) for n, rows in results.items() if "random " in n)
+        one_by_one = ", ".join(f"{100 * v:.2f}" for v in sorted(means))
+        lines += ["", f"random networks one by one, {Path(source).name}, linear, mean over seeds: {one_by_one}"]
+    return lines
+
+
+def rank_correlations(search: Search, candidates: dict[str, dict], results: dict, costs: dict) -> list[str]:
+    """Does the largest network know which of its parts are good? Kendall's tau over the networks of the space that were
+    trained from scratch."""
+    rows = {}
+    for name, spec in candidates.items():
+        choice = search.space.choice(load_arch(spec["arch"])) if "weights" not in spec else None
+        if choice is None:
+            continue
+        facts = search.run.monitor(True, search.standalone(choice, search.args.recalibrate_batches))
+        source = next(iter(results[name][0]))
+        accuracy = statistics.mean(r[source]["linear"] for r in results[name])
+        rows[name] = accuracy, -facts.get("held_out_loss", math.nan), facts.get("knn", math.nan), costs[name][0]
+    accuracy, loss, knn, size = zip(*rows.values())
+    n = len(rows)
+    sigma = math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1)))
+    return [
+        f"Kendall's tau with the linear accuracy from scratch, over {n} networks (by chance 0 ± {sigma:.2f}): "
+        f"held-out loss with inherited weights {kendall_tau(loss, accuracy):+.2f}, held-out kNN with inherited weights "
+        f"{kendall_tau(knn, accuracy):+.2f}, MACs {kendall_tau(size, accuracy):+.2f}"
     ]
+
+
+def kendall_tau(a: list[float], b: list[float]) -> float:
+    """Concordant less discordant pairs, over all pairs (tau-a)."""
+    signs = [(x - y) * (v - w) for (x, v), (y, w) in combinations(list(zip(a, b)), 2)]
+    return sum((s > 0) - (s < 0) for s in signs) / len(signs)
 
 
 # ---- the script -----------------------------------------------------------------------------------------------------
 
 
-def main(args: argparse.Namespace) -> dict[str, list[str]]:
+def train(search: Search) -> list[dict]:
+    """The loop: a line of history an epoch; goes on from a checkpoint."""
+    args, run = search.args, search.run
+    optimizers = [search.optimizer, search.alpha_optimizer]
     with user_errors():
-        search = Search(args)
-        run = search.run
-        optimizers = [search.optimizer, search.alpha_optimizer]
-        first, history = (0, []) if args.bench else load_checkpoint(run, optimizers)
-    dims = {name: head_dims(*space) for name, space in run.spaces.items()}
-    names, choices, functions = (math.prod(c) for c in zip(*map(count_heads, dims.values())))
-    say(
-        f"{args.method}, {args.arch} x{args.width:g}, {len(run.parts[0]):,} + {len(run.parts[1]):,} images of "
-        f"{run.size} px ({len(run.held_out):,} held out), {run.world} x {run.device.type}"
-    )
-    say(f"{names:,} heads by name, {choices:,} that differ layer by layer, {functions:,} as functions")
-    alpha_lr = search.alpha_optimizer.param_groups[0]["lr"]
-    say(f"base lr {search.base_lr:g} x {args.batch_size}/256, alpha lr {alpha_lr:.2g}")
-    if args.bench:
-        bench(search)
-        return {}
+        first, history = load_checkpoint(run, optimizers)
     if first:
         say(f"goes on after epoch {first} of {run.output / 'checkpoint.pth'}")
-    if not history:
-        history.append({"epoch": 0} | search.state() | run.monitor(knn=args.knn_every > 0))
 
+    def look(knn: bool) -> dict:
+        method = search.standalone(search.derive(), min(10, args.recalibrate_batches)) if search.space else run.method
+        return run.monitor(knn, method)
+
+    if not history:
+        history.append({"epoch": 0} | search.state() | look(args.knn_every > 0))
     warmup = pretrain.warmup_steps(args, run.steps_per_epoch)
     console, done, lr = Console(run, search.total), first * run.steps_per_epoch, 0.0
-    for epoch in range(first, args.epochs):
+    for epoch in range(first, run.epochs):
         orders = [part[torch.randperm(len(part), generator=run.generator)] for part in run.parts]
         alpha_losses = []
         console.begin()
         for step in range(run.steps_per_epoch):
             lr = set_lr(search.optimizer, done, warmup, search.total)
-            alpha_losses.append(search.alpha_step(orders[1], step))
+            if done >= search.warmup:
+                alpha_losses.append(search.alpha_step(orders[1], step, done))
+            loss, views_s = search.weight_step(orders[0], step, (done + 1) / search.total, done)
             done += 1
-            loss, views_s = search.weight_step(orders[0], step, done / search.total)
             console.add(loss, views_s)
             console.line(epoch, done, lr)
         loss = console.mean_loss(f"epoch {epoch + 1}", lr)
-        facts = run.monitor(run.knn_due(epoch + 1))
-        state = search.state()
+        state, facts = search.state(), look(run.knn_due(epoch + 1))
         entropy = statistics.mean(e for layers in state["entropy"].values() for e in layers)
-        knn = f"  kNN {100 * facts['knn']:.2f} (held-out)" if "knn" in facts else ""
-        console.text(f"epoch {epoch + 1}/{args.epochs}", loss, done, lr, f"  alpha entropy {entropy:.3f}{knn}")
+        more = f"  alpha entropy {entropy:.3f}"
+        if search.space:
+            more += f"  E[MACs] {state['expected_macs'] / search.target:.3f} of the target"
+        if "knn" in facts:
+            more += f"  kNN {100 * facts['knn']:.2f} (held-out)"
+        console.text(f"epoch {epoch + 1}/{run.epochs}", loss, done, lr, more)
         if warning := collapsed(facts, done):
             say(f"warning: {warning}")
-        line = {"epoch": epoch + 1, "loss": loss, "alpha_loss": torch.stack(alpha_losses).mean().item(), "lr": lr}
+        line = {"epoch": epoch + 1, "loss": loss, "lr": lr}
+        if alpha_losses:
+            line["alpha_loss"] = mean_over_ranks(torch.stack(alpha_losses).mean()).item()
         history.append(line | facts | state | {"seconds": time.time() - console.start})
         save_checkpoint(run, epoch + 1, history, optimizers)
+    return history
 
-    heads, arch = history[-1]["ops"], run.output / "arch.json"
-    found = {
-        "method": args.method,
-        "heads": heads,
-        "backbone": {"arch": args.arch, "width": args.width, "stem": run.stem},
-        "alphas": history[-1]["alphas"],
-        "data": args.data,
-        "seed": args.seed,
-        "command": command_line("search.py", get_parser(), args),
-        "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__},
-    }
-    if run.rank == 0:
-        write_atomic(json.dumps(found, indent=2) + "\n", arch)
-        title = f"{args.method} heads found on {Path(args.data).name}, {args.arch} x{args.width:g}, seed {args.seed}"
-        write_atomic(draw(history, dims, title), run.output / "search.svg")
-    for name, ops in heads.items():
-        say(f"{name}: {' '.join(true_name(*layer) for layer in zip(ops, dims[name], dims[name][1:]))}")
-    if "knn" in history[-1] and "knn" in history[0]:
+
+def main(args: argparse.Namespace) -> dict:
+    """Returns what it writes as arch.json; {} after --bench."""
+    with user_errors():
+        search = Search(args)
+    run, target = search.run, ""
+    dims = {name: head_dims(*run.spaces[name]) for name in search.heads}
+    say(
+        f"{args.method}, {' and '.join(args.space)}, x{args.width:g}, {' + '.join(f'{len(p):,}' for p in run.parts)} "
+        f"images of {run.size} px ({len(run.held_out):,} held out), {run.world} x {run.device.type}"
+    )
+    if search.heads:
+        names, kinds, functions = (math.prod(c) for c in zip(*map(count_heads, dims.values())))
+        say(f"{names:,} heads by name, {kinds:,} that differ layer by layer, {functions:,} as functions")
+    if search.space:
+        target = f"{search.target / 1e6:.4g} MMACs"
+        most = search.macs(search.choices.largest) / 1e6
         say(
-            f"kNN on {len(run.held_out):,} held-out images: {100 * history[-1]['knn']:.2f} % with the search network's "
-            f"encoder, {100 * history[0]['knn']:.2f} % untrained"
+            f"{len(search.space.options) ** len(search.space.stages):,} backbones of {search.base / 1e6:.4g} to "
+            f"{most:.4g} MMACs; the target is {target}"
         )
-    parser = pretrain.get_parser()
-    shared = {k: v for k, v in vars(args).items() if k in vars(parser.parse_args([])) and k != "output_dir"}
-    next_run = argparse.Namespace(**shared | {"heads": str(arch), "output_dir": str(run.output.parent / "pretrain")})
-    say(f"wrote {arch} and {run.output / 'search.svg'}; next:\n{command_line('pretrain.py', parser, next_run)}")
+    lrs = " and ".join(f"{group['lr']:.2g}" for group in search.alpha_optimizer.param_groups)
+    say(f"base lr {search.base_lr:g} x {args.batch_size}/256, alpha lr {lrs}")
+    if args.bench:
+        bench(search)
+        return {}
+
+    command = command_line("search.py", get_parser(), args)
+    found = {"space": args.space, "strategy": args.strategy, "method": args.method, "data": args.data}
+    found |= {"seed": args.seed, "command": command}
+    found["versions"] = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    history: list[dict] = []
+    if args.strategy == "random":
+        choice, encoder = random_search(search)
+        facts = {}
+    else:
+        history = train(search)
+        facts = history[-1]
+        found["alphas"] = facts["alphas"]
+    if args.strategy == "supernet-random":
+        choice, twin = search.best_candidate()
+    elif search.space and history:
+        choice = search.derive()
+        twin = search.standalone(choice, args.recalibrate_batches)
+    if search.heads:
+        found["heads"] = facts["ops"]
+    if search.space:
+        if history:
+            encoder, facts = twin.encoder, run.monitor(args.knn_every > 0, twin)
+        arch = search.space.arch(choice)
+        cost, parameters = facts_of(search, arch)
+        found["backbone"] = {"arch": arch, "width": args.width, "stem": run.stem, "image_size": run.size}
+        found["backbone"] |= {"macs": cost, "parameters": parameters, "target_macs": search.target}
+        found |= {k: facts[k] for k in ("held_out_loss", "knn") if k in facts}
+        say(f"backbone: {describe(arch)}, {cost / 1e6:.4g} of {target} ({100 * cost / search.target:.1f} %)")
+    else:
+        found["backbone"] = {"arch": run.arch, "width": args.width, "stem": run.stem}
+    write_results(search, found, history, dims, encoder if search.space else None)
+    for name, ops in found.get("heads", {}).items():
+        say(f"{name}: {' '.join(true_name(o, *io) for o, io in zip(ops, pairwise(dims[name])))}")
+    if "knn" in facts and history and "knn" in history[0]:
+        with_what = "the inherited weights" if search.space else "the search network's encoder"
+        say(
+            f"kNN on {len(run.held_out):,} held-out images: {100 * facts['knn']:.2f} % with {with_what}, "
+            f"{100 * history[0]['knn']:.2f} % untrained"
+        )
+    path = run.output / "arch.json"
+    flags = shared_flags(args) | {what: str(path) for what in searched(search)}
+    flags["output_dir"] = str(run.output.parent / "pretrain")
+    say(f"wrote {path}; next:\n{command_line('pretrain.py', pretrain.get_parser(), argparse.Namespace(**flags))}")
     if args.compare:
-        compare(run, arch)
-    return heads
+        compare(search, path)
+    return found
+
+
+def write_results(
+    search: Search, found: dict, history: list[dict], dims: dict[str, list[int]], encoder: nn.Module | None
+) -> None:
+    """arch.json and the pictures; of a backbone also its weights."""
+    run, args = search.run, search.args
+    write_arch(run.output / "arch.json", found)
+    if not is_main():
+        return
+    where = f"{args.method} on {Path(args.data).name}, x{args.width:g}, seed {args.seed}"
+    if search.heads:
+        write_atomic(draw_heads(history, dims, f"Heads found with {where}"), run.output / "search.svg")
+    if encoder:
+        networks = {"found": (found["backbone"]["arch"], *facts_of(search, found["backbone"]["arch"]))}
+        networks[search.space.handcrafted] = (search.space.handcrafted, *facts_of(search, search.space.handcrafted))
+        title = f"Backbone found with {where}: {BAND[0]:g} to {BAND[1]:g} of {search.target / 1e6:,.4g} MMACs"
+        write_atomic(draw_backbone(networks, args.width, run.stem, title), run.output / "backbone.svg")
+        save_backbone(run, encoder, found["command"], run.output, arch=found["backbone"]["arch"])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,149 @@
+"""Pictures of a search as SVG text: draw_heads, draw_backbone and draw_scores. Plain data in, a string out."""
+
+import math
+from itertools import cycle
+from xml.sax.saxutils import escape
+
+from models import BACKBONES, OPS, plan, true_name
+
+COLOURS = dict(zip(OPS, cycle(["#000000", "#999999", "#CC79A7", "#D55E00", "#0072B2", "#009E73", "#E69F00"])))
+
+
+def _svg(width: float, height: float, parts: list[str]) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
+        'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>'
+        + "\n".join(parts)
+        + "</svg>\n"
+    )
+
+
+def draw_heads(history: list[dict], dims: dict[str, list[int]], title: str) -> str:
+    """SVG: softmax(alpha) of each layer over the epochs, and under it what it chose, by true_name; dims by head."""
+    cell, plot, row = 150, (126, 84), 168
+    heads = history[-1]["ops"]
+    width = 40 + cell * max(map(len, heads.values()))
+    svg = [f'<text x="20" y="26" font-size="15">{escape(title)}</text>']
+    for k, (op, colour) in enumerate(COLOURS.items()):
+        x, y = 20 + 150 * (k % (width // 150)), 50 + 18 * (k // (width // 150))
+        svg.append(f'<line x1="{x}" x2="{x + 16}" y1="{y - 4}" y2="{y - 4}" stroke="{colour}" stroke-width="3"/>')
+        svg.append(f'<text x="{x + 22}" y="{y}">{op}</text>')
+    top = 68 + 18 * (-(-len(OPS) // (width // 150)))
+    for head, ops in heads.items():
+        curves = [line["alphas"][head] for line in history]  # (epochs + 1, L, 7)
+        peak = max(0.3, max(p for line in curves for layer in line for p in layer))
+        svg.append(f'<text x="20" y="{top}" font-weight="bold">{head}</text>')
+        svg.append(
+            f'<text x="90" y="{top}" fill="#666">softmax(alpha), 0 to {peak:.2f}, over {len(history) - 1} epochs; '
+            "chosen below</text>"
+        )
+        for layer, op in enumerate(ops):
+            label = true_name(op, dims[head][layer], dims[head][layer + 1])
+            x0, y0 = 20 + cell * layer, top + 10
+            svg.append(f'<rect x="{x0}" y="{y0}" width="{plot[0]}" height="{plot[1]}" fill="none" stroke="#bbb"/>')
+            for k, (name, colour) in enumerate(COLOURS.items()):
+                points = " ".join(
+                    f"{x0 + plot[0] * t / max(1, len(curves) - 1):.1f},{y0 + plot[1] * (1 - line[layer][k] / peak):.1f}"
+                    for t, line in enumerate(curves)
+                )
+                thick = 2.5 if name == op else 1.2
+                svg.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="{thick}"/>')
+            y1 = y0 + plot[1] + 8
+            svg.append(
+                f'<rect x="{x0}" y="{y1}" width="{plot[0]}" height="24" rx="4" fill="{COLOURS[op]}" '
+                f'fill-opacity="0.18" stroke="{COLOURS[op]}"/>'
+            )
+            svg.append(f'<text x="{x0 + plot[0] / 2}" y="{y1 + 16}" text-anchor="middle">{label}</text>')
+            if layer + 1 < len(ops):
+                x1 = x0 + plot[0]
+                svg.append(
+                    f'<path d="M{x1} {y1 + 12} h{cell - plot[0] - 7} m-5 -4 l5 4 l-5 4" fill="none" stroke="#666"/>'
+                )
+        top += row
+    return _svg(width, top - 12, svg)
+
+
+KERNEL_COLOURS = {1: "#999999", 3: "#0072B2", 5: "#E69F00", 7: "#D55E00"}
+
+
+def draw_backbone(networks: dict[str, tuple[str | dict, int, int]], width: float, stem: str, title: str) -> str:
+    """SVG: the networks, (arch, MACs, parameters) by name, one below the other on one scale.
+
+    A block is a box: as high as its inner channels (root scale), coloured by its kernel; stages stand side by side.
+    """
+    plans = {}
+    for name, (arch, macs, parameters) in networks.items():
+        arch = BACKBONES[arch] if isinstance(arch, str) else arch
+        plans[name] = (plan(arch, width, stem).blocks, arch, macs, parameters)
+    stages = range(max(len(arch["depth"]) for _, arch, _, _ in plans.values()))
+    deepest = [max(arch["depth"][s] for _, arch, _, _ in plans.values()) for s in stages]
+    widest = max(place.inner for blocks, *_ in plans.values() for place in blocks)
+    box, gap, tall = 20, 5, 96
+    room = [max(d * (box + gap) + 22, 118) for d in deepest]
+    svg = [f'<text x="20" y="26" font-size="15">{escape(title)}</text>']
+    x = 20
+    for kernel in sorted({place.kernel for blocks, *_ in plans.values() for place in blocks}):
+        colour = KERNEL_COLOURS.get(kernel, "#555555")
+        svg.append(f'<rect x="{x}" y="40" width="14" height="14" rx="2" fill="{colour}"/>')
+        svg.append(f'<text x="{x + 20}" y="51">{kernel}x{kernel}</text>')
+        x += 70
+    svg.append(f'<text x="{x}" y="51" fill="#666">a box is a block, as high as the root of its inner channels</text>')
+    top = 84
+    for name, (blocks, arch, macs, parameters) in plans.items():
+        facts = f"{macs / 1e6:,.1f} MMACs, {parameters / 1e6:,.2f} M parameters, {len(blocks)} blocks"
+        svg.append(f'<text x="20" y="{top}" font-weight="bold">{escape(name)}</text>')
+        svg.append(f'<text x="160" y="{top}">{facts}</text>')
+        x = 20
+        for s in stages:
+            floor = top + 16 + tall
+            mine = [place for place in blocks if place.stage == s]
+            for j, place in enumerate(mine):
+                h = max(4, tall * math.sqrt(place.inner / widest))
+                colour = KERNEL_COLOURS.get(place.kernel, "#555555")
+                svg.append(
+                    f'<rect x="{x + j * (box + gap)}" y="{floor - h:.1f}" width="{box}" height="{h:.1f}" rx="3" '
+                    f'fill="{colour}"/>'
+                )
+            svg.append(f'<path d="M{x} {floor + 4} h{len(mine) * (box + gap) - gap}" stroke="#666"/>')
+            kind = "x input" if arch["block"] == "inverted" else "of planes"
+            ratio, kernel = arch["inner"][s], arch["kernel"][s]
+            svg.append(f'<text x="{x}" y="{floor + 19}">stage {s + 1}: {mine[-1].o} wide</text>')
+            svg.append(f'<text x="{x}" y="{floor + 34}">{len(mine)} deep, {kernel}x{kernel}</text>')
+            svg.append(f'<text x="{x}" y="{floor + 49}">inner {ratio:g} {kind}</text>')
+            x += room[s]
+        top += tall + 100
+    return _svg(sum(room) + 40, top - 24, svg)
+
+
+def draw_scores(scores: dict[str, dict[str, list[float]]], title: str) -> str:
+    """SVG: accuracies in % as dots, a panel for each data set, a line for each row: {data: {row: [accuracy, ...]}}."""
+    panel, left, line = 300, 190, 24
+    rows = list(next(iter(scores.values())))
+    svg = [f'<text x="20" y="26" font-size="15">{escape(title)}</text>']
+    for r, row in enumerate(rows):
+        svg.append(f'<text x="{left - 12}" y="{76 + line * r}" text-anchor="end">{escape(row)}</text>')
+    bottom = 64 + line * len(rows)
+    for p, (data, values) in enumerate(scores.items()):
+        x0 = left + p * (panel + 30)
+        every = [v for row in values.values() for v in row]
+        low, high = math.floor(min(every)), math.ceil(max(every) + 1e-9)
+        high += low == high
+
+        def at(v, x0=x0, low=low, high=high):
+            return x0 + panel * (v - low) / (high - low)
+
+        svg.append(f'<text x="{x0}" y="52" font-weight="bold">{escape(data)}</text>')
+        step = next(s for s in (1, 2, 5, 10, 20, 50, 100) if (high - low) / s <= 6)
+        for v in range(-(-low // step) * step, high + 1, step):
+            svg.append(f'<path d="M{at(v):.1f} 60 V{bottom}" stroke="#ddd"/>')
+            svg.append(f'<text x="{at(v):.1f}" y="{bottom + 16}" text-anchor="middle" fill="#666">{v} %</text>')
+        for r, row in enumerate(rows):
+            y = 72 + line * r
+            colour = "#999999" if row.startswith("random (") else "#0072B2"
+            for v in values[row]:
+                svg.append(
+                    f'<circle cx="{at(v):.1f}" cy="{y}" r="4" fill="{colour}" fill-opacity="0.6" stroke="white"/>'
+                )
+            mean = sum(values[row]) / len(values[row])
+            svg.append(f'<path d="M{at(mean):.1f} {y - 9} v18" stroke="black" stroke-width="2"/>')
+    return _svg(left + len(scores) * (panel + 30) + 10, bottom + 30, svg)
