@@ -3,26 +3,37 @@
 import copy
 import json
 import random
+from itertools import product
 
 import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import models
-from losses import METHODS
+from losses import METHODS, momentum_copy
 from models import (
     BACKBONES,
     OPS,
     PRESETS,
+    SPACES,
+    Choices,
+    SearchBackbone,
     SearchHead,
     build_backbone,
     build_head,
     count_heads,
+    derive,
+    describe,
     distinct_ops,
     head_dims,
+    load_arch,
     load_heads,
+    macs,
+    random_choice,
     random_head,
+    recalibrate,
 )
 
 PREDICTOR = head_dims(4, 2048, 512, 2048)
@@ -203,3 +214,233 @@ def test_a_wrong_spec_is_refused_by_name(tmp_path):
         arch.write_text(text)
         with pytest.raises(ValueError, match=message):
             load_heads(str(arch), ["projector"])
+
+
+# ---- architectures and their search ---------------------------------------------------------------------------------
+
+NARROW = {"resnet": 1 / 64, "bottleneck": 1 / 64, "mobilenet": 1 / 8}  # few enough terms for BLAS to sum them in one go
+
+
+def searchable(name, width=None, dtype=torch.double):
+    """A largest network in which every parameter and buffer counts."""
+    torch.manual_seed(0)
+    backbone = SearchBackbone(SPACES[name], width or NARROW[name], "small").to(dtype)
+    for m in backbone.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, 0.5, 1.0), nn.init.uniform_(m.bias, -0.2, 0.2)
+            m.running_mean.uniform_(-0.1, 0.1), m.running_var.uniform_(0.5, 2.0)
+    return backbone
+
+
+def counted(network, size):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, 3, size, size, dtype=next(network.parameters()).dtype))
+    return counter.get_total_flops() // 2
+
+
+def test_macs_and_parameters_of_the_papers():
+    at_224 = {"resnet18": 1.814e9, "resnet34": 3.663e9, "resnet50": 4.087e9, "mobilenet_v2": 299.5e6}
+    assert {a: macs(BACKBONES[a]) for a in BACKBONES} == pytest.approx(at_224, rel=5e-4)
+    assert macs(BACKBONES["resnet18"], stem="small", size=32) == pytest.approx(555.4e6, rel=1e-4)
+    wide, f = build_backbone("mobilenet_v2", width=3.0)
+    assert f == 3840 and count(wide) == pytest.approx(19.42e6, rel=1e-3)
+    even = BACKBONES["resnet50"] | {"depth": [4, 4, 4, 4]}
+    assert macs(even) == pytest.approx(macs(BACKBONES["resnet50"]), rel=1e-3) == pytest.approx(4.087e9, rel=1e-3)
+    assert abs(count(build_backbone(even)[0]) - count(build_backbone("resnet50")[0])) > 1e6
+
+
+def test_the_papers_grid_of_depths():
+    grid = [BACKBONES["resnet50"] | {"depth": list(d)} for d in product((2, 3, 4), repeat=4)]
+    with torch.device("meta"):
+        sizes = [count(build_backbone(grid[n])[0]) for n in (0, -1)]
+    assert len(grid) == 81 and sizes == pytest.approx([13.95e6, 25.81e6], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_a_space_has_its_size_and_holds_the_handcrafted_network(name):
+    space = SPACES[name]
+    assert len(space.options) ** len(space.stages) == (36**5 if name == "mobilenet" else 32**4)
+    choice = space.choice(space.handcrafted)
+    assert (choice is None) == (name == "bottleneck")  # ResNet50 has a stage of 6
+    if choice:
+        assert space.arch(choice) == BACKBONES[space.handcrafted]
+    base, table = space.costs(1.0, "small", 32)
+    if name == "resnet":
+        assert [base / 1e6, (base + table.max(1).values.sum()) / 1e6] == pytest.approx([69, 3206], abs=0.5)
+    assert space.choice("resnet34") is None
+
+
+@pytest.mark.parametrize("name", SPACES)
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_cut_out_equals_the_masked_network_to_the_last_bit(name, training):
+    backbone, g = searchable(name).train(training), torch.Generator().manual_seed(1)
+    x = torch.randn(4, 3, 16, 16, dtype=torch.double)
+    before = copy.deepcopy(backbone.largest.state_dict())
+    for _ in range(4):
+        backbone.choices.sample(1.0, g)
+        choice = backbone.choices.choice()
+        backbone.largest.load_state_dict(before)
+        cut = backbone.cut(choice).train(training)
+        outputs, buffers = [], []
+        for masked in (True, False):
+            backbone.largest.load_state_dict(before)
+            backbone.masked = masked
+            outputs.append(backbone(x))
+            buffers.append({k: v.clone() for k, v in backbone.slices(choice).items() if "running" in k})
+        assert torch.equal(cut(x), outputs[0]) and torch.equal(*outputs) and outputs[0].abs().max() > 1e-3
+        own = cut.state_dict()
+        assert all(torch.equal(own[k], v) for b in buffers for k, v in b.items())
+        assert counted(cut, 16) == macs(SPACES[name].arch(choice), NARROW[name], "small", 16)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_a_cut_of_a_wide_network_is_the_masked_one_but_for_the_order_of_sums(name):
+    backbone, x = searchable(name, 0.25), torch.randn(2, 3, 16, 16, dtype=torch.double)
+    backbone.choices.sample(1.0, torch.Generator().manual_seed(3))
+    backbone.masked = True
+    torch.testing.assert_close(backbone(x), backbone.cut(backbone.choices.choice()).train()(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name, stem, size", [("resnet", "imagenet", 65), ("mobilenet", "imagenet", 70), ("bottleneck", "small", 17)]
+)
+def test_macs_are_what_torch_counts_and_their_expectation_is_the_enumerations(name, stem, size):
+    full = SPACES[name]
+    space = full._replace(stages=full.stages[:2], depth=(1, 3), inner=full.inner[:2], kernel=full.kernel[-2:])
+    base, table = space.costs(0.25, stem, size)
+    choices = Choices(space).double()
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for alpha in choices.alphas():
+            alpha.copy_(torch.randn(alpha.shape, generator=g))
+    everything = list(product(range(len(space.options)), repeat=2))
+    costs = {c: macs(space.arch(c), 0.25, stem, size) for c in everything}
+    for c in everything[::9]:
+        assert counted(build_backbone(space.arch(c), stem, 0.25)[0], size) == costs[c]
+    p = choices.log_probabilities().exp().detach()
+    brute = sum(float(p[0, a] * p[1, b]) * costs[a, b] for a, b in everything)
+    assert choices.expected_macs(base, table).item() == pytest.approx(brute, rel=1e-12)
+    assert torch.autograd.gradcheck(lambda *_: choices.expected_macs(base, table) / base, choices.alphas())
+    with torch.no_grad():
+        for alpha in choices.alphas():
+            alpha.fill_(-1e4)[:, 1] = 1e4
+    assert choices.expected_macs(base, table).item() == costs[everything[-1]]
+
+
+def test_derivation_is_the_best_in_the_band_by_enumeration():
+    space = SPACES["resnet"]._replace(stages=(1, 2, 3), depth=(1, 2), kernel=(3,))
+    base, table = space.costs(1.0, "small", 32)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        scores, target = torch.randn(table.shape, generator=g), base + 0.6 * float(table.sum(1).max())
+        everything = list(product(range(table.shape[1]), repeat=3))
+        good = [c for c in everything if 0.95 * target <= macs(space.arch(c), 1.0, "small", 32) <= target]
+        best = max(good, key=lambda c: sum(float(scores[s, o]) for s, o in enumerate(c)))
+        assert derive(scores, base, table, target) == list(best) and len(good) < len(everything) / 2
+        assert tuple(random_choice(base, table, target, g)) in good
+    drawn = {tuple(random_choice(base, table, target, g)) for _ in range(40 * len(good))}
+    assert drawn == set(good)
+    with pytest.raises(ValueError, match=r"no network of the space has .* MMACs: they go from"):
+        derive(scores, base, table, 1.0)
+
+
+def test_gates_are_one_hot_follow_the_generator_and_pass_gradients_that_sum_to_zero():
+    choices = Choices(SPACES["mobilenet"])
+    draws = []
+    for seed in (0, 0, 1):
+        choices.sample(2.0, torch.Generator().manual_seed(seed))
+        draws.append(choices.choice())
+        assert all(torch.equal(g.sum(1), torch.ones(5)) and set(g.unique().tolist()) == {0, 1} for g in choices.gates)
+    assert draws[0] == draws[1] != draws[2]
+    loss = sum((g * torch.randn(g.shape)).sum() for g in choices.gates)
+    for gradient in torch.autograd.grad(loss, choices.alphas()):
+        assert gradient.abs().min() > 0 and gradient.sum(1).abs().max() < 1e-6
+    for c in ([0, 7, 35, 12, 20], choices.largest):
+        choices.set(c)
+        assert choices.choice() == list(c)
+    with torch.no_grad():
+        choices.depth_alpha[:, 2] = 3.0
+    g = torch.Generator().manual_seed(0)
+    share = torch.zeros(5, 4)
+    for _ in range(2000):
+        choices.sample(0.5, g)
+        share += choices.gates[0].detach() / 2000
+    torch.testing.assert_close(share, choices.depth_alpha.detach().softmax(1), atol=0.04, rtol=0)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_every_alpha_gets_a_gradient_and_what_is_left_out_gets_none(name):
+    backbone, x = searchable(name, 1 / 8), torch.randn(4, 3, 16, 16, dtype=torch.double)
+    names, weights = zip(*backbone.largest.named_parameters())
+    target = torch.randn(4, backbone.feature_dim, dtype=torch.double)
+    backbone.choices.set([0] * len(SPACES[name].stages))
+    used = {v.untyped_storage().data_ptr(): v for v in backbone.slices(backbone.choices.choice()).values()}
+    left_out = []
+    for w in weights:
+        left_out.append(torch.ones_like(w, dtype=torch.bool))
+        if (part := used.get(w.untyped_storage().data_ptr())) is not None:
+            left_out[-1].as_strided(part.shape, part.stride(), part.storage_offset()).fill_(False)
+    gradients = []
+    for masked in (True, False):
+        backbone.masked = masked
+        gradients.append(torch.autograd.grad((backbone(x) * target).sum(), weights, materialize_grads=True))
+    for key, out, a, b in zip(names, left_out, *gradients):
+        assert (a[out] == 0).all() and (b[out] == 0).all(), key
+        torch.testing.assert_close(a, b)
+    assert sum(int(out.sum()) for out in left_out) > 0.5 * count(backbone.largest)
+
+    backbone.choices.sample(1.0, torch.Generator().manual_seed(0))
+    for gradient in torch.autograd.grad((backbone(x) * target).sum(), backbone.choices.alphas()):
+        assert (gradient.abs().sum(1) > 0).all()
+
+
+def test_a_momentum_twin_takes_the_students_gates_and_keeps_its_own_weights():
+    student = searchable("resnet")
+    twin = momentum_copy(student)
+    student.choices.set([3, 9, 0, 31])
+    assert twin.choices is student.choices and twin.largest.conv1.weight is not student.largest.conv1.weight
+    assert not any(p.requires_grad for p in twin.largest.parameters())
+    assert all(a.requires_grad for a in student.choices.alphas())
+
+
+def test_recalibrated_statistics_are_those_of_the_batches():
+    backbone = build_backbone("resnet18", "small", 1 / 16)[0].double()
+    with torch.no_grad():
+        for m in backbone.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.running_mean.fill_(7.0)
+    batches = [torch.randn(8, 3, 16, 16, dtype=torch.double) for _ in range(3)]
+    recalibrate(backbone, batches)
+    y = [backbone.conv1(x).detach() for x in batches]
+    torch.testing.assert_close(backbone.bn1.running_mean, sum(v.mean((0, 2, 3)) for v in y) / 3)
+    torch.testing.assert_close(backbone.bn1.running_var, sum(v.var((0, 2, 3)) for v in y) / 3)
+    assert backbone.bn1.momentum == 0.1 and backbone.training
+
+
+def test_a_wrong_architecture_is_refused_by_what_is_wrong(tmp_path):
+    good, path = BACKBONES["resnet18"], tmp_path / "arch.json"
+    for arch, message in [
+        ([], 'has "block", "depth", "inner" and "kernel"'),
+        (good | {"width": 1}, "and nothing else"),
+        (good | {"block": "dense"}, "unknown block 'dense'"),
+        (good | {"depth": [2, 2, 2]}, '"depth" must be a list of 4 numbers, 1 to 64'),
+        (good | {"depth": [2, 2, 0, 2]}, '"depth"'),
+        (good | {"depth": [2, 2, True, 2]}, '"depth"'),
+        (good | {"inner": [1, 1, "1", 1]}, '"inner"'),
+        (good | {"inner": [1, 1, float("nan"), 1]}, '"inner"'),
+        (good | {"kernel": [3, 3, 4, 3]}, '"kernel" must be a list of 4 odd numbers'),
+        (good | {"kernel": 3}, '"kernel"'),
+    ]:
+        path.write_text(json.dumps({"backbone": {"arch": arch}}))
+        with pytest.raises(ValueError, match=message):
+            load_arch(str(path))
+        with pytest.raises(ValueError, match=message):
+            build_backbone(arch)
+    path.write_text(json.dumps({"backbone": {"arch": good}}))
+    assert load_arch(str(path)) == good and load_arch("resnet18") == "resnet18"
+    assert describe(good) == "basic 2x1k3 2x1k3 2x1k3 2x1k3"
+    path.write_text("[]")
+    with pytest.raises(ValueError, match=r"is not an arch\.json"):
+        load_arch(str(path))
+    with pytest.raises(FileNotFoundError, match="neither a readable file nor one of resnet18"):
+        load_arch("resnet19")
