@@ -9,12 +9,12 @@
 
 Heads (NASiam, arXiv 2302.00059): every layer mixes seven operations by its alphas. Backbones (SSA, 2203.08130; the
 design is ours): one largest network in which every choice is a mask; a step samples one network for all its views, and
-the alphas learn by straight-through gradients of the loss + cost_weight |E[MACs] / target - 1|. Either way first-order
-and alternating: the training images are cut into two disjoint halves; every iteration takes one step of the alphas on a
-batch of the second half, then one of the weights on a batch of the first. A backbone search begins with a quarter of
-its steps on weights alone, uniform samples and the largest network taking turns, and ends with the likeliest network
-among all whose MACs lie in [.95, 1] of the target. A contrastive method (simclr, moco) is the better judge of
-backbones: a loss that can collapse lets the alphas choose networks that help it collapse.
+the alphas learn by straight-through gradients of the loss, to which those of |E[MACs] / target - 1| are added. Either
+way first-order and alternating: the training images are cut into two disjoint halves; every iteration takes one step of
+the alphas on a batch of the second half, then one of the weights on a batch of the first. A backbone search begins with
+a quarter of its steps on weights alone, uniform samples and the largest network taking turns, and ends with the
+likeliest network among all whose MACs lie in [.95, 1] of the target. A contrastive method (simclr, moco) is the better
+judge of backbones: a loss that can collapse lets the alphas choose networks that help it collapse.
 
 --strategy random and supernet-random are the baselines of a backbone search, of the same cost in multiply-accumulates:
 networks trained alone, or networks that inherit from a largest network trained with uniform samples; the best by the
@@ -97,7 +97,7 @@ def get_parser() -> Parser:
     group.add_argument("--arch-lr", type=float, default=None, help=f"of the alphas; None is {TRAVEL} / their steps, or")
     group.add_argument("--arch-weight-decay", type=float, default=1e-3, help="of the heads' alphas")
     group.add_argument("--arch-warmup", type=float, default=None, help="share of steps without; None: .25, heads 0")
-    group.add_argument("--cost-weight", type=float, default=2.0, help="of |E[MACs] / target - 1| beside the loss")
+    group.add_argument("--cost-weight", type=float, default=1.0, help="of the MACs in the alphas' gradient, by norm")
     group.add_argument("--tau", type=float, nargs=2, default=[5.0, 0.5], help="of the gates, at first and at last")
     group.add_argument("--recalibrate-batches", type=int, default=50, help="for the BN statistics of what was found")
     group.add_argument("--compare", type=int, default=0, metavar="K", help="afterwards train found and K random alike")
@@ -145,9 +145,9 @@ def parse_target(text: str, width: float, stem: str, size: int) -> float:
 
 
 def alpha_gradients(
-    method: nn.Module, views: list[Tensor], index: Tensor, alphas: list[Tensor], weights: list[Tensor], cost=None
+    method: nn.Module, views: list[Tensor], index: Tensor, alphas: list[Tensor], weights: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """(loss, gradients of loss + cost() to each alpha) of one batch, first order; weights and buffers stay as they are.
+    """(loss, its gradient to each alpha) of one batch, first order; weights and buffers stay as they are.
 
     With the weights held constant nothing below the first choice needs a graph: where heads alone are searched, the
     encoder runs forward only. The gradients are those of a full backward to the last bit.
@@ -159,7 +159,7 @@ def alpha_gradients(
     before = [b.clone() for b in method.buffers()]
     try:
         loss = method(views, index)
-        return loss.detach(), list(torch.autograd.grad(loss + cost() if cost else loss, alphas))
+        return loss.detach(), list(torch.autograd.grad(loss, alphas))
     finally:
         with torch.no_grad():
             for b, old in zip(method.buffers(), before):
@@ -228,21 +228,34 @@ class Search:
             progress = (step - self.warmup) / max(1, self.total - self.warmup)
             self.choices.sample(first * (last / first) ** max(0.0, progress), self.run.generator)
 
-    def cost(self) -> Tensor:
-        """cost_weight |E[MACs] / target - 1|: added, since a factor would change its sense with the loss's sign."""
-        expected = self.choices.expected_macs(self.base, self.table)
-        return self.args.cost_weight * (expected / self.target - 1).abs()
+    def cost_gradients(self) -> list[Tensor]:
+        """Of |E[MACs] / target - 1| to the backbone's alphas, at cost_weight times the norm of their own gradients.
+
+        The cost is added, since a factor would change its sense with the loss's sign. Without the norms it would drown
+        the loss, whose gradient to an alpha is hundreds of times smaller: then the alphas of all stages go where MACs
+        alone send them.
+        """
+        alphas = self.choices.alphas()
+        for alpha in alphas:
+            alpha.requires_grad_(True)
+        cost = (self.choices.expected_macs(self.base, self.table) / self.target - 1).abs()
+        gradients = torch.autograd.grad(cost, alphas)
+        for alpha in alphas:
+            alpha.requires_grad_(False)
+        own, its = (torch.cat([g.flatten() for g in gs]).norm() for gs in ([a.grad for a in alphas], gradients))
+        return [self.args.cost_weight * own / its.clamp(min=1e-12) * g for g in gradients]
 
     def alpha_step(self, order: Tensor, step: int, done: int = 0) -> Tensor:
         """step: of the epoch, which says what batch; done: of the search, which says what temperature."""
         views, index = self.run.batch(order, step)
         self.sample(max(done, self.warmup), alphas=True)
         with self.run.autocast():
-            loss, gradients = alpha_gradients(
-                self.method, views, index, self.alphas, self.weights, self.cost if self.space else None
-            )
+            loss, gradients = alpha_gradients(self.method, views, index, self.alphas, self.weights)
         for alpha, gradient in zip(self.alphas, gradients):
             alpha.grad = mean_over_ranks(gradient)
+        if self.space:
+            for alpha, gradient in zip(self.choices.alphas(), self.cost_gradients()):
+                alpha.grad += gradient
         self.alpha_optimizer.step()
         self.alpha_optimizer.zero_grad()
         return loss
@@ -343,9 +356,9 @@ class Search:
         return [random_choice(self.base, self.table, self.target, generator) for _ in range(n)]
 
 
-def random_search(search: Search) -> tuple[list[int], nn.Module]:
-    """(choice, backbone) of the lowest held-out loss among networks trained alone, each a run of pretrain.py."""
-    run, best = search.run, (math.inf, [], search.method)
+def random_search(search: Search) -> tuple[list[int], nn.Module, dict]:
+    """(choice, backbone, facts) of the lowest held-out loss among networks trained alone, each a run of pretrain.py."""
+    run, best = search.run, (math.inf, [], "", {})
     for k, choice in enumerate(search.random_choices(search.candidates)):
         folder = run.output / "candidates" / str(k + 1)
         path = folder.with_suffix(".json")
@@ -354,8 +367,8 @@ def random_search(search: Search) -> tuple[list[int], nn.Module]:
         facts = pretrain.main(argparse.Namespace(**shared_flags(search.args) | flags))
         say(f"candidate {k + 1}/{search.candidates}: held-out loss {facts['held_out_loss']:.4f}")
         if facts["held_out_loss"] < best[0]:
-            best = facts["held_out_loss"], choice, load_backbone(str(folder / "backbone.pth"))[0]
-    return best[1:]
+            best = facts["held_out_loss"], choice, str(folder / "backbone.pth"), facts
+    return best[1], load_backbone(best[2])[0], best[3]
 
 
 def shared_flags(args: argparse.Namespace) -> dict:
@@ -495,11 +508,11 @@ def compare(search: Search, arch: Path) -> None:
         stale = not path.exists() or path.stat().st_mtime < weights.stat().st_mtime
         known = {} if stale else json.loads(path.read_text())
         barrier()  # all ranks have looked before one writes
-        for source in set(data) - set(known):
+        for source in [s for s in data if s not in known]:
             backbone, facts = load_backbone(str(weights))
             known[source] = measure(backbone, facts, *data[source], run.device, measuring)
-        if is_main():
-            write_atomic(json.dumps(known) + "\n", path)
+            if is_main():
+                write_atomic(json.dumps(known) + "\n", path)
         barrier()
         return known
 
@@ -570,7 +583,7 @@ def table(args: argparse.Namespace, results: dict[str, list[dict]], costs: dict[
         cells = [group]
         if costs:
             mine = [costs[n] for n in costs if n == group or (group == randoms and n.startswith("random "))]
-            cells += [f"{statistics.mean(c[i] for c in mine) / 1e6:.{i + 1}f}" for i in (0, 1)]
+            cells += [f"{statistics.mean(c[i] for c in mine) / 1e6:.3g}" for i in (0, 1)]
         cells.append(str(len(rows)))
         for source in sources:
             for key in ("knn", "linear"):
@@ -698,8 +711,7 @@ def main(args: argparse.Namespace) -> dict:
     found["versions"] = {"torch": torch.__version__, "torchvision": torchvision.__version__}
     history: list[dict] = []
     if args.strategy == "random":
-        choice, encoder = random_search(search)
-        facts = {}
+        choice, encoder, facts = random_search(search)
     else:
         history = train(search)
         facts = history[-1]

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,7 +25,7 @@ import pretrain
 import search
 from linear_eval import extract, knn_accuracy, linear_probe, load_backbone
 from losses import METHODS
-from models import OPS, PRESETS, SearchHead, build_backbone
+from models import BACKBONES, OPS, PRESETS, SPACES, SearchHead, build_backbone, macs
 from search import Search, alpha_gradients
 from views import make_shapes
 
@@ -132,26 +133,212 @@ def test_compare_puts_found_beside_handcrafted_and_random(searched):
     rows = {
         r.split("|")[1].strip(): [c.strip() for c in r.split("|")[2:-1]] for r in table.splitlines() if r[:2] == "| "
     }
-    assert list(rows) == ["heads", "found", "handcrafted", "random (2 heads)"]
+    assert list(rows) == ["network", "found", "handcrafted", "random (2 of them)"]
     files = sorted((searched / "compare").glob("*/scores.json"))
-    score = {p.parent.name: 100 * json.loads(p.read_text())["linear"] for p in files}
+    score = {p.parent.name: 100 * json.loads(p.read_text())["shapes"]["linear"] for p in files}
     assert list(score) == ["found-seed0", "handcrafted-seed0", "random-1-seed0", "random-2-seed0"]
     randoms = [score["random-1-seed0"], score["random-2-seed0"]]
     base = np.mean(randoms)
-    assert rows["random (2 heads)"][1:] == [f"{base:.2f} ± {np.std(randoms, ddof=1):.2f}", "+0.00"]
+    assert rows["random (2 of them)"][2:] == [f"{base:.2f} ± {np.std(randoms, ddof=1):.2f}", "+0.00"]
     found = score["found-seed0"]
-    assert rows["found"][1:] == [f"{found:.2f}", f"{100 * (found - base) / base:+.2f}"]
+    assert rows["found"][2:] == [f"{found:.2f}", f"{100 * (found - base) / base:+.2f}"]
     written = [p.stat().st_mtime_ns for p in files]
     run(search, searched, *flags)
     assert [p.stat().st_mtime_ns for p in files] == written  # what is there is not done again
 
 
-def test_benches_report(tmp_path, capsys):
-    assert run(pretrain, tmp_path / "a", "--bench")["network"] > 0
-    assert run(search, tmp_path / "b", "--bench") == {}
+@pytest.mark.parametrize("space", [[], ["--space", "resnet", "heads"]])
+def test_benches_report(space, tmp_path, capsys):
+    if not space:
+        assert run(pretrain, tmp_path, "--bench")["network"] > 0
+        assert "views, loss and optimiser add" in capsys.readouterr().out
+    assert run(search, tmp_path, "--bench", *space) == {}
     said = capsys.readouterr().out
-    assert "views, loss and optimiser add" in said and "largest difference 0\n" in said
-    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+    assert "largest difference 0\n" in said and "an iteration is" in said
+    assert ("weight step, masked: " in said) == bool(space) and not list(tmp_path.iterdir())
+
+
+# ---- the search of a backbone ---------------------------------------------------------------------------------------
+
+BOTH = ["--space", "heads", "resnet", "--image-size", "16", "--target-macs", "0.5xresnet18"]
+
+
+@pytest.fixture(scope="module")
+def found_both(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("both")
+    return folder, run(search, folder, *BOTH)
+
+
+def test_heads_and_backbone_are_found_together_and_the_usual_commands_go_on(found_both, tmp_path, capsys):
+    folder, found = found_both
+    capsys.readouterr()
+    assert json.loads((folder / "arch.json").read_text()) == found and found["space"] == ["heads", "resnet"]
+    assert {n: len(ops) for n, ops in found["heads"].items()} == {"projector": 6, "predictor": 4}
+    facts = found["backbone"]
+    network, _ = build_backbone(facts["arch"], facts["stem"], facts["width"])
+    cost = macs(facts["arch"], facts["width"], facts["stem"], 16)
+    assert 0.95 * facts["target_macs"] <= cost == facts["macs"] <= facts["target_macs"]
+    assert facts["target_macs"] == macs(BACKBONES["resnet18"], 0.0625, "small", 16) / 2
+    assert facts["parameters"] == sum(p.numel() for p in network.parameters())
+    for picture in ("search.svg", "backbone.svg"):
+        svg = xml.etree.ElementTree.parse(folder / picture).getroot()
+    boxes = [r for r in svg.iter("{http://www.w3.org/2000/svg}rect") if r.get("rx") == "3"]
+    assert len(boxes) == sum(facts["arch"]["depth"]) + 8
+    facts = load_backbone(str(folder / "backbone.pth"))[1]
+    assert facts["arch"] == found["backbone"]["arch"]
+    run(search, folder, *BOTH)  # finished: says again what it found
+    command = capsys.readouterr().out.strip().splitlines()[-1].split()
+    assert [command[command.index(f) + 1] for f in ("--arch", "--heads")] == [str(folder / "arch.json")] * 2
+    command[command.index("--output-dir") + 1] = str(tmp_path)
+    pretrain.main(pretrain.get_parser().parse_args([*command[2:], "--weights", str(folder / "backbone.pth")]))
+    assert f"--weights {tmp_path / 'backbone.pth'}" in capsys.readouterr().out
+    flags = ["--weights", str(tmp_path / "backbone.pth"), "--max-images", "200", "--epochs", "2"]
+    assert linear_eval.main(linear_eval.get_parser().parse_args(flags))["shapes"][0]["linear"] > 0
+    assert "basic " in (tmp_path / "linear_eval-shapes.md").read_text()
+
+
+def test_weights_are_where_pretraining_starts(found_both, tmp_path):
+    folder, _ = found_both
+    flags = ["--arch", folder / "arch.json", "--weights", folder / "backbone.pth", "--image-size", 16]
+    method = pretrain.Run(arguments(pretrain, tmp_path, *flags, "--method", "moco")).method
+    for key, value in load(folder / "backbone.pth").items():
+        assert torch.equal(method.encoder.state_dict()[key], value)
+        assert torch.equal(method.momentum_encoder.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_backbones_alpha_step_moves_all_alphas_and_nothing_else(method, tmp_path):
+    flags = ["--method", method, "--space", "mobilenet", "--image-size", 16, "--cost-weight", 0, "--width", 0.0625]
+    s = Search(arguments(search, tmp_path, *flags, "--arch-warmup", 0))
+    s.weight_step(s.run.parts[0], 0, 0.1, 0)
+    before = copy.deepcopy(s.method.state_dict())
+    s.alpha_step(s.run.parts[1], 0, 1)
+    after = copy.deepcopy(s.method.state_dict())
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert changed == {k for k in before if k.endswith("alpha")}
+    assert all((alpha.abs().sum(1) > 0).all() for alpha in s.choices.alphas())
+    assert torch.cat([a.sum(1) for a in s.choices.alphas()]).abs().max() < 1.0  # Adam's, of gradients that sum to 0
+    s.weight_step(s.run.parts[0], 1, 0.2, 1)
+    changed = {k for k, v in s.method.state_dict().items() if not torch.equal(v, after[k])}
+    assert changed and not any(k.endswith("alpha") for k in changed)
+    assert not any(g.requires_grad for g in s.choices.gates)
+
+
+def test_the_warm_up_takes_uniform_and_largest_networks_in_turn(tmp_path):
+    s = Search(arguments(search, tmp_path, "--space", "resnet", "--image-size", 16, "--epochs", 8))
+    assert s.warmup == 8 * s.run.steps_per_epoch // 4 == 8
+    largest = []
+    for step in range(s.warmup + 4):
+        s.sample(step, alphas=False)
+        largest.append(s.choices.choice() == s.choices.largest)
+    assert largest == [step % 2 == 1 and step < s.warmup for step in range(s.warmup + 4)]
+
+
+@pytest.mark.parametrize("space", ["resnet", "mobilenet"])
+def test_the_target_is_met(space, tmp_path):
+    for target in (0.6, 1.0, 1.4):
+        for seed in range(5):
+            name = SPACES[space].handcrafted
+            flags = ["--space", space, "--target-macs", f"{target}x{name}", "--seed", seed, "--image-size", 16]
+            s = Search(arguments(search, tmp_path, *flags, "--arch-lr", 0.3))
+            s.alpha_optimizer.zero_grad()
+            for alpha in s.alphas:
+                alpha.grad = torch.randn(alpha.shape)
+            s.alpha_optimizer.step()
+            choice = s.derive()
+            cost = macs(s.space.arch(choice), 0.0625, "small", 16)
+            assert cost == s.macs(choice)
+            assert 0.95 <= cost / (target * macs(BACKBONES[name], 0.0625, "small", 16)) <= 1
+
+
+def test_the_cost_pulls_the_expectation_to_the_target(tmp_path):
+    flags = ["--space", "resnet", "--image-size", 16, "--target-macs", "0.7xresnet18"]
+    s = Search(arguments(search, tmp_path, *flags))
+    for group in s.alpha_optimizer.param_groups:
+        group["lr"] = 0.03
+    for _ in range(150):
+        for alpha in s.alphas:
+            alpha.grad = torch.randn(alpha.shape)
+        own = torch.cat([a.grad.flatten() for a in s.alphas])
+        gradients = s.cost_gradients()
+        cost = torch.cat([g.flatten() for g in gradients])
+        assert cost.norm().item() == pytest.approx(s.args.cost_weight * own.norm().item(), rel=1e-4)
+        for alpha, gradient in zip(s.alphas, gradients):
+            alpha.grad += gradient
+        s.alpha_optimizer.step()
+    assert s.state()["expected_macs"] == pytest.approx(s.target, rel=0.1)
+
+
+@pytest.mark.parametrize("strategy", ["random", "supernet-random"])
+def test_baselines_choose_by_the_held_out_loss_at_the_gradient_searchs_cost(strategy, tmp_path, capsys):
+    flags = ["--space", "mobilenet", "--image-size", 16, "--strategy", strategy, "--candidates", 2, "--epochs", 4]
+    found = run(search, tmp_path, *flags, "--recalibrate-batches", 2, "--method", "simclr")
+    said = capsys.readouterr().out
+    epochs = int(re.search(r"2 candidates, (\d+) epochs", said)[1])
+    s = Search(arguments(search, tmp_path / "g", *flags, "--strategy", "gradient"))
+    mean, most = s.state()["expected_macs"], s.macs(s.choices.largest)
+    steps = 4 * 4  # of a half of 64 images
+    budget = steps / 4 * (mean + most) / 2 + steps * 3 / 4 * (most + (mean + s.target) / 2)
+    if strategy == "random":
+        spent = 2 * epochs * 8 * s.target
+        losses = [float(x) for x in re.findall(r"held-out loss ([\d.]+)", said)]
+        assert len(losses) == 2 and found["held_out_loss"] == pytest.approx(min(losses), abs=1e-4)
+    else:
+        spent = epochs * 8 * (mean + most) / 2 + 2 * (2 + 2) * s.target / 3
+    assert abs(spent - budget) <= 0.6 * (2 if strategy == "random" else 1) * 8 * max(s.target, (mean + most) / 2)
+    assert found["strategy"] == strategy and (tmp_path / "backbone.pth").exists()
+    assert 0.95 <= found["backbone"]["macs"] / s.target <= 1
+
+
+def test_compare_trains_a_found_backbone_beside_random_ones(found_both, tmp_path):
+    folder = tmp_path / "run"
+    flags = ["--space", "resnet", "--image-size", 16, "--method", "simclr", "--epochs", 1, "--recalibrate-batches", 2]
+    run(search, folder, *flags)
+    more = ["--compare", 2, "--compare-seeds", 2, "--compare-epochs", 1, "--compare-with", found_both[0] / "arch.json"]
+    run(search, folder, *flags, *more, "--compare-data", "shapes", "shapes")
+    table = (folder / "compare" / "compare.md").read_text()
+    rows = {
+        r.split("|")[1].strip(): [c.strip() for c in r.split("|")[2:-1]] for r in table.splitlines() if r[0:2] == "| "
+    }
+    names = ["found", "found, trained on", "found, inherited", "handcrafted", found_both[0].name, "random (2 of them)"]
+    assert list(rows)[1:] == names and [rows[n][2] for n in names] == ["2", "2", "1", "2", "2", "4"]
+    assert "Kendall's tau with the linear accuracy from scratch, over 5 networks (by chance 0 ± 0.41)" in table
+    target = macs(BACKBONES["resnet18"], 0.0625, "small", 16) / 1e6
+    assert all(0.94 * target <= float(rows[n][0]) <= 1.01 * target for n in names if n != found_both[0].name)
+    svg = xml.etree.ElementTree.parse(folder / "compare" / "compare.svg").getroot()
+    assert len(list(svg.iter("{http://www.w3.org/2000/svg}circle"))) == 13
+
+
+def test_kendalls_tau():
+    assert search.kendall_tau([1, 2, 3, 4], [10, 20, 30, 40]) == 1
+    assert search.kendall_tau([1, 2, 3], [3, 2, 1]) == -1
+    assert search.kendall_tau([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(4 / 6)
+    assert search.kendall_tau([1, 2], [5, 5]) == 0
+
+
+def test_wrong_searches_are_told_in_one_line(tmp_path, capsys, monkeypatch):
+    class Instances(METHODS["simclr"]):
+        classifies_instances = True
+
+    monkeypatch.setitem(METHODS, "simclr", Instances)
+    for flags, message in [
+        (["--space", "resnet", "mobilenet"], "one backbone space at the most"),
+        (["--space", "heads", "heads"], "nothing twice"),
+        (["--space", "resnet", "--arch", "resnet50"], "--arch means nothing where a backbone is searched"),
+        (["--heads", "simsiam_cifar10_resnet18"], "--heads means nothing where heads are searched"),
+        (["--target-macs", "1e6"], "--target-macs means nothing to --space heads"),
+        (["--strategy", "random"], "--strategy random is for a backbone alone"),
+        (["--space", "resnet", "--target-macs", "0.5*resnet18"], "is neither a number nor like 0.5xresnet18"),
+        (["--space", "resnet", "--target-macs", "1e12"], "no network of the space has"),
+        (["--space", "resnet", "--tau", 0, 1], "must be above 0"),
+        (["--space", "resnet", "--arch-warmup", 1], "must be a share"),
+        (["--space", "resnet", "--strategy", "random", "--held-out", 0], "do not fill a batch"),
+        (["--space", "resnet", "--strategy", "random", "--candidates", 999], "leave no epoch"),
+        (["--space", "resnet", "--method", "simclr"], "alphas cannot learn on images that the weights never see"),
+    ]:
+        said, status = refused(capsys, search, *TINY, "--output-dir", tmp_path, *flags)
+        assert message in said and status == 1, (flags, said)
+    assert not list(tmp_path.iterdir())
 
 
 # ---- resume ---------------------------------------------------------------------------------------------------------
@@ -173,9 +360,9 @@ script.main(script.get_parser().parse_args())
 """
 
 
-@pytest.mark.parametrize("script, more", [(pretrain, ["--method", "moco"]), (search, [])])
+@pytest.mark.parametrize("script, more", [(pretrain, ["--method", "moco"]), (search, []), (search, BOTH)])
 def test_a_killed_run_ends_with_the_uninterrupted_runs_weights(script, more, tmp_path):
-    at = 8 + 3 if script is pretrain else 2 * (4 + 2)  # in the second epoch
+    at = {0: 2 * (4 + 2), len(BOTH): 35}.get(len(more), 8 + 3)  # in the second epoch
     code = KILLED.format(root=str(ROOT), script=script.__name__, at=at)
     flags = [*TINY, *more, "--output-dir", str(tmp_path / "cut")]
     killed = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True)
@@ -299,15 +486,17 @@ def rank_main(rank, port, folder):
         "MASTER_PORT": str(port),
     }
     for method in METHODS:
-        s = Search(arguments(search, folder, "--method", method, "--arch-lr", 0.1))
+        more = ["--space", "heads", "resnet", "--image-size", "16"] if method == "moco" else []
+        s = Search(arguments(search, folder, "--method", method, "--arch-lr", 0.1, *more))
+        gates = []
         for step in range(3):
             s.alpha_step(s.run.parts[1], step)
             s.weight_step(s.run.parts[0], step, 0.5)
+            gates.append(s.choices.choice() if more else None)
         h = extract(s.method.encoder, s.run.pixels[:33], s.run.mean, s.run.std, s.run.device)
         state = {k: v for k, v in s.method.state_dict().items() if "running" not in k and "num_batches" not in k}
-        torch.save(
-            {"state": state, "h": h, "views": s.run.batch(s.run.parts[0], 0)[0]}, f"{folder}/{method}-{rank}.pth"
-        )
+        views = s.run.batch(s.run.parts[0], 0)[0]
+        torch.save({"state": state, "h": h, "views": views, "gates": gates}, f"{folder}/{method}-{rank}.pth")
     torch.distributed.destroy_process_group()
 
 
@@ -321,7 +510,10 @@ def test_two_ranks_keep_equal_alphas_weights_and_queues(tmp_path):
         for key in a["state"]:
             assert torch.equal(a["state"][key], b["state"][key]), f"{method} {key}"
         assert any(v.abs().max() > 0.05 for k, v in a["state"].items() if k.endswith("alpha"))
-        assert a["h"].shape == (33, 32) and torch.equal(a["h"], b["h"])
+        assert a["h"].shape == (33, 32) and torch.equal(a["h"], b["h"]) and a["gates"] == b["gates"]
+        if method == "moco":
+            assert len(set(map(str, a["gates"]))) == 3
+            continue  # gates take from the generator too
         one = Search(arguments(search, tmp_path / "one", "--method", method))
         for _ in range(6):  # the draws before
             one.run.batch(one.run.parts[0], 0)
@@ -422,7 +614,7 @@ def test_a_wrong_command_is_told_in_one_line(script, tmp_path, capsys):
         Image.new("RGB", (32, 32)).save(tmp_path / "three" / f"{i}.png")
     for flags, message, status in [
         (["--method", "simsiem"], "invalid choice: 'simsiem'", 2),
-        (["--arch", "resnet19"], "invalid choice: 'resnet19'", 2),
+        (["--arch", "resnet19"], "'resnet19' is neither a readable file nor one of resnet18", 1),
         (["--bacth-size", 3], "unrecognized arguments: --bacth-size", 2),
         (["--data", tmp_path / "none"], "neither a folder nor a data set's name", 1),
         (["--data", tmp_path / "empty"], "no image below", 1),
@@ -480,7 +672,7 @@ def test_other_heads_or_images_under_the_same_name_are_noticed(tmp_path, capsys)
     heads.write_text(json.dumps({"heads": PRESETS["simsiam_cifar10_resnet18"]}))
     run(pretrain, tmp_path, *flags)
     heads.write_text(json.dumps({"heads": PRESETS["simsiam_cifar10_resnet50"]}))
-    assert "made with other heads" in refused(capsys, pretrain, *TINY, *flags)[0]
+    assert "another network than --heads" in refused(capsys, pretrain, *TINY, *flags)[0]
     heads.write_text(json.dumps({"heads": PRESETS["simsiam_cifar10_resnet18"]}))
     (images / "0.png").unlink()
     assert "made with other images" in refused(capsys, pretrain, *TINY, *flags)[0]
@@ -516,7 +708,7 @@ def test_flags_take_underscores_and_none_is_a_prefix_of_torchruns(script):
     theirs = list(get_args_parser()._option_string_actions)
     assert not [(f, t) for f in flags for t in theirs if t.startswith(f)]
     args = script.get_parser().parse_args(
-        ["--knn_k=7", "--batch_size", "3", *(["--weights", "a_b"] if script is linear_eval else [])]
+        ["--knn_k=7", "--batch_size", "3", *(["--weights", "a_b"] if script is not search else [])]
     )
     assert args.knn_k == 7 and args.batch_size == 3 and getattr(args, "weights", "a_b") == "a_b"
 
