@@ -177,15 +177,21 @@ def plan(arch: dict, width: float = 1.0, stem: str = "imagenet") -> Plan:
     return Plan(head, blocks, last)
 
 
-def macs(arch: dict, width: float = 1.0, stem: str = "imagenet", size: int = 224) -> int:
-    """Multiply-accumulates of the convolutions for one image of size x size pixels, in closed form."""
+def stage_macs(arch: dict, width: float = 1.0, stem: str = "imagenet", size: int = 224) -> list[int]:
+    """Multiply-accumulates of the convolutions for one image of size x size pixels, in closed form: of the stem, of
+    every stage, and of the last convolution, if there is one."""
     (channels, kernel, stride, pool), blocks, last = plan(arch, width, stem)
     side = -(-size // stride)
-    total, side = side**2 * kernel**2 * 3 * channels, -(-side // pool)
-    for _, *shape, stride in blocks:
-        total += BLOCKS[arch["block"]].macs(*shape, stride, side)
+    parts, side = [side**2 * kernel**2 * 3 * channels] + [0] * len(arch["depth"]), -(-side // pool)
+    for stage, *shape, stride in blocks:
+        parts[1 + stage] += BLOCKS[arch["block"]].macs(*shape, stride, side)
         side = -(-side // stride)
-    return total + (side**2 * blocks[-1].o * last if last else 0)
+    return parts + ([side**2 * blocks[-1].o * last] if last else [])
+
+
+def macs(arch: dict, width: float = 1.0, stem: str = "imagenet", size: int = 224) -> int:
+    """Multiply-accumulates of the whole network, see `stage_macs`."""
+    return sum(stage_macs(arch, width, stem, size))
 
 
 def new_block(block: str, place: Place, n: int) -> nn.Module:

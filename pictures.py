@@ -4,7 +4,7 @@ import math
 from itertools import cycle
 from xml.sax.saxutils import escape
 
-from models import BACKBONES, OPS, plan, true_name
+from models import OPS, plan, stage_macs, true_name
 
 COLOURS = dict(zip(OPS, cycle(["#000000", "#999999", "#CC79A7", "#D55E00", "#0072B2", "#009E73", "#E69F00"])))
 
@@ -66,15 +66,14 @@ def draw_heads(history: list[dict], dims: dict[str, list[int]], title: str) -> s
 KERNEL_COLOURS = {1: "#999999", 3: "#0072B2", 5: "#E69F00", 7: "#D55E00"}
 
 
-def draw_backbone(networks: dict[str, tuple[str | dict, int, int]], width: float, stem: str, title: str) -> str:
-    """SVG: the networks, (arch, MACs, parameters) by name, one below the other on one scale.
+def draw_backbone(networks: dict[str, tuple[dict, int]], width: float, stem: str, size: int, title: str) -> str:
+    """SVG: the networks, (architecture, parameters) by name, one below the other on one scale, for images of that size.
 
     A block is a box: as high as its inner channels (root scale), coloured by its kernel; stages stand side by side.
     """
     plans = {}
-    for name, (arch, macs, parameters) in networks.items():
-        arch = BACKBONES[arch] if isinstance(arch, str) else arch
-        plans[name] = (plan(arch, width, stem).blocks, arch, macs, parameters)
+    for name, (arch, parameters) in networks.items():
+        plans[name] = (plan(arch, width, stem).blocks, arch, stage_macs(arch, width, stem, size), parameters)
     stages = range(max(len(arch["depth"]) for _, arch, _, _ in plans.values()))
     deepest = [max(arch["depth"][s] for _, arch, _, _ in plans.values()) for s in stages]
     widest = max(place.inner for blocks, *_ in plans.values() for place in blocks)
@@ -90,7 +89,7 @@ def draw_backbone(networks: dict[str, tuple[str | dict, int, int]], width: float
     svg.append(f'<text x="{x}" y="51" fill="#666">a box is a block, as high as the root of its inner channels</text>')
     top = 84
     for name, (blocks, arch, macs, parameters) in plans.items():
-        facts = f"{macs / 1e6:,.1f} MMACs, {parameters / 1e6:,.2f} M parameters, {len(blocks)} blocks"
+        facts = f"{sum(macs) / 1e6:,.4g} MMACs, {parameters / 1e6:,.2f} M parameters, {len(blocks)} blocks"
         svg.append(f'<text x="20" y="{top}" font-weight="bold">{escape(name)}</text>')
         svg.append(f'<text x="160" y="{top}">{facts}</text>')
         x = 20
@@ -110,9 +109,10 @@ def draw_backbone(networks: dict[str, tuple[str | dict, int, int]], width: float
             svg.append(f'<text x="{x}" y="{floor + 19}">stage {s + 1}: {mine[-1].o} wide</text>')
             svg.append(f'<text x="{x}" y="{floor + 34}">{len(mine)} deep, {kernel}x{kernel}</text>')
             svg.append(f'<text x="{x}" y="{floor + 49}">inner {ratio:g} {kind}</text>')
+            svg.append(f'<text x="{x}" y="{floor + 64}" fill="#666">{macs[1 + s] / 1e6:,.3g} MMACs</text>')
             x += room[s]
-        top += tall + 100
-    return _svg(sum(room) + 40, top - 24, svg)
+        top += tall + 116
+    return _svg(max(sum(room), 8 * len(title)) + 40, top - 24, svg)
 
 
 def draw_scores(scores: dict[str, dict[str, list[float]]], title: str) -> str:
@@ -124,7 +124,7 @@ def draw_scores(scores: dict[str, dict[str, list[float]]], title: str) -> str:
         svg.append(f'<text x="{left - 12}" y="{76 + line * r}" text-anchor="end">{escape(row)}</text>')
     bottom = 64 + line * len(rows)
     for p, (data, values) in enumerate(scores.items()):
-        x0 = left + p * (panel + 30)
+        x0 = left + p * (panel + 60)
         every = [v for row in values.values() for v in row]
         low, high = math.floor(min(every)), math.ceil(max(every) + 1e-9)
         high += low == high
@@ -146,4 +146,4 @@ def draw_scores(scores: dict[str, dict[str, list[float]]], title: str) -> str:
                 )
             mean = sum(values[row]) / len(values[row])
             svg.append(f'<path d="M{at(mean):.1f} {y - 9} v18" stroke="black" stroke-width="2"/>')
-    return _svg(left + len(scores) * (panel + 30) + 10, bottom + 30, svg)
+    return _svg(left + len(scores) * (panel + 60) + 10, bottom + 30, svg)

@@ -764,10 +764,11 @@ def write_results(
     if search.heads:
         write_atomic(draw_heads(history, dims, f"Heads found with {where}"), run.output / "search.svg")
     if encoder:
-        networks = {"found": (found["backbone"]["arch"], *facts_of(search, found["backbone"]["arch"]))}
-        networks[search.space.handcrafted] = (search.space.handcrafted, *facts_of(search, search.space.handcrafted))
+        archs = {"found": found["backbone"]["arch"], search.space.handcrafted: BACKBONES[search.space.handcrafted]}
+        networks = {name: (arch, facts_of(search, arch)[1]) for name, arch in archs.items()}
         title = f"Backbone found with {where}: {BAND[0]:g} to {BAND[1]:g} of {search.target / 1e6:,.4g} MMACs"
-        write_atomic(draw_backbone(networks, args.width, run.stem, title), run.output / "backbone.svg")
+        picture = draw_backbone(networks, args.width, run.stem, run.size, title)
+        write_atomic(picture, run.output / "backbone.svg")
         save_backbone(run, encoder, found["command"], run.output, arch=found["backbone"]["arch"])
 
 
