@@ -33,6 +33,7 @@ import random
 import re
 import statistics
 import time
+import zlib
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -245,8 +246,31 @@ class Search:
         own, its = (torch.cat([g.flatten() for g in gs]).norm() for gs in ([a.grad for a in alphas], gradients))
         return [self.args.cost_weight * own / its.clamp(min=1e-12) * g for g in gradients]
 
+    def meet_target(self) -> None:
+        """Moves a backbone's alphas, as little as it takes, to where E[MACs] is in BAND of the target.
+
+        Left to the cost's gradient and Adam, which moves all alphas by the same amount, the way from uniform alphas to
+        the target would take dozens of steps and decide for the smaller options of every stage alike.
+        """
+        alphas = self.choices.alphas()
+        for _ in range(100):
+            for alpha in alphas:
+                alpha.requires_grad_(True)
+            expected = self.choices.expected_macs(self.base, self.table) / self.target
+            gradients = torch.autograd.grad(expected, alphas)
+            for alpha in alphas:
+                alpha.requires_grad_(False)
+            if BAND[0] <= expected <= BAND[1]:
+                return
+            newton = (expected.detach() - statistics.mean(BAND)) / sum(g.square().sum() for g in gradients)
+            largest = newton.abs() * max(g.abs().max() for g in gradients)
+            for alpha, gradient in zip(alphas, gradients):
+                alpha -= newton / largest.clamp(min=1) * gradient  # by 1 at the most: softmax saturates
+
     def alpha_step(self, order: Tensor, step: int, done: int = 0) -> Tensor:
         """step: of the epoch, which says what batch; done: of the search, which says what temperature."""
+        if self.space and done <= self.warmup:
+            self.meet_target()
         views, index = self.run.batch(order, step)
         self.sample(max(done, self.warmup), alphas=True)
         with self.run.autocast():
@@ -503,10 +527,10 @@ def compare(search: Search, arch: Path) -> None:
     measuring = linear_eval.get_parser().parse_args(["--weights", "", f"--knn-k={args.knn_k}", f"--knn-t={args.knn_t}"])
 
     def scores(weights: Path) -> dict[str, dict]:
-        """{data: {"knn", "linear", ...}}, kept beside the weights."""
-        path = weights.with_name("scores.json")
-        stale = not path.exists() or path.stat().st_mtime < weights.stat().st_mtime
-        known = {} if stale else json.loads(path.read_text())
+        """{data: {"knn", "linear", ...}}, kept beside the weights, as long as these are the same."""
+        path, crc = weights.with_name("scores.json"), zlib.crc32(weights.read_bytes())
+        known = json.loads(path.read_text()) if path.exists() else {}
+        known = known if known.get("crc") == crc else {"crc": crc}
         barrier()  # all ranks have looked before one writes
         for source in [s for s in data if s not in known]:
             backbone, facts = load_backbone(str(weights))
@@ -514,7 +538,7 @@ def compare(search: Search, arch: Path) -> None:
             if is_main():
                 write_atomic(json.dumps(known) + "\n", path)
         barrier()
-        return known
+        return {source: known[source] for source in data}
 
     results: dict[str, list[dict]] = {name: [] for name in candidates}
     for seed in range(args.compare_seeds):

@@ -251,6 +251,19 @@ def test_the_target_is_met(space, tmp_path):
             assert 0.95 <= cost / (target * macs(BACKBONES[name], 0.0625, "small", 16)) <= 1
 
 
+@pytest.mark.parametrize("share", [0.3, 0.6, 1.6, 4.0])
+def test_alphas_start_at_the_target_with_the_least_change(share, tmp_path):
+    flags = ["--space", "resnet", "--image-size", 16, "--target-macs", f"{share}xresnet18"]
+    s = Search(arguments(search, tmp_path, *flags))
+    s.meet_target()
+    assert 0.95 <= s.state()["expected_macs"] / s.target <= 1
+    moved = [a.clone() for a in s.alphas]
+    s.meet_target()
+    assert all(torch.equal(a, b) for a, b in zip(s.alphas, moved))  # nothing to do
+    assert all((a.diff(dim=1) * (1 if share > 1.5 else -1) > 0).all() for a in s.alphas)  # all to the same side
+    assert (max(a.abs().max() for a in s.alphas) < 1.2) == (share in (0.6, 1.6))
+
+
 def test_the_cost_pulls_the_expectation_to_the_target(tmp_path):
     flags = ["--space", "resnet", "--image-size", 16, "--target-macs", "0.7xresnet18"]
     s = Search(arguments(search, tmp_path, *flags))
