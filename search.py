@@ -82,8 +82,8 @@ from pretrain import (
 )
 
 # The paper steps its alphas by 1e-3 (AdamW) 4,800 times. Adam moves an alpha by about lr a step, so a shorter search
-# with the same lr decides nothing; --arch-lr's default keeps lr x steps at the paper's value. A backbone's alphas need
-# at least 3 to meet their target.
+# with the same lr decides nothing; --arch-lr's default keeps lr x steps at the paper's value, for a backbone's alphas
+# between 0.01 and 0.1.
 TRAVEL = 4.8
 
 
@@ -203,7 +203,7 @@ class Search:
             groups.append(alphas | {"lr": max(1e-3, TRAVEL / steps) if lr is None else lr})
         if self.space:
             alphas = {"params": self.choices.alphas(), "weight_decay": 0.0, "betas": (0.5, 0.999)}
-            groups.append(alphas | {"lr": max(1e-2, TRAVEL / steps) if lr is None else lr})
+            groups.append(alphas | {"lr": min(0.1, max(1e-2, TRAVEL / steps)) if lr is None else lr})
         self.alpha_optimizer = torch.optim.AdamW(groups)
         self.alphas = [alpha for group in groups for alpha in group["params"]]
         for alpha in self.alphas:
