@@ -208,6 +208,7 @@ class Search:
         self.alphas = [alpha for group in groups for alpha in group["params"]]
         for alpha in self.alphas:
             alpha.requires_grad_(False)
+        self.gradients: list[Tensor] = []  # of the loss to all alphas, one for each alpha step since `signal`
         # a sampled network leaves weights without gradients
         ddp = self.run.world > 1
         self.model = (
@@ -277,6 +278,7 @@ class Search:
             loss, gradients = alpha_gradients(self.method, views, index, self.alphas, self.weights)
         for alpha, gradient in zip(self.alphas, gradients):
             alpha.grad = mean_over_ranks(gradient)
+        self.gradients.append(torch.cat([alpha.grad.flatten() for alpha in self.alphas]))
         if self.space:
             for alpha, gradient in zip(self.choices.alphas(), self.cost_gradients()):
                 alpha.grad += gradient
@@ -296,6 +298,15 @@ class Search:
         self.optimizer.zero_grad()
         self.method.after_step(progress)
         return loss, views_s
+
+    def signal(self) -> float:
+        """The alphas' gradient in units of its noise, a step: root mean square of mean / standard deviation over the
+        steps since the last call, less what chance adds. At s, some 1 / s^2 steps tell an alpha's direction; a search
+        with fewer moves its alphas at random.
+        """
+        gradients, self.gradients = torch.stack(self.gradients).double(), []
+        t2 = gradients.mean(0) ** 2 / (gradients.var(0) / len(gradients)).clamp(min=1e-30)
+        return math.sqrt(max(0.0, t2.mean().item() - 1) / len(gradients))
 
     # ---- what is found
 
@@ -621,7 +632,19 @@ def table(args: argparse.Namespace, results: dict[str, list[dict]], costs: dict[
         means = (statistics.mean(r[source]["linear"] for r in rows) for n, rows in results.items() if "random " in n)
         one_by_one = ", ".join(f"{100 * v:.2f}" for v in sorted(means))
         lines += ["", f"random networks one by one, {Path(source).name}, linear, mean over seeds: {one_by_one}"]
+        runs = [[100 * r[source]["linear"] for r in rows] for n, rows in results.items() if "random " in n]
+        if len(runs) > 1 and len(runs[0]) > 1:
+            between, within = spreads(runs)
+            lines[-1] += f"; standard deviation between networks {between:.2f}, between seeds of one {within:.2f}"
     return lines
+
+
+def spreads(runs: list[list[float]]) -> tuple[float, float]:
+    """Standard deviations between networks and between seeds of one network, the former without what seeds add to it
+    (one-way analysis of variance): where it is near 0 no search can find a better network than chance does."""
+    within = statistics.mean(statistics.variance(r) for r in runs)
+    between = statistics.variance(statistics.mean(r) for r in runs) - within / len(runs[0])
+    return math.sqrt(max(0.0, between)), math.sqrt(within)
 
 
 def rank_correlations(search: Search, candidates: dict[str, dict], results: dict, costs: dict) -> list[str]:
@@ -674,7 +697,7 @@ def train(search: Search) -> list[dict]:
     console, done, lr = Console(run, search.total), first * run.steps_per_epoch, 0.0
     for epoch in range(first, run.epochs):
         orders = [part[torch.randperm(len(part), generator=run.generator)] for part in run.parts]
-        alpha_losses = []
+        alpha_losses, search.gradients = [], []
         console.begin()
         for step in range(run.steps_per_epoch):
             lr = set_lr(search.optimizer, done, warmup, search.total)
@@ -688,6 +711,9 @@ def train(search: Search) -> list[dict]:
         state, facts = search.state(), look(run.knn_due(epoch + 1))
         entropy = statistics.mean(e for layers in state["entropy"].values() for e in layers)
         more = f"  alpha entropy {entropy:.3f}"
+        if len(search.gradients) > 1:
+            facts["alpha_signal"] = search.signal()
+            more += f"  signal {facts['alpha_signal']:.2f}"
         if search.space:
             more += f"  E[MACs] {state['expected_macs'] / search.target:.3f} of the target"
         if "knn" in facts:

@@ -322,6 +322,20 @@ def test_compare_trains_a_found_backbone_beside_random_ones(found_both, tmp_path
     assert len(list(svg.iter("{http://www.w3.org/2000/svg}circle"))) == 13
 
 
+def test_the_alphas_signal_is_the_mean_gradient_in_units_of_its_noise(tmp_path):
+    s, g = Search(arguments(search, tmp_path)), torch.Generator().manual_seed(0)
+    for share in (0.5, 0.0):
+        s.gradients = list(3 * (torch.randn(4000, 70, generator=g) + share))
+        assert s.signal() == pytest.approx(share, abs=0.02) and s.gradients == []
+
+
+def test_spreads_between_networks_and_between_seeds():
+    rng = np.random.default_rng(0)
+    runs = rng.normal(0, 2, (4000, 1)) + rng.normal(0, 3, (4000, 3))
+    assert search.spreads(runs.tolist()) == pytest.approx([2, 3], rel=0.05)
+    assert search.spreads([[1.0, 3.0], [3.0, 1.0]]) == pytest.approx((0, 2**0.5))
+
+
 def test_kendalls_tau():
     assert search.kendall_tau([1, 2, 3, 4], [10, 20, 30, 40]) == 1
     assert search.kendall_tau([1, 2, 3], [3, 2, 1]) == -1
