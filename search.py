@@ -27,14 +27,11 @@ the weights that it inherits, BN recalibrated.
 
 import argparse
 import copy
-import json
 import math
-import random
 import re
 import statistics
 import time
-import zlib
-from itertools import combinations, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -43,27 +40,24 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import linear_eval
 import pretrain
-from linear_eval import Parser, barrier, load_backbone, load_data, measure, user_errors
+from compare import compare, facts_of, searched, shared_flags, write_arch
+from linear_eval import Parser, load_backbone, user_errors
 from models import (
     BACKBONES,
     BAND,
     SPACES,
     SearchBackbone,
-    build_backbone,
     count_heads,
     derive,
     describe,
     head_dims,
-    load_arch,
     macs,
     random_choice,
-    random_head,
     recalibrate,
     true_name,
 )
-from pictures import draw_backbone, draw_heads, draw_scores
+from pictures import draw_backbone, draw_heads
 from pretrain import (
     Console,
     Run,
@@ -391,9 +385,9 @@ class Search:
         return [random_choice(self.base, self.table, self.target, generator) for _ in range(n)]
 
 
-def random_search(search: Search) -> tuple[list[int], nn.Module, dict]:
-    """(choice, backbone, facts) of the lowest held-out loss among networks trained alone, each a run of pretrain.py."""
-    run, best = search.run, (math.inf, [], "", {})
+def random_search(search: Search) -> tuple[dict, list[int], nn.Module]:
+    """(facts, choice, backbone) of the lowest held-out loss among networks trained alone, each a run of pretrain.py."""
+    run, best = search.run, (math.inf, {}, [], "")
     for k, choice in enumerate(search.random_choices(search.candidates)):
         folder = run.output / "candidates" / str(k + 1)
         path = folder.with_suffix(".json")
@@ -402,21 +396,8 @@ def random_search(search: Search) -> tuple[list[int], nn.Module, dict]:
         facts = pretrain.main(argparse.Namespace(**shared_flags(search.args) | flags))
         say(f"candidate {k + 1}/{search.candidates}: held-out loss {facts['held_out_loss']:.4f}")
         if facts["held_out_loss"] < best[0]:
-            best = facts["held_out_loss"], choice, str(folder / "backbone.pth"), facts
-    return best[1], load_backbone(best[2])[0], best[3]
-
-
-def shared_flags(args: argparse.Namespace) -> dict:
-    """Those of pretrain.py, as they are here."""
-    defaults = vars(pretrain.get_parser().parse_args([]))
-    return defaults | {k: v for k, v in vars(args).items() if k in defaults}
-
-
-def write_arch(path: Path, arch: dict) -> None:
-    if is_main():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(json.dumps(arch, indent=2) + "\n", path)
-    barrier()
+            best = facts["held_out_loss"], facts, choice, str(folder / "backbone.pth")
+    return best[1], best[2], load_backbone(best[3])[0]
 
 
 # ---- what it costs --------------------------------------------------------------------------------------------------
@@ -499,182 +480,6 @@ def memory(run: Run, step) -> int:
     return sum(kept.values())
 
 
-# ---- found against handcrafted and random ---------------------------------------------------------------------------
-
-
-def compare(search: Search, arch: Path) -> None:
-    """Trains the found, the handcrafted and K random networks alike, --compare-seeds times each: a table, a picture.
-
-    Every run is one of pretrain.py in a folder of its own below compare/, so a cut comparison goes on where it was.
-    Accuracies are on test images, of which nothing was chosen.
-    """
-    run, args, folder = search.run, search.args, search.run.output / "compare"
-    with user_errors():
-        data = {}
-        for source in args.compare_data or [args.data]:
-            data[source] = [load_data(args, source, split) for split in ("train", "test")]
-            if not data[source][0].labelled:
-                raise ValueError(f"--compare needs labels to measure with, and '{source}' has none")
-        more = {Path(p).parent.name or p: p for p in args.compare_with}
-        for path in more.values():
-            load_arch(path)
-    candidates = {"found": {k: str(arch) for k in ("heads", "arch") if k in searched(search)}}
-    inherited = run.output / "backbone.pth"
-    if search.space:
-        candidates["found, trained on"] = candidates["found"] | {"weights": str(inherited)}
-    candidates["handcrafted"] = {"arch": search.space.handcrafted} if search.space else {}
-    candidates |= {name: {k: path for k in searched(search)} for name, path in more.items()}
-    rng, choices = random.Random(args.seed), iter(search.random_choices(args.compare) if search.space else [])
-    for k in range(args.compare):
-        path, spec = folder / f"random-{k + 1}.json", {}
-        if search.heads:
-            spec["heads"] = {name: random_head(dims.layers, rng) for name, dims in run.spaces.items()}
-        if search.space:
-            spec["backbone"] = {"arch": search.space.arch(next(choices))}
-        write_arch(path, spec)
-        candidates[f"random {k + 1}"] = {what: str(path) for what in searched(search)}
-
-    flags = shared_flags(args) | {"epochs": args.compare_epochs or args.epochs}
-    measuring = linear_eval.get_parser().parse_args(["--weights", "", f"--knn-k={args.knn_k}", f"--knn-t={args.knn_t}"])
-
-    def scores(weights: Path) -> dict[str, dict]:
-        """{data: {"knn", "linear", ...}}, kept beside the weights, as long as these are the same."""
-        path, crc = weights.with_name("scores.json"), zlib.crc32(weights.read_bytes())
-        known = json.loads(path.read_text()) if path.exists() else {}
-        known = known if known.get("crc") == crc else {"crc": crc}
-        barrier()  # all ranks have looked before one writes
-        for source in [s for s in data if s not in known]:
-            backbone, facts = load_backbone(str(weights))
-            known[source] = measure(backbone, facts, *data[source], run.device, measuring)
-            if is_main():
-                write_atomic(json.dumps(known) + "\n", path)
-        barrier()
-        return {source: known[source] for source in data}
-
-    results: dict[str, list[dict]] = {name: [] for name in candidates}
-    for seed in range(args.compare_seeds):
-        for name, spec in candidates.items():
-            output = folder / f"{re.sub('[^a-z0-9.]+', '-', name)}-seed{seed}"
-            say(f"\n{name}, seed {seed}: {output}")
-            pretrain.main(argparse.Namespace(**flags | spec | {"output_dir": str(output), "seed": seed}))
-            results[name].append(scores(output / "backbone.pth"))
-    costs = {}
-    if search.space:
-        results["found, inherited"] = [scores(inherited)]
-        costs = {name: facts_of(search, load_arch(spec["arch"])) for name, spec in candidates.items()}
-        costs["found, inherited"] = costs["found"]
-    lines = table(args, results, costs)
-    if search.space and args.strategy != "random":
-        lines += ["", *rank_correlations(search, candidates, results, costs)]
-    say("\n" + "\n".join(lines))
-    if is_main():
-        write_atomic("\n".join(lines) + "\n", folder / "compare.md")
-        groups = grouped(results)
-        dots = {d: {g: [100 * r[d]["linear"] for r in rows] for g, rows in groups.items()} for d in data}
-        title = f"Linear accuracy, {' and '.join(args.space)}, {args.method}, x{args.width:g}: each run, and the mean"
-        write_atomic(draw_scores(dots, title), folder / "compare.svg")
-
-
-def searched(search: Search) -> list[str]:
-    """The flags of pretrain.py that take what is searched."""
-    return ["heads"] * bool(search.heads) + ["arch"] * bool(search.space)
-
-
-def facts_of(search: Search, arch: str | dict) -> tuple[int, int]:
-    """(MACs, parameters) of a backbone at this search's width, stem and image size."""
-    run = search.run
-    with torch.device("meta"):
-        network, _ = build_backbone(arch, run.stem, run.args.width)
-    spec = BACKBONES[arch] if isinstance(arch, str) else arch
-    return macs(spec, run.args.width, run.stem, run.size), sum(p.numel() for p in network.parameters())
-
-
-def grouped(results: dict[str, list]) -> dict[str, list]:
-    """Rows of the table: the random networks as one, last."""
-    groups = {name: rows for name, rows in results.items() if not name.startswith("random ")}
-    randoms = [rows for name, rows in results.items() if name.startswith("random ")]
-    return dict(sorted(groups.items(), key=lambda g: not g[0].startswith("found"))) | {
-        f"random ({len(randoms)} of them)": [row for rows in randoms for row in rows]
-    }
-
-
-def table(args: argparse.Namespace, results: dict[str, list[dict]], costs: dict[str, tuple[int, int]]) -> list[str]:
-    """Markdown: mean and standard deviation over runs; RI is the relative improvement over the random ones' mean."""
-    groups, sources = grouped(results), list(next(iter(results.values()))[0])
-    randoms = next(g for g in groups if g.startswith("random ("))
-    head = ["network", *(["MMACs", "M parameters"] if costs else []), "runs"]
-    for source in sources:
-        head += [f"{Path(source).name}: kNN", "linear", "RI, %"]
-    lines = [
-        f"{args.method}, {args.arch + ' ' if not costs else ''}x{args.width:g}, trained on {Path(args.data).name}, "
-        f"{args.compare_epochs or args.epochs} epochs, {args.compare_seeds} seeds: test accuracy, mean and standard "
-        f"deviation over runs (kNN: k {args.knn_k}, T {args.knn_t:g}); RI: the linear accuracy's relative improvement "
-        "over the random networks' mean",
-        "",
-        f"| {' | '.join(head)} |",
-        "|---" * len(head) + "|",
-    ]
-    for group, rows in groups.items():
-        cells = [group]
-        if costs:
-            mine = [costs[n] for n in costs if n == group or (group == randoms and n.startswith("random "))]
-            cells += [f"{statistics.mean(c[i] for c in mine) / 1e6:.3g}" for i in (0, 1)]
-        cells.append(str(len(rows)))
-        for source in sources:
-            for key in ("knn", "linear"):
-                values = [100 * r[source][key] for r in rows]
-                spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-                cells.append(f"{statistics.mean(values):.2f}{spread}")
-            base = statistics.mean(r[source]["linear"] for r in groups[randoms])
-            cells.append(f"{100 * (statistics.mean(r[source]['linear'] for r in rows) / base - 1):+.2f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    for source in sources:
-        means = (statistics.mean(r[source]["linear"] for r in rows) for n, rows in results.items() if "random " in n)
-        one_by_one = ", ".join(f"{100 * v:.2f}" for v in sorted(means))
-        lines += ["", f"random networks one by one, {Path(source).name}, linear, mean over seeds: {one_by_one}"]
-        runs = [[100 * r[source]["linear"] for r in rows] for n, rows in results.items() if "random " in n]
-        if len(runs) > 1 and len(runs[0]) > 1:
-            between, within = spreads(runs)
-            lines[-1] += f"; standard deviation between networks {between:.2f}, between seeds of one {within:.2f}"
-    return lines
-
-
-def spreads(runs: list[list[float]]) -> tuple[float, float]:
-    """Standard deviations between networks and between seeds of one network, the former without what seeds add to it
-    (one-way analysis of variance): where it is near 0 no search can find a better network than chance does."""
-    within = statistics.mean(statistics.variance(r) for r in runs)
-    between = statistics.variance(statistics.mean(r) for r in runs) - within / len(runs[0])
-    return math.sqrt(max(0.0, between)), math.sqrt(within)
-
-
-def rank_correlations(search: Search, candidates: dict[str, dict], results: dict, costs: dict) -> list[str]:
-    """Does the largest network know which of its parts are good? Kendall's tau over the networks of the space that were
-    trained from scratch."""
-    rows = {}
-    for name, spec in candidates.items():
-        choice = search.space.choice(load_arch(spec["arch"])) if "weights" not in spec else None
-        if choice is None:
-            continue
-        facts = search.run.monitor(True, search.standalone(choice, search.args.recalibrate_batches))
-        source = next(iter(results[name][0]))
-        accuracy = statistics.mean(r[source]["linear"] for r in results[name])
-        rows[name] = accuracy, -facts.get("held_out_loss", math.nan), facts.get("knn", math.nan), costs[name][0]
-    accuracy, loss, knn, size = zip(*rows.values())
-    n = len(rows)
-    sigma = math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1)))
-    return [
-        f"Kendall's tau with the linear accuracy from scratch, over {n} networks (by chance 0 ± {sigma:.2f}): "
-        f"held-out loss with inherited weights {kendall_tau(loss, accuracy):+.2f}, held-out kNN with inherited weights "
-        f"{kendall_tau(knn, accuracy):+.2f}, MACs {kendall_tau(size, accuracy):+.2f}"
-    ]
-
-
-def kendall_tau(a: list[float], b: list[float]) -> float:
-    """Concordant less discordant pairs, over all pairs (tau-a)."""
-    signs = [(x - y) * (v - w) for (x, v), (y, w) in combinations(list(zip(a, b)), 2)]
-    return sum((s > 0) - (s < 0) for s in signs) / len(signs)
-
-
 # ---- the script -----------------------------------------------------------------------------------------------------
 
 
@@ -729,6 +534,22 @@ def train(search: Search) -> list[dict]:
     return history
 
 
+def find(search: Search) -> tuple[list[dict], dict, list[int] | None, nn.Module | None]:
+    """(history, facts, choice, encoder) by the strategy; where heads alone are searched the last two are None."""
+    args, run = search.args, search.run
+    if args.strategy == "random":
+        return [], *random_search(search)
+    history = train(search)
+    if not search.space:
+        return history, history[-1], None, None
+    if args.strategy == "gradient":
+        choice = search.derive()
+        twin = search.standalone(choice, args.recalibrate_batches)
+    else:
+        choice, twin = search.best_candidate()
+    return history, run.monitor(args.knn_every > 0, twin), choice, twin.encoder
+
+
 def main(args: argparse.Namespace) -> dict:
     """Returns what it writes as arch.json; {} after --bench."""
     with user_errors():
@@ -750,32 +571,21 @@ def main(args: argparse.Namespace) -> dict:
             f"{most:.4g} MMACs; the target is {target}"
         )
     lrs = " and ".join(f"{group['lr']:.2g}" for group in search.alpha_optimizer.param_groups)
-    say(f"base lr {search.base_lr:g} x {args.batch_size}/256, alpha lr {lrs}")
+    alphas = f", alpha lr {lrs}" if args.strategy == "gradient" else ""
+    say(f"base lr {search.base_lr:g} x {args.batch_size}/256{alphas}")
     if args.bench:
         bench(search)
         return {}
 
-    command = command_line("search.py", get_parser(), args)
+    history, facts, choice, encoder = find(search)
     found = {"space": args.space, "strategy": args.strategy, "method": args.method, "data": args.data}
-    found |= {"seed": args.seed, "command": command}
+    found |= {"seed": args.seed, "command": command_line("search.py", get_parser(), args)}
     found["versions"] = {"torch": torch.__version__, "torchvision": torchvision.__version__}
-    history: list[dict] = []
-    if args.strategy == "random":
-        choice, encoder, facts = random_search(search)
-    else:
-        history = train(search)
-        facts = history[-1]
-        found["alphas"] = facts["alphas"]
-    if args.strategy == "supernet-random":
-        choice, twin = search.best_candidate()
-    elif search.space and history:
-        choice = search.derive()
-        twin = search.standalone(choice, args.recalibrate_batches)
+    if history:
+        found["alphas"] = history[-1]["alphas"]
     if search.heads:
-        found["heads"] = facts["ops"]
+        found["heads"] = history[-1]["ops"]
     if search.space:
-        if history:
-            encoder, facts = twin.encoder, run.monitor(args.knn_every > 0, twin)
         arch = search.space.arch(choice)
         cost, parameters = facts_of(search, arch)
         found["backbone"] = {"arch": arch, "width": args.width, "stem": run.stem, "image_size": run.size}
@@ -784,7 +594,7 @@ def main(args: argparse.Namespace) -> dict:
         say(f"backbone: {describe(arch)}, {cost / 1e6:.4g} of {target} ({100 * cost / search.target:.1f} %)")
     else:
         found["backbone"] = {"arch": run.arch, "width": args.width, "stem": run.stem}
-    write_results(search, found, history, dims, encoder if search.space else None)
+    write_results(search, found, history, dims, encoder)
     for name, ops in found.get("heads", {}).items():
         say(f"{name}: {' '.join(true_name(o, *io) for o, io in zip(ops, pairwise(dims[name])))}")
     if "knn" in facts and history and "knn" in history[0]:

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import nn
 from torch.distributed.run import get_args_parser
 
+import compare
 import linear_eval
 import pretrain
 import search
@@ -332,15 +333,15 @@ def test_the_alphas_signal_is_the_mean_gradient_in_units_of_its_noise(tmp_path):
 def test_spreads_between_networks_and_between_seeds():
     rng = np.random.default_rng(0)
     runs = rng.normal(0, 2, (4000, 1)) + rng.normal(0, 3, (4000, 3))
-    assert search.spreads(runs.tolist()) == pytest.approx([2, 3], rel=0.05)
-    assert search.spreads([[1.0, 3.0], [3.0, 1.0]]) == pytest.approx((0, 2**0.5))
+    assert compare.spreads(runs.tolist()) == pytest.approx([2, 3], rel=0.05)
+    assert compare.spreads([[1.0, 3.0], [3.0, 1.0]]) == pytest.approx((0, 2**0.5))
 
 
 def test_kendalls_tau():
-    assert search.kendall_tau([1, 2, 3, 4], [10, 20, 30, 40]) == 1
-    assert search.kendall_tau([1, 2, 3], [3, 2, 1]) == -1
-    assert search.kendall_tau([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(4 / 6)
-    assert search.kendall_tau([1, 2], [5, 5]) == 0
+    assert compare.kendall_tau([1, 2, 3, 4], [10, 20, 30, 40]) == 1
+    assert compare.kendall_tau([1, 2, 3], [3, 2, 1]) == -1
+    assert compare.kendall_tau([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(4 / 6)
+    assert compare.kendall_tau([1, 2], [5, 5]) == 0
 
 
 def test_wrong_searches_are_told_in_one_line(tmp_path, capsys, monkeypatch):
