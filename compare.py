@@ -59,7 +59,9 @@ def compare(search, arch: Path) -> None:
         candidates["found, trained on"] = candidates["found"] | {"weights": str(inherited)}
     candidates["handcrafted"] = {"arch": search.space.handcrafted} if search.space else {}
     candidates |= {name: {k: path for k in searched(search)} for name, path in more.items()}
-    rng, choices = random.Random(args.seed), iter(search.random_choices(args.compare) if search.space else [])
+    rng = random.Random(args.seed)
+    # other networks than --strategy random drew with this seed
+    choices = iter(search.random_choices(args.compare, 10_000 + args.seed) if search.space else [])
     for k in range(args.compare):
         path, spec = folder / f"random-{k + 1}.json", {}
         if search.heads:

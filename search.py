@@ -89,7 +89,9 @@ def get_parser() -> Parser:
     group.add_argument("--target-macs", default=None, help="40e6, resnet18 or 0.5xresnet18; None is the handcrafted's")
     group.add_argument("--strategy", choices=["gradient", "random", "supernet-random"], default="gradient")
     group.add_argument("--candidates", type=int, default=None, help="of the random strategies; None is 8, or what fits")
-    group.add_argument("--arch-lr", type=float, default=None, help=f"of the alphas; None is {TRAVEL} / their steps, or")
+    group.add_argument(
+        "--arch-lr", type=float, default=None, help=f"of the alphas; None is about {TRAVEL} / their steps"
+    )
     group.add_argument("--arch-weight-decay", type=float, default=1e-3, help="of the heads' alphas")
     group.add_argument("--arch-warmup", type=float, default=None, help="share of steps without; None: .25, heads 0")
     group.add_argument("--cost-weight", type=float, default=1.0, help="of the MACs in the alphas' gradient, by norm")
@@ -374,21 +376,21 @@ class Search:
     def best_candidate(self) -> tuple[list[int], nn.Module]:
         """(choice, method) of the lowest held-out loss among random networks that inherit from the largest."""
         best = (math.inf, [], self.method)
-        for choice in self.random_choices(self.candidates):
+        for choice in self.random_choices(self.candidates, self.args.seed):
             twin = self.standalone(choice, self.args.recalibrate_batches)
             loss = self.run.held_out_loss(twin)["held_out_loss"]
             best = min(best, (loss, choice, twin), key=lambda c: c[0])
         return best[1:]
 
-    def random_choices(self, n: int) -> list[list[int]]:
-        generator = torch.Generator().manual_seed(self.args.seed)
+    def random_choices(self, n: int, seed: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(seed)
         return [random_choice(self.base, self.table, self.target, generator) for _ in range(n)]
 
 
 def random_search(search: Search) -> tuple[dict, list[int], nn.Module]:
     """(facts, choice, backbone) of the lowest held-out loss among networks trained alone, each a run of pretrain.py."""
     run, best = search.run, (math.inf, {}, [], "")
-    for k, choice in enumerate(search.random_choices(search.candidates)):
+    for k, choice in enumerate(search.random_choices(search.candidates, search.args.seed)):
         folder = run.output / "candidates" / str(k + 1)
         path = folder.with_suffix(".json")
         write_arch(path, {"backbone": {"arch": search.space.arch(choice)}})
