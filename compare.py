@@ -18,10 +18,11 @@ import torch
 
 import linear_eval
 import pretrain
-from linear_eval import barrier, load_backbone, load_data, measure, user_errors
-from models import BACKBONES, build_backbone, load_arch, macs, random_head
+from linear_eval import barrier, load_backbone, load_data, measure
+from models import BACKBONES, build_backbone, load_arch, load_heads, macs, random_head
 from pictures import draw_scores
 from pretrain import is_main, say, write_atomic
+from views import Images
 
 
 def shared_flags(args: argparse.Namespace) -> dict:
@@ -37,22 +38,33 @@ def write_arch(path: Path, arch: dict) -> None:
     barrier()
 
 
-def compare(search, arch: Path) -> None:
+def prepare(search) -> tuple[dict[str, list[Images]], dict[str, str]]:
+    """(data, more): the images to measure on, {source: [train, test]}, and the files of --compare-with, {row: path}.
+
+    To be called before the search, so that what is wrong with them is said then. Raises ValueError or OSError.
+    """
+    args, data = search.args, {}
+    for source in args.compare_data or [args.data]:
+        data[source] = [load_data(args, source, split) for split in ("train", "test")]
+        if not data[source][0].labelled:
+            raise ValueError(f"--compare needs labels to measure with, and '{source}' has none")
+    for path in args.compare_with:
+        if search.space:
+            load_arch(path)
+        if search.heads:
+            load_heads(path, list(search.run.spaces))
+    rows = [Path(path).parent.name for path in args.compare_with]
+    unique = len(set(rows)) == len(rows) and not [r for r in rows if not r or r.startswith(("found", "handcrafted"))]
+    return data, dict(zip(rows if unique else args.compare_with, args.compare_with))
+
+
+def compare(search, arch: Path, data: dict[str, list[Images]], more: dict[str, str]) -> None:
     """Trains the found, the handcrafted and K random networks alike, --compare-seeds times each: a table, a picture.
 
     Every run is one of pretrain.py in a folder of its own below compare/, so a cut comparison goes on where it was.
-    Accuracies are on test images, of which nothing was chosen.
+    Accuracies are on test images, of which nothing was chosen. data, more: of `prepare`.
     """
     run, args, folder = search.run, search.args, search.run.output / "compare"
-    with user_errors():
-        data = {}
-        for source in args.compare_data or [args.data]:
-            data[source] = [load_data(args, source, split) for split in ("train", "test")]
-            if not data[source][0].labelled:
-                raise ValueError(f"--compare needs labels to measure with, and '{source}' has none")
-        more = {Path(p).parent.name or p: p for p in args.compare_with}
-        for path in more.values():
-            load_arch(path)
     candidates = {"found": {k: str(arch) for k in ("heads", "arch") if k in searched(search)}}
     inherited = run.output / "backbone.pth"
     if search.space:

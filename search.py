@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import pretrain
-from compare import compare, facts_of, searched, shared_flags, write_arch
+from compare import compare, facts_of, prepare, searched, shared_flags, write_arch
 from linear_eval import Parser, load_backbone, user_errors
 from models import (
     BACKBONES,
@@ -579,6 +579,8 @@ def main(args: argparse.Namespace) -> dict:
         bench(search)
         return {}
 
+    with user_errors():
+        compared = prepare(search) if args.compare else ()
     history, facts, choice, encoder = find(search)
     found = {"space": args.space, "strategy": args.strategy, "method": args.method, "data": args.data}
     found |= {"seed": args.seed, "command": command_line("search.py", get_parser(), args)}
@@ -610,7 +612,7 @@ def main(args: argparse.Namespace) -> dict:
     flags["output_dir"] = str(run.output.parent / "pretrain")
     say(f"wrote {path}; next:\n{command_line('pretrain.py', pretrain.get_parser(), argparse.Namespace(**flags))}")
     if args.compare:
-        compare(search, path)
+        compare(search, path, *compared)
     return found
 
 

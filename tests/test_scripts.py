@@ -359,6 +359,11 @@ def test_wrong_searches_are_told_in_one_line(tmp_path, capsys, monkeypatch):
         (["--space", "resnet", "--target-macs", "0.5*resnet18"], "is neither a number nor like 0.5xresnet18"),
         (["--space", "resnet", "--target-macs", "1e12"], "no network of the space has"),
         (["--space", "resnet", "--tau", 0, 1], "must be above 0"),
+        (
+            ["--space", "resnet", "--compare", 1, "--compare-with", "none.json"],
+            "'none.json' is neither a readable file",
+        ),
+        (["--compare", 1, "--compare-data", tmp_path.parent / "none"], "neither a folder nor a data set's name"),
         (["--space", "resnet", "--arch-warmup", 1], "must be a share"),
         (["--space", "resnet", "--strategy", "random", "--held-out", 0], "do not fill a batch"),
         (["--space", "resnet", "--strategy", "random", "--candidates", 999], "leave no epoch"),
