@@ -10,6 +10,10 @@ and `forward` is the composition of two, which a benchmark or a notebook can cal
     outputs = method.outputs(views)              the networks: a tuple of tensors
     loss = method.loss(*outputs)                 the mathematics on them
 
+The first two views are global, the others local: only globals are ever a target. A method's loss is the mean over all
+its pairs of views; with `method.balance = (lambda_gg, lambda_gl)` it is lambda_gg times the mean over global-global
+pairs plus lambda_gl times that over global-local ones (SSLight, 2210.02808).
+
 Under torch.distributed each rank gives its share of the batch; losses gather what they compare with, so that the mean
 of the ranks' gradients is the gradient of one process with the whole batch (for networks without BN: BN statistics
 are the rank's).
@@ -20,6 +24,7 @@ ones.
 """
 
 import copy
+import math
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -27,6 +32,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 # ---- losses ---------------------------------------------------------------------------------------------------------
 
@@ -69,6 +75,58 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.1) -> T
     positive = (q * k).sum(1, keepdim=True)
     logits = torch.cat([positive, q @ queue.T.to(q.dtype)], 1) / temperature  # (N, 1 + K)
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
+
+
+@torch.no_grad()
+def sinkhorn(
+    scores: Tensor,
+    epsilon: float = 0.05,
+    iterations: int = 3,
+    queue: Tensor | None = None,
+    weight: Tensor | float = 1.0,
+) -> Tensor:
+    """Codes (N, K) of scores (N, K): rows that sum to 1, prototypes used evenly. SwAV, 2006.09882 section 3.1.
+
+    Prototypes share out the samples of all ranks together, and, each counted `weight` times, those of a queue (Q, K)
+    that is the same on every rank. No gradient flows through codes.
+    """
+    n, q = len(scores), full(scores) / epsilon
+    top = reduced(q.max(), dist.ReduceOp.MAX)
+    if queue is not None:
+        old = full(queue) / epsilon
+        q, top = torch.cat([q, old]), torch.maximum(top, old.max())
+    q = torch.exp(q - top)  # a common factor, which the normalisation takes out
+    for _ in range(iterations):
+        q = q / (reduced(q[:n].sum(0)) + weight * q[n:].sum(0)).clamp(min=1e-30)
+        q = q / q.sum(1, keepdim=True).clamp(min=1e-30)
+    return q[:n]
+
+
+def reduced(x: Tensor, operation: "dist.ReduceOp" = dist.ReduceOp.SUM) -> Tensor:
+    """The sum, or another reduction, over ranks; without gradient."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        x = x.clone()
+        dist.all_reduce(x, operation)
+    return x
+
+
+def swav_loss(scores: Tensor, codes: Tensor, temperature: float = 0.1) -> Tensor:
+    """Cross-entropy of codes (N, K) and the softmax of another view's scores (N, K). 2006.09882 eq. 2."""
+    assert scores.shape == codes.shape
+    return -(codes.detach() * F.log_softmax(full(scores) / temperature, 1)).sum(1).mean()
+
+
+def dino_loss(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    student_temperature: float = 0.1,
+    teacher_temperature: float = 0.07,
+) -> Tensor:
+    """Cross-entropy of the centred, sharpened teacher (N, K) and the student (N, K); center (K,). 2104.14294 eq. 1."""
+    assert student.shape == teacher.shape
+    target = ((full(teacher.detach()) - center) / teacher_temperature).softmax(1)
+    return -(target * F.log_softmax(full(student) / student_temperature, 1)).sum(1).mean()
 
 
 class _Gather(torch.autograd.Function):
@@ -114,11 +172,36 @@ def encode(encoder: nn.Module, views: list[Tensor]) -> Tensor:
     return torch.cat(h) if len(h) > 1 else h[0]
 
 
-def mlp(*dims: int, bn: bool = True) -> nn.Sequential:
+def balanced(gg: list[Tensor], gl: list[Tensor], weights: tuple[float, float] | None) -> Tensor:
+    """The mean of all terms, or lambda_gg mean(global-global) + lambda_gl mean(global-local); without locals the
+    former alone."""
+    if weights is None or not gl:
+        return torch.stack(gg + gl).mean()
+    return weights[0] * torch.stack(gg).mean() + weights[1] * torch.stack(gl).mean()
+
+
+def pairs(targets: int, views: int) -> list[tuple[int, int]]:
+    """(target, view) for all views but the target itself."""
+    return [(t, v) for v in range(views) for t in range(targets) if v != t]
+
+
+def paired(term, targets: list[Tensor], views: list[Tensor], weights: tuple[float, float] | None) -> Tensor:
+    """`balanced` over term(view, target) of all `pairs`: the first two views are global, targets are the first ones."""
+    terms = [(v, term(views[v], targets[t])) for t, v in pairs(len(targets), len(views))]
+    return balanced([x for v, x in terms if v < 2], [x for v, x in terms if v >= 2], weights)
+
+
+def wide(feature_dim: int, units: int) -> int:
+    """Hidden units of a published head; in a network narrower than ViT-Ti's 192 features four times these, not to
+    have more head than network."""
+    return units if feature_dim >= 192 else 4 * feature_dim
+
+
+def mlp(*dims: int, bn: bool = True, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
     """Linear BN ReLU ... Linear: hidden layers with BN (and then no bias) or without, a bare Linear at the end."""
     layers: list[nn.Module] = []
     for i, o in pairwise(dims[:-1]):
-        layers += [nn.Linear(i, o, bias=not bn), *([nn.BatchNorm1d(o)] if bn else []), nn.ReLU(inplace=True)]
+        layers += [nn.Linear(i, o, bias=not bn), *([nn.BatchNorm1d(o)] if bn else []), activation()]
     return nn.Sequential(*layers, nn.Linear(dims[-2], dims[-1]))
 
 
@@ -149,6 +232,7 @@ class SimSiam(nn.Module):
 
     recipe, lr, weight_decay = "simsiam", 0.12, 5e-4  # defaults for SGD; lr at batch 256
     constant_lr = ("predictor",)
+    balance: tuple[float, float] | None = None
 
     @staticmethod
     def heads(feature_dim: int, out_dim: int | None = None) -> dict[str, HeadSpace]:
@@ -168,12 +252,12 @@ class SimSiam(nn.Module):
         self.predictor = heads["predictor"] if heads else mlp(d, d // 4, d)
 
     def outputs(self, views: list[Tensor]) -> tuple[Tensor, ...]:
-        z = self.projector(encode(self.encoder, views))  # (2B, F) -> (2B, D)
-        p = self.predictor(z)
-        return *p.chunk(2), *z.detach().chunk(2)
+        """p of every view, then z of the two globals, each (B, D)."""
+        z = self.projector(encode(self.encoder, views))  # (V B, F) -> (V B, D)
+        return *self.predictor(z).chunk(len(views)), *z.detach().chunk(len(views))[:2]
 
-    def loss(self, p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
-        return (neg_cosine(p1, z2) + neg_cosine(p2, z1)) / 2
+    def loss(self, *outputs: Tensor) -> Tensor:
+        return paired(neg_cosine, outputs[-2:], outputs[:-2], self.balance)
 
     def forward(self, views: list[Tensor], index: Tensor | None = None) -> Tensor:
         return self.loss(*self.outputs(views))
@@ -183,7 +267,8 @@ class SimSiam(nn.Module):
 
 
 class SimCLR(nn.Module):
-    """2002.05709: NT-Xent between the projections of two views; other ranks' images are negatives too.
+    """2002.05709: NT-Xent between the projections of two views; other ranks' images are negatives too. Local views are
+    paired with each of the globals.
 
     The handcrafted projector is Linear BN ReLU Linear; a searched one is the whole head, its last operation with BN and
     activation (2302.00059).
@@ -191,6 +276,7 @@ class SimCLR(nn.Module):
 
     recipe, lr, weight_decay = "simclr", 0.12, 5e-4
     constant_lr = ()
+    balance: tuple[float, float] | None = None
 
     @staticmethod
     def heads(feature_dim: int, out_dim: int | None = None) -> dict[str, HeadSpace]:
@@ -209,10 +295,13 @@ class SimCLR(nn.Module):
         self.projector = heads["projector"] if heads else mlp(f, f, out_dim or 128)
 
     def outputs(self, views: list[Tensor]) -> tuple[Tensor, ...]:
-        return self.projector(encode(self.encoder, views)).chunk(2)  # (2B, D) -> (B, D), (B, D)
+        return self.projector(encode(self.encoder, views)).chunk(len(views))  # (V B, D) -> V times (B, D)
 
-    def loss(self, z1: Tensor, z2: Tensor) -> Tensor:
-        return nt_xent(z1, z2, self.temperature)
+    def loss(self, *z: Tensor) -> Tensor:
+        def term(a, b):
+            return nt_xent(a, b, self.temperature)
+
+        return balanced([term(z[0], z[1])], [term(local, g) for local in z[2:] for g in z[:2]], self.balance)
 
     def forward(self, views: list[Tensor], index: Tensor | None = None) -> Tensor:
         return self.loss(*self.outputs(views))
@@ -222,7 +311,8 @@ class SimCLR(nn.Module):
 
 
 class MoCo(nn.Module):
-    """1911.05722 and 2003.04297, symmetric as on CIFAR: mean of info_nce(q1, k2) and info_nce(q2, k1).
+    """1911.05722 and 2003.04297. symmetric, as on CIFAR: both global views have keys, and every view is a query to
+    those of the others; else the first global view alone has, and every other view is a query (2210.02808).
 
     The momentum encoder has a momentum head of its own. The queue (K, D) holds the last K keys of all ranks; by
     default K is the largest power of two up to an eighth of the images, 65,536 at most, so that a key has left before
@@ -231,6 +321,7 @@ class MoCo(nn.Module):
 
     recipe, lr, weight_decay = "moco", 0.12, 5e-4
     constant_lr = ()
+    balance: tuple[float, float] | None = None
 
     @staticmethod
     def heads(feature_dim: int, out_dim: int | None = None) -> dict[str, HeadSpace]:
@@ -246,10 +337,11 @@ class MoCo(nn.Module):
         queue_size: int | None = None,
         momentum: float = 0.99,
         temperature: float = 0.1,
+        symmetric: bool = True,
     ):
         super().__init__()
         f, d = encoder.feature_dim, out_dim or 128
-        self.momentum, self.temperature = momentum, temperature
+        self.momentum, self.temperature, self.keyed = momentum, temperature, 2 if symmetric else 1
         self.encoder = encoder
         self.projector = nn.Sequential(heads["projector"], nn.Linear(f, d)) if heads else mlp(f, f, d, bn=False)
         self.momentum_encoder, self.momentum_projector = momentum_copy(encoder), momentum_copy(self.projector)
@@ -263,15 +355,20 @@ class MoCo(nn.Module):
         self.keys: Tensor | None = None
 
     def outputs(self, views: list[Tensor]) -> tuple[Tensor, ...]:
-        q = self.projector(encode(self.encoder, views))  # (2B, D)
+        """q of every view that is a query, then the keys, each (B, D)."""
+        queries = views if self.keyed == 2 else views[1:]
+        q = self.projector(encode(self.encoder, queries))
         with torch.no_grad():
-            k = F.normalize(full(self.momentum_projector(encode(self.momentum_encoder, views))), dim=1)
-        return *q.chunk(2), *k.chunk(2)
+            k = encode(self.momentum_encoder, views[: self.keyed])
+            k = F.normalize(full(self.momentum_projector(k)), dim=1)
+        return *q.chunk(len(queries)), *k.chunk(self.keyed)
 
-    def loss(self, q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor) -> Tensor:
-        self.keys = torch.stack([k1, k2])  # (2, B, D), queued in after_step: backward still needs the queue as it is
-        queue, t = self.queue, self.temperature
-        return (info_nce(q1, k2, queue, t) + info_nce(q2, k1, queue, t)) / 2
+    def loss(self, *outputs: Tensor) -> Tensor:
+        q, k = outputs[: -self.keyed], outputs[-self.keyed :]
+        self.keys = torch.stack(k)  # (1 or 2, B, D), queued in after_step: backward still needs the queue as it is
+        if self.keyed == 1:
+            q = (k[0], *q)  # stands for the first view, which is no query of its own
+        return paired(lambda a, b: info_nce(a, b, self.queue, self.temperature), k, q, self.balance)
 
     def forward(self, views: list[Tensor], index: Tensor | None = None) -> Tensor:
         return self.loss(*self.outputs(views))
@@ -288,4 +385,152 @@ class MoCo(nn.Module):
         momentum_update(self.momentum_projector, self.projector, self.momentum)
 
 
-METHODS = {"simsiam": SimSiam, "simclr": SimCLR, "moco": MoCo}
+class SwAV(nn.Module):
+    """2006.09882: a view's prototype scores predict the codes of the global views, Sinkhorn's over the whole batch.
+
+    Prototypes have unit rows before each forward. A queue of the last embeddings of both global views joins the batch
+    for the codes, once it is full and `queue_from` of the run is done (epoch 15 of 200 in 2210.02808). Deviation: a
+    tenth of the images at the most for the prototypes and an eighth for the queue, so that small data sets fill them.
+    """
+
+    recipe, lr, weight_decay = "swav", 0.12, 5e-4
+    constant_lr = ()
+    balance: tuple[float, float] | None = None
+
+    @staticmethod
+    def heads(feature_dim: int, out_dim: int | None = None) -> dict[str, HeadSpace]:
+        return {"projector": HeadSpace(4, feature_dim, feature_dim, out_dim or 128)}
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        heads: dict[str, nn.Module] | None = None,
+        out_dim: int | None = None,
+        n_images: int = 50_000,
+        prototypes: int | None = None,
+        queue_size: int | None = None,
+        temperature: float = 0.1,
+        queue_from: float = 0.075,
+    ):
+        super().__init__()
+        f, d = encoder.feature_dim, out_dim or 128
+        self.temperature, self.queue_from = temperature, queue_from
+        self.encoder = encoder
+        self.projector = heads["projector"] if heads else mlp(f, wide(f, 4096), d)
+        self.prototypes = nn.Linear(d, prototypes or max(2, min(3000, n_images // 10)), bias=False)
+        self.last_layer = self.prototypes  # frozen at first
+        self.register_buffer("queue", torch.zeros(2, queue_size or min(3840, max(1, n_images // 8)), d))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.long))
+        self.register_buffer("queue_counts", torch.zeros(()))  # 1 once it does
+        self.embeddings: Tensor | None = None
+
+    def outputs(self, views: list[Tensor]) -> tuple[Tensor, ...]:
+        """Scores (B, K) of every view, then the embeddings (B, D) of the two globals, of unit length."""
+        with torch.no_grad():
+            self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
+        z = F.normalize(full(self.projector(encode(self.encoder, views))), dim=1)
+        return *self.prototypes(z).chunk(len(views)), *z.detach().chunk(len(views))[:2]
+
+    def loss(self, *outputs: Tensor) -> Tensor:
+        scores, self.embeddings = outputs[:-2], torch.stack(outputs[-2:])
+        old = self.queue.to(self.prototypes.weight.dtype) @ self.prototypes.weight.detach().T  # (2, Q, K)
+        codes = [sinkhorn(s.detach(), queue=q, weight=self.queue_counts) for s, q in zip(scores, old)]
+        return paired(lambda s, c: swav_loss(s, c, self.temperature), codes, scores, self.balance)
+
+    def forward(self, views: list[Tensor], index: Tensor | None = None) -> Tensor:
+        return self.loss(*self.outputs(views))
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """Queue the embeddings of all ranks, the newest first."""
+        size = self.queue.shape[1]
+        new = gather(self.embeddings).transpose(0, 1).flatten(1, 2)[:, :size]  # (W, 2, B, D) -> (2, W B, D)
+        self.queue.copy_(torch.cat([new.to(self.queue.dtype), self.queue], 1)[:, :size])
+        self.filled.add_(new.shape[1])
+        self.queue_counts.copy_((self.filled >= size) & (progress >= self.queue_from))
+
+
+class DINO(nn.Module):
+    """2104.14294: the student's softmax on every view predicts the momentum teacher's, centred and sharpened, on the
+    globals.
+
+    The teacher's temperature goes from .04 to .07 over the first quarter of the run, its momentum from .996 to 1 by a
+    cosine, its centre by an average over all ranks; BN in its own train mode. The last layer has weights of unit norm.
+    bn: in the head, as for CNNs; a ViT's has none. Deviation: no biases ahead of BN.
+    """
+
+    recipe, lr, weight_decay = "dino", 0.12, 5e-4
+    constant_lr = ()
+    balance: tuple[float, float] | None = None
+
+    @staticmethod
+    def heads(feature_dim: int, out_dim: int | None = None) -> dict[str, HeadSpace]:
+        """The searched head replaces the hidden layers and the bottleneck; the weight-normed last layer follows."""
+        return {"projector": HeadSpace(4, feature_dim, feature_dim, 256)}
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        heads: dict[str, nn.Module] | None = None,
+        out_dim: int | None = None,
+        momentum: float = 0.996,
+        temperature: float = 0.1,
+        teacher_temperature: tuple[float, float] = (0.04, 0.07),
+        teacher_warmup: float = 0.25,
+        center_momentum: float = 0.9,
+        bn: bool = True,
+    ):
+        super().__init__()
+        f, k = encoder.feature_dim, out_dim or (4096 if encoder.feature_dim >= 192 else 1024)
+        self.momentum, self.temperature, self.center_momentum = momentum, temperature, center_momentum
+        self.teacher_temperatures, self.teacher_warmup = teacher_temperature, teacher_warmup
+        self.encoder = encoder
+        hidden = wide(f, 2048)
+        self.projector = heads["projector"] if heads else mlp(f, hidden, hidden, 256, bn=bn, activation=nn.GELU)
+        self.last_layer = weight_norm(nn.Linear(256, k, bias=False))  # frozen at first
+        norm = self.last_layer.parametrizations.weight.original0
+        nn.init.ones_(norm).requires_grad_(not bn)
+        self.momentum_encoder, self.momentum_projector = momentum_copy(encoder), momentum_copy(self.projector)
+        self.momentum_last_layer = momentum_copy(self.last_layer)
+        self.register_buffer("center", torch.zeros(k))
+        self.register_buffer("teacher_temperature", torch.tensor(teacher_temperature[0]))
+        self.teacher: Tensor | None = None
+
+    def outputs(self, views: list[Tensor]) -> tuple[Tensor, ...]:
+        """(B, K) of the student for every view, then of the teacher for the two globals."""
+        z = self.projector(encode(self.encoder, views))
+        student = self.last_layer(F.normalize(z, dim=1, eps=1e-6))
+        with torch.no_grad():
+            z = self.momentum_projector(encode(self.momentum_encoder, views[:2]))
+            teacher = self.momentum_last_layer(F.normalize(z, dim=1, eps=1e-6))
+        return *student.chunk(len(views)), *teacher.chunk(2)
+
+    def loss(self, *outputs: Tensor) -> Tensor:
+        student, self.teacher = outputs[:-2], torch.stack(outputs[-2:])
+
+        def term(s, t):
+            return dino_loss(s, t, self.center, self.temperature, self.teacher_temperature)
+
+        return paired(term, outputs[-2:], student, self.balance)
+
+    def forward(self, views: list[Tensor], index: Tensor | None = None) -> Tensor:
+        return self.loss(*self.outputs(views))
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """Move centre, teacher and the teacher's temperature."""
+        mean = gather(full(self.teacher).mean((0, 1))).mean(0)
+        self.center.lerp_(mean.to(self.center.dtype), 1 - self.center_momentum)
+        momentum = 1 - (1 - self.momentum) * (math.cos(math.pi * progress) + 1) / 2
+        for twin, module in (
+            (self.momentum_encoder, self.encoder),
+            (self.momentum_projector, self.projector),
+            (self.momentum_last_layer, self.last_layer),
+        ):
+            momentum_update(twin, module, momentum)
+        first, last = self.teacher_temperatures
+        ramp = min(1.0, progress / self.teacher_warmup) if self.teacher_warmup else 1.0
+        self.teacher_temperature.fill_(first + (last - first) * ramp)
+
+
+METHODS = {"simsiam": SimSiam, "simclr": SimCLR, "moco": MoCo, "swav": SwAV, "dino": DINO}

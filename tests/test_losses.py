@@ -12,7 +12,24 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from losses import METHODS, MoCo, SimCLR, SimSiam, encode, info_nce, momentum_copy, momentum_update, neg_cosine, nt_xent
+from losses import (
+    DINO,
+    METHODS,
+    MoCo,
+    SimCLR,
+    SimSiam,
+    balanced,
+    dino_loss,
+    encode,
+    info_nce,
+    momentum_copy,
+    momentum_update,
+    neg_cosine,
+    nt_xent,
+    pairs,
+    sinkhorn,
+    swav_loss,
+)
 from models import SearchHead
 
 
@@ -37,6 +54,20 @@ def numpy_info_nce(q, k, queue, t):
     return np.mean([np.log(np.sum(np.exp([a @ b / t, *(queue @ a / t)]))) - a @ b / t for a, b in zip(q, k)])
 
 
+def numpy_sinkhorn(scores, epsilon, iterations, queue=None):
+    q = np.exp(np.concatenate([scores] + ([queue] if queue is not None else [])) / epsilon).T  # (K, N), as published
+    q /= q.sum()
+    for _ in range(iterations):
+        q /= q.sum(1, keepdims=True) * len(q)
+        q /= q.sum(0, keepdims=True) * q.shape[1]
+    return (q * q.shape[1]).T[: len(scores)]
+
+
+def numpy_softmax(x):
+    e = np.exp(x - x.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
 @pytest.fixture
 def pair():
     rng = np.random.default_rng(0)
@@ -54,6 +85,36 @@ def test_losses_agree_with_numpy(pair):
     for t in (0.1, 0.5):
         assert nt_xent(x, y, t).item() == pytest.approx(numpy_nt_xent(a, b, t), abs=1e-5)
         assert info_nce(x, y, k, t).item() == pytest.approx(numpy_info_nce(a, b, queue, t), abs=1e-5)
+
+
+def test_sinkhorn_agrees_with_numpy_and_shares_out_evenly(pair):
+    rng = np.random.default_rng(1)
+    scores, queue = unit(rng.normal(size=(24, 6))), unit(rng.normal(size=(10, 6)))
+    s, old = (torch.tensor(x) for x in (scores, queue))
+    for n in (1, 3):
+        torch.testing.assert_close(sinkhorn(s, 0.05, n), torch.tensor(numpy_sinkhorn(scores, 0.05, n)))
+    both = numpy_sinkhorn(scores, 0.05, 3, queue)
+    torch.testing.assert_close(sinkhorn(s, queue=old), torch.tensor(both))
+    torch.testing.assert_close(sinkhorn(s, queue=old, weight=torch.tensor(0.0)), sinkhorn(s))
+    codes = sinkhorn(s, 0.05, 200)
+    torch.testing.assert_close(codes.sum(1), torch.ones(24, dtype=torch.double))
+    torch.testing.assert_close(codes.sum(0), torch.full((6,), 4.0, dtype=torch.double))
+    assert sinkhorn((1000 * s).bfloat16()).isfinite().all() and sinkhorn(s.bfloat16()).dtype == torch.float32
+
+
+def test_swav_and_dino_losses_agree_with_numpy(pair):
+    a, b, _ = pair
+    x, y = (torch.tensor(v, requires_grad=True) for v in (a, b))
+    codes = numpy_sinkhorn(b, 0.5, 3)
+    expected = -np.mean(np.sum(codes * np.log(numpy_softmax(a / 0.1)), 1))
+    assert swav_loss(x, torch.tensor(codes), 0.1).item() == pytest.approx(expected, rel=1e-9)
+    center = np.linspace(-1, 1, 7)
+    target = numpy_softmax((b - center) / 0.04)
+    expected = -np.mean(np.sum(target * np.log(numpy_softmax(a / 0.1)), 1))
+    loss = dino_loss(x, y, torch.tensor(center), 0.1, 0.04)
+    assert loss.item() == pytest.approx(expected, rel=1e-9)
+    (loss + swav_loss(x, sinkhorn(y))).backward()
+    assert x.grad.abs().sum() > 0 and y.grad is None
 
 
 def test_losses_keep_their_symmetries(pair):
@@ -116,9 +177,9 @@ def build(name, heads=None, **options):
     return method.double()
 
 
-def some_views(n=8, seed=1):
+def some_views(n=8, seed=1, views=2):
     g = torch.Generator().manual_seed(seed)
-    return [torch.randn(n, 3, 4, 4, generator=g, dtype=torch.double) for _ in range(2)]
+    return [torch.randn(n, 3, 4, 4, generator=g, dtype=torch.double) for _ in range(views)]
 
 
 def test_views_of_one_resolution_share_a_call():
@@ -141,6 +202,133 @@ def test_a_method_is_its_networks_and_then_its_loss(name):
     torch.testing.assert_close(loss, method.loss(*method.outputs(views)))
     swapped = method(views[::-1], torch.arange(8))
     torch.testing.assert_close(loss, swapped)  # both views play both parts
+
+
+PAIRS = {
+    "simsiam": (2, 12),
+    "simclr": (1, 12),
+    "moco": (2, 12),
+    "moco, one key": (1, 6),
+    "swav": (2, 12),
+    "dino": (2, 12),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_loss_is_the_mean_over_pairs_of_views_unless_balanced(name):
+    method = build(name.split(",")[0], **({"symmetric": False} if "one" in name else {}))
+    outputs = method.outputs(some_views(views=8))
+    loss = {}
+    for balance in [(1.0, 0.0), (0.0, 1.0), (0.4, 0.6), None]:
+        method.balance = balance
+        loss[balance] = method.loss(*outputs)
+    gg, gl = loss[1.0, 0.0], loss[0.0, 1.0]
+    assert gg != gl
+    torch.testing.assert_close(loss[0.4, 0.6], 0.4 * gg + 0.6 * gl)
+    n_gg, n_gl = PAIRS[name]
+    torch.testing.assert_close(loss[None], (n_gg * gg + n_gl * gl) / (n_gg + n_gl))
+
+
+def test_no_view_is_paired_with_itself_and_without_locals_the_globals_are_all():
+    assert pairs(2, 4) == [(1, 0), (0, 1), (0, 2), (1, 2), (0, 3), (1, 3)] and pairs(1, 3) == [(0, 1), (0, 2)]
+    assert set(METHODS) == {name.split(",")[0] for name in PAIRS}
+    terms = list(torch.tensor([[1.0, 3.0], [10.0, 20.0]]))
+    assert balanced(list(terms[0]), list(terms[1]), (0.4, 0.6)) == 0.4 * 2 + 0.6 * 15
+    assert balanced(list(terms[0]), [], (0.4, 0.6)) == 2
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_resolutions_are_two_calls_of_the_encoder_and_one_of_the_head(name):
+    calls = []
+
+    class Spy(nn.Module):
+        feature_dim = 8
+
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(8))
+
+        def forward(self, x):
+            calls.append(("student" if self.scale.requires_grad else "teacher", *x.shape))
+            return x.mean((2, 3)).repeat(1, 3)[:, :8] * self.scale
+
+    method = METHODS[name](Spy())
+    method.projector.register_forward_hook(lambda _, i, __: calls.append(("head", len(i[0]))))
+    method([torch.randn(4, 3, s, s) for s in (8, 8, 4, 4, 4)])
+    assert [c for c in calls if c[0] == "student"] == [("student", 8, 3, 8, 8), ("student", 12, 3, 4, 4)]
+    assert [c for c in calls if c[0] == "head"] == [("head", 20)]
+    assert [c for c in calls if c[0] == "teacher"] == [("teacher", 8, 3, 8, 8)] * (name in ("moco", "dino"))
+
+
+def test_moco_with_one_key_takes_it_from_the_first_view():
+    method = build("moco", symmetric=False, queue_size=64, n_images=1000)
+    views = some_views(4, views=8)
+    *q, k = method.outputs(views)
+    assert len(q) == 7 and q[0].shape == k.shape == (4, 128)
+    torch.testing.assert_close(k, F.normalize(method.momentum_projector(method.momentum_encoder(views[0])), dim=1))
+    method(views)
+    method.after_step(0.5)
+    assert method.pointer == 4
+    torch.testing.assert_close(method.queue[:4], k)
+
+
+def test_swav_prototypes_have_unit_rows_and_the_queue_counts_once_full_and_due():
+    method = build("swav", queue_size=12, prototypes=5, queue_from=0.5)
+    with torch.no_grad():
+        method.prototypes.weight.mul_(3)
+    views = some_views(8)
+    s1, _, z1, z2 = method.outputs(views)
+    torch.testing.assert_close(method.prototypes.weight.norm(dim=1), torch.ones(5, dtype=torch.double))
+    torch.testing.assert_close(s1, z1 @ method.prototypes.weight.T)
+    counts = []
+    for progress in (0.1, 0.2, 0.5):
+        method(views)
+        method.after_step(progress)
+        counts.append(method.queue_counts.item())
+    assert counts == [0, 0, 1]
+    torch.testing.assert_close(method.queue[:, :8], torch.stack([z1, z2]))
+    torch.testing.assert_close(method.queue[:, 8:], torch.stack([z1, z2])[:, :4])
+
+
+def test_dino_moves_centre_temperature_and_teacher_after_the_step():
+    method, views = build("dino", teacher_warmup=0.25), some_views()
+    assert method.teacher_temperature == pytest.approx(0.04)
+    teacher = torch.cat(method.outputs(views)[-2:])
+    method(views)
+    assert (method.center == 0).all()
+    with torch.no_grad():
+        for p in method.encoder.parameters():
+            p.add_(1.0)
+    old = [p.clone() for p in method.momentum_encoder.parameters()]
+    method.after_step(0.0)
+    torch.testing.assert_close(method.center, 0.1 * teacher.mean(0))
+    for t, o, s in zip(method.momentum_encoder.parameters(), old, method.encoder.parameters()):
+        torch.testing.assert_close(t, 0.996 * o + 0.004 * s)
+    temperatures = []
+    for progress in (0.125, 0.25, 1.0):
+        method.after_step(progress)
+        temperatures.append(round(method.teacher_temperature.item(), 6))
+    assert temperatures == [0.055, 0.07, 0.07]
+    for t, s in zip(method.momentum_encoder.parameters(), method.encoder.parameters()):
+        frozen = t.clone()
+        method.after_step(1.0)
+        assert torch.equal(t, frozen) and not torch.equal(t, s)  # its momentum has come to 1
+
+
+def test_dinos_head_has_the_papers_parameters():
+    class Features(nn.Module):
+        def __init__(self, feature_dim):
+            super().__init__()
+            self.feature_dim = feature_dim
+
+    def count(f, **options):
+        method = DINO(Features(f), **options)
+        assert method.last_layer.weight.norm(dim=1).sub(1).abs().max() < 1e-5
+        return sum(p.numel() for m in (method.projector, method.last_layer) for p in m.parameters())
+
+    biases = 2 * 2048  # ahead of BN: the authors have them, to no effect
+    assert count(1280) + biases == 8_405_248 and count(512) + biases == 6_832_384
+    assert count(192, out_dim=65_536, bn=False) == 21_958_912
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -236,7 +424,7 @@ def rank_main(rank, path):
     dist.init_process_group("gloo", rank=rank, world_size=2)
     results = {}
     for name in METHODS:
-        views = [v.chunk(2)[rank] for v in some_views()]
+        views = [v.chunk(2)[rank] for v in some_views(views=3)]
         loss, gradients, buffers = one_step(build(name), views, DistributedDataParallel)
         dist.all_reduce(loss)
         results[name] = (loss / 2, gradients, buffers)
@@ -251,7 +439,7 @@ def test_two_ranks_give_one_process_loss_gradients_and_queue(tmp_path):
     torch.multiprocessing.spawn(rank_main, ({"port": port, "folder": str(tmp_path)},), nprocs=2)
     ranks = [torch.load(tmp_path / f"{r}.pth", weights_only=True) for r in range(2)]
     for name in METHODS:
-        loss, gradients, buffers = one_step(build(name), some_views(), lambda m: m)
+        loss, gradients, buffers = one_step(build(name), some_views(views=3), lambda m: m)
         for rank in ranks:
             torch.testing.assert_close(rank[name][0], loss)
             assert rank[name][1].keys() == gradients.keys() and len(gradients) > 3
