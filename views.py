@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -295,12 +295,14 @@ class View(NamedTuple):
 
     scale: tuple[float, float] = (0.2, 1.0)  # of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width : height
-    size: int | None = None  # edge in pixels; None is MultiCrop's
+    size: int | None = None  # edge in pixels; None is `share` of MultiCrop's, to the nearest multiple of 4
+    share: float = 1.0
+    bicubic: bool = False  # else bilinear; both antialiased
     flip: float = 0.5
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
     jitter_p: float = 0.8
     grey: float = 0.2
-    blur: float = 0.5  # only above 64 px: the published recipes for small images have none
+    blur: float = 0.5
     sigma: tuple[float, float] = (0.1, 2.0)
     solarize: float = 0.0
 
@@ -308,6 +310,28 @@ class View(NamedTuple):
 class Recipe(NamedTuple):
     globals: tuple[View, ...]
     locals: tuple[View, ...] = ()
+    balance: tuple[float, float] | None = None  # lambda_gg, lambda_gl; None is the mean over all pairs of views
+    blur_above: int = 64  # px of the globals: the published recipes for small images have no blur
+
+
+def multi_crop(
+    boundary: float,
+    share: float,
+    n: int,
+    balance: tuple[float, float] | None = None,
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1),
+    blur: tuple[float, float, float] = (1.0, 0.1, 0.5),
+    solarize: tuple[float, float, float] = (0.0, 0.2, 0.0),
+) -> Recipe:
+    """Two global views of [boundary, 1] of the area and n local ones of [.05, boundary], 2210.02808.
+
+    share: of a local view's edge in a global one's; blur and solarize: of the first global, the second, the locals.
+    """
+    first, second, local = (
+        View(bicubic=True, jitter=jitter, blur=b, solarize=s) for b, s in zip(blur, solarize, strict=True)
+    )
+    local = local._replace(scale=(0.05, boundary), share=share)
+    return Recipe(tuple(v._replace(scale=(boundary, 1.0)) for v in (first, second)), (local,) * n, balance)
 
 
 _simclr = View(scale=(0.08, 1.0))
@@ -315,8 +339,64 @@ RECIPES = {
     "simsiam": Recipe((View(), View())),  # 2011.10566 section 3; 2302.00059 uses the same three on CIFAR
     "simclr": Recipe((_simclr, _simclr)),  # 2002.05709 appendix B.9
     "moco": Recipe((_simclr, _simclr)),  # 2003.04297
+    # 2210.02808: baselines for CNNs and ViTs with 96 px to 224, then SSLight's with 128; other sizes in proportion
+    "dino": multi_crop(0.14, 96 / 224, 6),
+    "dino-vit": multi_crop(0.25, 96 / 224, 10),
+    "swav": multi_crop(0.14, 96 / 224, 6, None, (0.8, 0.8, 0.8, 0.2), (0.5, 0.5, 0.5), (0.0, 0.0, 0.0)),
+    "sslight-cnn": multi_crop(0.3, 128 / 224, 6, (0.4, 0.6)),
+    "sslight-vit": multi_crop(0.3, 128 / 224, 10, (0.4, 0.6)),
+    "sslight-swav": multi_crop(0.3, 128 / 224, 6, (0.4, 0.6), (0.8, 0.8, 0.8, 0.2), (0.5, 0.5, 0.5), (0.0, 0.0, 0.0)),
 }
 CROP_AND_FLIP = Recipe((View((0.08, 1.0), jitter_p=0.0, grey=0.0, blur=0.0),))  # one view, to train a probe on
+
+
+def adjust(
+    recipe: Recipe,
+    boundary: float | None = None,
+    global_scale: Sequence[float] | None = None,
+    local_scale: Sequence[float] | None = None,
+    n_locals: int | None = None,
+    global_size: int | None = None,
+    local_size: int | None = None,
+    blur: Sequence[float] | None = None,
+    solarize: Sequence[float] | None = None,
+    balance: Sequence[float] | None = None,
+) -> Recipe:
+    """The recipe with some knobs turned; None leaves one as it is. boundary s sets both scales, [s, 1] and [.05, s].
+
+    blur and solarize have three probabilities: of the first global view, the second, and the locals. A recipe without
+    locals gets them, if n_locals asks for some, from its first global view: areas below that one's, 3/7 of its edge.
+    Raises ValueError for what cannot be.
+    """
+    if boundary is not None:
+        if global_scale or local_scale:
+            raise ValueError("a boundary sets both scales: give it or them, not both")
+        global_scale, local_scale = (boundary, 1.0), (0.05, boundary)
+    for name, scale in ("global", global_scale), ("local", local_scale):
+        if scale and not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError(
+                f"the {name} scale {scale[0]:g} to {scale[1]:g} must be shares of the area, small to large"
+            )
+    for name, p in ("blur", blur), ("solarize", solarize):
+        if p and not all(0 <= x <= 1 for x in p):
+            raise ValueError(f"{name}: {' '.join(f'{x:g}' for x in p)} must be probabilities")
+    if (n_locals or 0) < 0 or min(global_size or 8, local_size or 8) < 8 or min(balance or [0]) < 0:
+        raise ValueError("views need 0 or more locals, edges of 8 pixels or more and weights of 0 or more")
+    views, first = list(recipe.globals), recipe.globals[0]
+    local = recipe.locals[0] if recipe.locals else first._replace(scale=(0.05, first.scale[0]), share=96 / 224)
+    if global_scale:
+        views = [v._replace(scale=tuple(global_scale)) for v in views]
+    if local_scale:
+        local = local._replace(scale=tuple(local_scale))
+    for name, p in ("blur", blur), ("solarize", solarize):
+        if p:
+            views = [v._replace(**{name: x}) for v, x in zip(views, p)]
+            local = local._replace(**{name: p[2]})
+    views = [v._replace(size=global_size or v.size) for v in views]
+    local = local._replace(size=local_size or local.size)
+    n = len(recipe.locals) if n_locals is None else n_locals
+    balance = tuple(balance) if balance else recipe.balance
+    return Recipe(tuple(views), (local,) * n, balance, 0 if blur else recipe.blur_above)
 
 
 class MultiCrop:
@@ -324,8 +404,15 @@ class MultiCrop:
 
     def __init__(self, recipe: str | Recipe, size: int, mean=IMAGENET_MEAN, std=IMAGENET_STD, device="cpu"):
         recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
-        self.views = [v._replace(size=v.size or size) for v in (*recipe.globals, *recipe.locals)]
-        self.n_globals = len(recipe.globals)
+        size = recipe.globals[0].size or size
+        self.views = [
+            v._replace(
+                size=v.size or (size if v.share == 1 else max(8, 4 * round(v.share * size / 4))),
+                blur=v.blur if size > recipe.blur_above else 0.0,
+            )
+            for v in (*recipe.globals, *recipe.locals)
+        ]
+        self.n_globals, self.balance = len(recipe.globals), recipe.balance
         self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
 
     def __call__(self, pixels: Tensor, generator: torch.Generator) -> list[Tensor]:
@@ -340,7 +427,7 @@ class MultiCrop:
         out = []
         for view, p in zip(self.views, parameters, strict=True):
             p = {k: t.to(pixels.device, non_blocking=True) for k, t in p.items()}
-            out.append(render_view(pixels, p, view.size).sub_(self.mean).div_(self.std))
+            out.append(render_view(pixels, p, view.size, view.bicubic).sub_(self.mean).div_(self.std))
         return out
 
 
@@ -372,7 +459,7 @@ def sample_view(view: View, n: int, height: int, width: int, generator: torch.Ge
     jittered = u[:, 22] < view.jitter_p
     strength = torch.tensor(view.jitter, device=u.device)
     factor = 1 + (2 * u[:, 23:26] - 1) * strength[:3]
-    blurred = u[:, 33] < (view.blur if view.size > 64 else 0.0)
+    blurred = u[:, 33] < view.blur
     return {
         "box": box,
         "flip": u[:, 26] < view.flip,
@@ -386,12 +473,14 @@ def sample_view(view: View, n: int, height: int, width: int, generator: torch.Ge
     }
 
 
-def resize_matrix(start: Tensor, length: Tensor, size: int, extent: int, flip: Tensor | None = None) -> Tensor:
+def resize_matrix(
+    start: Tensor, length: Tensor, size: int, extent: int, flip: Tensor | None = None, bicubic: bool = False
+) -> Tensor:
     """(n, size, extent): row o of image i holds the weights with which the pixels of [start_i, start_i + length_i)
     make pixel o.
 
-    A triangle as wide as the reduction, cut at the crop's edge and normalised: torchvision's antialiased bilinear
-    resize, exactly.
+    A triangle, or Keys' cubic, as wide as the reduction, cut at the crop's edge and normalised: torchvision's
+    antialiased bilinear and bicubic resize, exactly.
     """
     scale = (length / size)[:, None]
     out = torch.arange(size, device=start.device, dtype=torch.float32).expand(len(start), size)
@@ -399,7 +488,12 @@ def resize_matrix(start: Tensor, length: Tensor, size: int, extent: int, flip: T
         out = torch.where(flip[:, None], size - 1 - out, out)
     centre = start[:, None] + (out + 0.5) * scale
     x = torch.arange(extent, device=start.device) + 0.5
-    weight = (1 - (x - centre[..., None]).abs() / scale[..., None].clamp(min=1)).clamp(min=0)
+    away = (x - centre[..., None]).abs() / scale[..., None].clamp(min=1)
+    if bicubic:
+        near, far = (1.5 * away - 2.5) * away**2 + 1, ((-0.5 * away + 2.5) * away - 4) * away + 2
+        weight = torch.where(away < 1, near, torch.where(away < 2, far, 0.0))
+    else:
+        weight = (1 - away).clamp(min=0)
     inside = (x > start[:, None]) & (x < (start + length)[:, None])
     weight = weight * inside[:, None]
     return weight / weight.sum(-1, keepdim=True)
@@ -437,7 +531,7 @@ def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
     return weights.clamp_(0, 1).sub_(1).mul_(chroma[:, None]).add_(value[:, None])
 
 
-def render_view(pixels: Tensor, p: dict[str, Tensor], size: int) -> Tensor:
+def render_view(pixels: Tensor, p: dict[str, Tensor], size: int, bicubic: bool = False) -> Tensor:
     """uint8 (n, 3, H, W) and sample_view's parameters -> float32 (n, 3, size, size) in 0..1."""
     rows = None
     if not _everywhere(
@@ -449,11 +543,13 @@ def render_view(pixels: Tensor, p: dict[str, Tensor], size: int) -> Tensor:
         ends = [0, *turn.bincount(minlength=5).cumsum(0).tolist()]
     n, _, height, width = pixels.shape
     top, left, h, w = p["box"].unbind(1)
-    y_weights = resize_matrix(top, h, size, height).div_(255)
-    x_weights = resize_matrix(left, w, size, width, p["flip"])
+    y_weights = resize_matrix(top, h, size, height, bicubic=bicubic).div_(255)
+    x_weights = resize_matrix(left, w, size, width, p["flip"], bicubic)
     x = pixels.permute(0, 2, 1, 3).float().reshape(n, height, 3 * width)  # rows first: two plain batched products
     x = (y_weights @ x).view(n, size * 3, width) @ x_weights.transpose(1, 2)
     x = x.view(n, size, 3, size).transpose(1, 2).contiguous()
+    if bicubic:  # overshoots at edges
+        x = x.clamp_(0, 1)
 
     for step in range(4):
         if rows is None:

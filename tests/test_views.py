@@ -12,7 +12,18 @@ from torchvision import datasets
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 import views
-from views import MultiCrop, Recipe, View, channel_stats, load_images, make_shapes, render_view, sample_view
+from views import (
+    RECIPES,
+    MultiCrop,
+    Recipe,
+    View,
+    adjust,
+    channel_stats,
+    load_images,
+    make_shapes,
+    render_view,
+    sample_view,
+)
 
 EVERYTHING = View(scale=(0.05, 1.0), jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=0.9, grey=0.2, blur=0.5, solarize=0.3)
 
@@ -25,13 +36,13 @@ def random_pixels(n, height, width, seed=0):
     return (smooth.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def reference(image, p, i, size, antialias=True, shift=0.0):
+def reference(image, p, i, size, antialias=True, shift=0.0, mode=InterpolationMode.BILINEAR):
     """torchvision's float operations on one image, with the parameters of row i."""
     top, left, h, w = (int(v) for v in p["box"][i].tolist())
     x = image.double() / 255
     if shift:
         x = x + shift * (x.roll(-1, -1) - x)
-    x = tv.resized_crop(x, top, left, h, w, [size, size], InterpolationMode.BILINEAR, antialias=antialias)
+    x = tv.resized_crop(x, top, left, h, w, [size, size], mode, antialias=antialias).clamp(0, 1)
     if p["flip"][i]:
         x = tv.horizontal_flip(x)
     brightness, contrast, saturation = p["factor"][i].tolist()
@@ -51,23 +62,23 @@ def reference(image, p, i, size, antialias=True, shift=0.0):
     return tv.solarize(x, 0.5) if p["solarize"][i] else x
 
 
+@pytest.mark.parametrize("bicubic", [False, True])
 @pytest.mark.parametrize("height, width, size", [(32, 32, 32), (96, 80, 72), (40, 64, 96)])
-def test_a_view_is_torchvisions_image_by_image(height, width, size):
+def test_a_view_is_torchvisions_image_by_image(height, width, size, bicubic):
+    mode = InterpolationMode.BICUBIC if bicubic else InterpolationMode.BILINEAR
     pixels = random_pixels(48, height, width)
     p = sample_view(EVERYTHING._replace(size=size), 48, height, width, torch.Generator().manual_seed(1))
-    assert all(p[k].any() and not p[k].all() for k in ("flip", "grey", "solarize")) and (p["sigma"] > 0).any() == (
-        size > 64
-    )
-    out = render_view(pixels, p, size)
-    want = torch.stack([reference(pixels[i], p, i, size) for i in range(48)])
+    assert all(p[k].any() and not p[k].all() for k in ("flip", "grey", "solarize")) and (p["sigma"] > 0).any()
+    out = render_view(pixels, p, size, bicubic)
+    want = torch.stack([reference(pixels[i], p, i, size, mode=mode) for i in range(48)])
     tolerance = 3e-5
     assert (out - want).abs().max() < tolerance
     # the tolerance would notice what it is there for
     plain = [i for i in range(48) if not p["solarize"][i]]
-    shifted = torch.stack([reference(pixels[i], p, i, size, shift=0.5) for i in plain])
+    shifted = torch.stack([reference(pixels[i], p, i, size, shift=0.5, mode=mode) for i in plain])
     assert (shifted - want[plain]).abs().amax((1, 2, 3)).median() > 100 * tolerance
     if size < height:
-        aliased = torch.stack([reference(pixels[i], p, i, size, antialias=False) for i in plain])
+        aliased = torch.stack([reference(pixels[i], p, i, size, False, mode=mode) for i in plain])
         assert (aliased - want[plain]).abs().amax((1, 2, 3)).max() > 100 * tolerance
 
 
@@ -105,6 +116,56 @@ def test_local_views_come_after_the_globals_in_their_own_size():
     out = MultiCrop(recipe, 32)(random_pixels(4, 32, 32), torch.Generator())
     assert [tuple(v.shape) for v in out] == [(4, 3, 32, 32)] * 2 + [(4, 3, 16, 16)] * 3
     assert MultiCrop(recipe, 32).n_globals == 2
+
+
+def test_the_published_recipes_and_their_proportions():
+    edges = {224: (96, 128), 64: (28, 36), 32: (12, 20)}
+    for size, (baseline, ours) in edges.items():
+        for name, edge, n in [("dino", baseline, 6), ("dino-vit", baseline, 10), ("sslight-cnn", ours, 6)]:
+            sizes = [v.size for v in MultiCrop(name, size).views]
+            assert sizes == [size] * 2 + [edge] * n
+    boundary = {
+        "dino": 0.14,
+        "swav": 0.14,
+        "dino-vit": 0.25,
+        "sslight-cnn": 0.3,
+        "sslight-vit": 0.3,
+        "sslight-swav": 0.3,
+    }
+    for name, s in boundary.items():
+        views = MultiCrop(name, 224).views
+        assert all(v.scale == ((s, 1.0) if k < 2 else (0.05, s)) and v.bicubic for k, v in enumerate(views))
+        swav = name.endswith("swav")
+        assert [v.blur for v in views[:3]] == ([0.5] * 3 if swav else [1.0, 0.1, 0.5])
+        assert [v.solarize for v in views[:3]] == ([0.0] * 3 if swav else [0.0, 0.2, 0.0])
+        assert RECIPES[name].balance == ((0.4, 0.6) if "sslight" in name else None)
+        assert not any(v.blur for v in MultiCrop(name, 64).views)
+
+
+def test_every_knob_of_a_recipe_can_be_turned():
+    base = RECIPES["sslight-cnn"]
+    assert adjust(base) == base
+    r = adjust(base, boundary=0.2, n_locals=3, global_size=160, local_size=64, blur=(0, 0.3, 1), balance=(1, 2))
+    views = MultiCrop(r, 224).views
+    assert [v.size for v in views] == [160, 160, 64, 64, 64] and [v.blur for v in views[:3]] == [0, 0.3, 1]
+    assert views[0].scale == (0.2, 1.0) and views[2].scale == (0.05, 0.2) and r.balance == (1, 2)
+    assert MultiCrop(adjust(base, blur=(1, 1, 1)), 32).views[0].blur == 1  # asked for by name, at any size
+    assert adjust(base, n_locals=0).locals == ()
+    r = adjust(base, global_scale=(0.4, 0.9), local_scale=(0.1, 0.2), solarize=(0.5, 0, 0.25))
+    assert [v.scale for v in (r.globals[1], r.locals[0])] == [(0.4, 0.9), (0.1, 0.2)]
+    assert [v.solarize for v in (*r.globals, r.locals[0])] == [0.5, 0, 0.25]
+    r = adjust(RECIPES["simsiam"], n_locals=2)
+    assert [v.size for v in MultiCrop(r, 224).views] == [224, 224, 96, 96] and r.locals[0].scale == (0.05, 0.2)
+    for wrong, message in [
+        ({"boundary": 0.2, "global_scale": (0.2, 1)}, "a boundary sets both scales"),
+        ({"boundary": 0.0}, "shares of the area"),
+        ({"local_scale": (0.3, 0.2)}, "the local scale 0.3 to 0.2"),
+        ({"blur": (0, 0, 2)}, "must be probabilities"),
+        ({"n_locals": -1}, "0 or more locals"),
+        ({"local_size": 4}, "8 pixels or more"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            adjust(base, **wrong)
 
 
 def test_crops_are_distributed_as_torchvisions():
