@@ -4,6 +4,7 @@ Losses are pure functions, computed in fp32 and normalised by the tensor's own N
 
     method(views, index) -> scalar loss          views: list of (B, 3, S, S); index (B,): the images' places in the data
     method.after_step(progress)                  after the optimiser's step; progress in 0..1 of the run
+    method.last_layer                            of some: takes no gradient in the first epoch
 
 and `forward` is the composition of two, which a benchmark or a notebook can call apart:
 
@@ -418,11 +419,14 @@ class SwAV(nn.Module):
         self.encoder = encoder
         self.projector = heads["projector"] if heads else mlp(f, wide(f, 4096), d)
         self.prototypes = nn.Linear(d, prototypes or max(2, min(3000, n_images // 10)), bias=False)
-        self.last_layer = self.prototypes  # frozen at first
         self.register_buffer("queue", torch.zeros(2, queue_size or min(3840, max(1, n_images // 8)), d))
         self.register_buffer("filled", torch.zeros((), dtype=torch.long))
         self.register_buffer("queue_counts", torch.zeros(()))  # 1 once it does
         self.embeddings: Tensor | None = None
+
+    @property
+    def last_layer(self) -> nn.Module:
+        return self.prototypes
 
     def outputs(self, views: list[Tensor]) -> tuple[Tensor, ...]:
         """Scores (B, K) of every view, then the embeddings (B, D) of the two globals, of unit length."""

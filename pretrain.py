@@ -56,7 +56,7 @@ from models import (
     load_arch,
     load_heads,
 )
-from views import RECIPES, Images, MultiCrop, channel_stats
+from views import RECIPES, Images, MultiCrop, adjust, channel_stats
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
@@ -71,11 +71,24 @@ def training_flags(parser: Parser) -> None:
     group.add_argument("--heads", default="default", help="default (handcrafted), a preset's name, or an arch.json")
     group.add_argument("--width", type=float, default=0.25, help="times torchvision's channels; 1 is the full network")
     group.add_argument("--stem", choices=["auto", "small", "imagenet"], default="auto", help="auto: small up to 64 px")
-    group.add_argument("--recipe", choices=list(RECIPES), default=None, help="of the views; None is the method's")
     group.add_argument("--out-dim", type=int, default=None, help="dimensions of z; None is the method's")
-    group.add_argument("--temperature", type=float, default=None, help="of simclr and moco; None is the method's")
-    group.add_argument("--momentum-teacher", type=float, default=None, help="of moco; None is the method's")
-    group.add_argument("--queue-size", type=int, default=None, help="keys in moco's queue; None fits it to the data")
+    group.add_argument("--temperature", type=float, default=None, help="of all but simsiam; None is the method's")
+    group.add_argument("--momentum-teacher", type=float, default=None, help="of moco and dino; None is the method's")
+    group.add_argument("--queue-size", type=int, default=None, help="of moco and swav; None fits it to the data")
+    group.add_argument("--prototypes", type=int, default=None, help="of swav; None is 3000, fewer for few images")
+    group.add_argument("--symmetric", action=on_off, default=None, help="moco: keys of both global views; None is yes")
+    group.add_argument("--freeze-last-layer", type=float, default=1.0, help="epochs; swav's prototypes, dino's last")
+    group = parser.add_argument_group("views (None is the recipe's)")
+    group.add_argument("--recipe", choices=list(RECIPES), default=None, help="None is the method's")
+    group.add_argument("--boundary", type=float, default=None, help="s: globals of [s, 1] of the area, locals [.05, s]")
+    group.add_argument("--global-scale", type=float, nargs=2, default=None, help="shares of the area")
+    group.add_argument("--local-scale", type=float, nargs=2, default=None, help="shares of the area")
+    group.add_argument("--locals", type=int, default=None, help="number of local views")
+    group.add_argument("--global-size", type=int, default=None, help="edge in pixels")
+    group.add_argument("--local-size", type=int, default=None, help="edge in pixels")
+    group.add_argument("--blur", type=float, nargs=3, default=None, help="probability: first global, second, locals")
+    group.add_argument("--solarize", type=float, nargs=3, default=None, help="probability: as --blur")
+    group.add_argument("--balance", type=float, nargs=2, default=None, help="lambda_gg, lambda_gl of pairs of views")
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=int, default=12)
     group.add_argument("--batch-size", type=int, default=64, help="images a step, over all ranks together")
@@ -150,9 +163,13 @@ class Run:
         self.size = self.pixels.shape[-1]
         self.stem = args.stem if args.stem != "auto" else "small" if self.size <= 64 else "imagenet"
         self.mean, self.std = channel_stats(self.images.pixels)
-        self.views = MultiCrop(args.recipe or self.method_class.recipe, self.size, self.mean, self.std, self.device)
+        knobs = ("boundary", "global_scale", "local_scale", "global_size", "local_size", "blur", "solarize", "balance")
+        recipe = RECIPES[args.recipe or self.method_class.recipe]
+        recipe = adjust(recipe, n_locals=args.locals, **{k: getattr(args, k) for k in knobs})
+        self.views = MultiCrop(recipe, self.size, self.mean, self.std, self.device)
         method = self.build_method(search_heads, space)
         self.method = method.to(self.device, memory_format=memory_format(self.device))
+        self.method.balance = self.views.balance
         if self.compile:
             self.method.compile()
             self.views.render = torch.compile(self.views.render, dynamic=False)
@@ -179,6 +196,8 @@ class Run:
             ("temperature", "temperature"),
             ("momentum", "momentum-teacher"),
             ("queue_size", "queue-size"),
+            ("prototypes", "prototypes"),
+            ("symmetric", "symmetric"),
         ):
             value = getattr(args, flag.replace("-", "_"))
             if value is not None and option not in known:
@@ -188,6 +207,12 @@ class Run:
         if "n_images" in known:
             options["n_images"] = min(map(len, self.parts))
         return self.method_class(encoder, self.heads, args.out_dim, **options)
+
+    def freeze(self, done: int) -> None:
+        """After backward: no gradient for the method's last layer, if it has one, in the first epochs."""
+        if done < self.args.freeze_last_layer * self.steps_per_epoch and hasattr(self.method, "last_layer"):
+            for p in self.method.last_layer.parameters():
+                p.grad = None
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16) if self.amp else nullcontext()
@@ -588,6 +613,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             with run.autocast():
                 loss = model(views, index)
             loss.backward()
+            run.freeze(done)
             optimizer.step()
             optimizer.zero_grad()
             done += 1

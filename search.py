@@ -290,6 +290,7 @@ class Search:
         with self.run.autocast():
             loss = self.model(views, index)
         loss.backward()
+        self.run.freeze(done)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.method.after_step(progress)
