@@ -92,9 +92,11 @@ def training_flags(parser: Parser) -> None:
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=int, default=12)
     group.add_argument("--batch-size", type=int, default=64, help="images a step, over all ranks together")
-    group.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd")
+    group.add_argument("--optimizer", choices=["sgd", "adamw", "lars"], default="sgd")
     group.add_argument("--lr", type=float, default=None, help="at batch size 256, scaled with it; None is the method's")
-    group.add_argument("--weight-decay", type=float, default=None, help="None is the method's")
+    group.add_argument("--final-lr", type=float, default=0.0, help="at batch size 256, scaled as --lr")
+    group.add_argument("--weight-decay", type=float, default=None, help="None is the method's, or the optimiser's")
+    group.add_argument("--final-weight-decay", type=float, default=None, help="by a cosine; None: it stays")
     group.add_argument("--warmup-epochs", type=float, default=None, help="None is a tenth of all, 10 at the most")
     group.add_argument("--held-out", type=float, default=0.1, help="share of the training images kept for the monitor")
     group.add_argument("--knn-every", type=int, default=5, help="epochs between the monitor's kNN figures; 0 is never")
@@ -305,20 +307,50 @@ def collapsed(facts: dict[str, float], steps: int) -> str | None:
     return None
 
 
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose steps are as long as each tensor's own norm says. 1708.03888, as 2210.02808 has it:
+    d = g + decay p, q = .001 |p| / |d|, m = .9 m + q d, p = p - lr m; groups with scale=False have q = 1."""
+
+    def __init__(self, params, lr: float, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "scale": True})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+            d = torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"])
+            if group["scale"]:
+                norms = zip(torch._foreach_norm(params), torch._foreach_norm(d))
+                torch._foreach_mul_(d, [torch.where((p > 0) & (g > 0), 1e-3 * p / g, 1.0) for p, g in norms])
+            torch._foreach_mul_(momenta, 0.9)
+            torch._foreach_add_(momenta, d)
+            torch._foreach_add_(params, momenta, alpha=-group["lr"])
+
+
 def optimizer_of(
     named: list[tuple[str, nn.Parameter]], method: nn.Module, args: argparse.Namespace
 ) -> torch.optim.Optimizer:
-    """SGD with momentum .9 or AdamW; the second group keeps its learning rate (SimSiam's predictor)."""
-    defaults = {"sgd": (method.lr, method.weight_decay), "adamw": (1e-3, 0.05)}[args.optimizer]
+    """SGD with momentum .9, AdamW or LARS. Groups: those of the method whose learning rate stays (SimSiam's predictor);
+    for AdamW and LARS tensors of one dimension, which do not decay; for LARS depthwise kernels, which neither."""
+    defaults = {"sgd": (method.lr, method.weight_decay), "adamw": (1e-3, 0.05), "lars": (0.48, 1e-6)}[args.optimizer]
     lr, decay = (d if v is None else v for v, d in zip((args.lr, args.weight_decay), defaults))
     lr *= args.batch_size / 256
-    kept = [n.startswith(method.constant_lr) for n, _ in named]
-    groups = [{"params": [p for (_, p), k in zip(named, kept) if k == c], "constant": c} for c in (False, True)]
-    groups = [g | {"peak": lr} for g in groups if g["params"]]
+    groups: dict[tuple, dict] = {}
+    for name, p in named:
+        kind = "1-D" if p.ndim < 2 else "depthwise" if p.ndim == 4 and p.shape[1] == 1 < p.shape[0] else "normal"
+        kind = kind if args.optimizer == "lars" or (args.optimizer == "adamw" and kind == "1-D") else "normal"
+        group = {"constant": name.startswith(method.constant_lr), "decays": kind == "normal"}
+        if args.optimizer == "lars":
+            group["scale"] = kind != "1-D"
+        groups.setdefault(tuple(group.values()), group | {"params": []})["params"].append(p)
+    parts = [g | {"peak": lr, "weight_decay": decay * g["decays"]} for g in groups.values()]
     fused = named[0][1].is_cuda or None
     if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=decay, fused=fused)
-    return torch.optim.AdamW(groups, lr, weight_decay=decay, fused=fused)
+        return torch.optim.SGD(parts, lr, momentum=0.9, fused=fused)
+    return LARS(parts, lr) if args.optimizer == "lars" else torch.optim.AdamW(parts, lr, fused=fused)
 
 
 def warmup_steps(args: argparse.Namespace, steps_per_epoch: int) -> int:
@@ -326,11 +358,18 @@ def warmup_steps(args: argparse.Namespace, steps_per_epoch: int) -> int:
     return round(epochs * steps_per_epoch)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, step: int, warmup: int, total: int) -> float:
-    """Linear warm-up, then cosine to 0, where the group's lr is not constant; returns the first group's."""
-    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+def set_lr(optimizer: torch.optim.Optimizer, step: int, warmup: int, total: int, args: argparse.Namespace) -> float:
+    """Linear warm-up, then cosine to --final-lr, where the group's lr is not constant; weight decay by a cosine over
+    the whole run, where it has an end. Returns the first group's lr."""
+    cosine, whole = (0.5 * (1 + math.cos(math.pi * (step - s) / max(1, total - s))) for s in (warmup, 0))
+    final = args.final_lr * args.batch_size / 256
     for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * (1.0 if group["constant"] else (step + 1) / warmup if step < warmup else cosine)
+        ramp = (step + 1) / warmup if step < warmup else None
+        lr = group["peak"] * ramp if ramp else final + (group["peak"] - final) * cosine
+        group["lr"] = group["peak"] if group["constant"] else lr
+        if args.final_weight_decay is not None and group["decays"]:
+            first = group.setdefault("first_decay", group["weight_decay"])
+            group["weight_decay"] = args.final_weight_decay + (first - args.final_weight_decay) * whole
     return optimizer.param_groups[0]["lr"]
 
 
@@ -609,7 +648,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             views_s = time.time() - start
             if done == 0 and run.rank == 0:
                 save_views(run, views)
-            lr = set_lr(optimizer, done, warmup, total)
+            lr = set_lr(optimizer, done, warmup, total, args)
             with run.autocast():
                 loss = model(views, index)
             loss.backward()

@@ -508,7 +508,7 @@ def train(search: Search) -> list[dict]:
         alpha_losses, search.gradients = [], []
         console.begin()
         for step in range(run.steps_per_epoch):
-            lr = set_lr(search.optimizer, done, warmup, search.total)
+            lr = set_lr(search.optimizer, done, warmup, search.total, args)
             if done >= search.warmup:
                 alpha_losses.append(search.alpha_step(orders[1], step, done))
             loss, views_s = search.weight_step(orders[0], step, (done + 1) / search.total, done)

@@ -441,6 +441,57 @@ def test_methods_optimisers_and_presets_train(more, tmp_path):
     assert math.isfinite(run(pretrain, tmp_path, "--epochs", 1, *more)["loss"])
 
 
+def test_lars_is_what_its_formula_says():
+    rng = np.random.default_rng(0)
+    start = [rng.normal(size=(4, 3)), np.zeros((2, 2)), rng.normal(size=5)]
+    grads = [[rng.normal(size=s.shape) for s in start] for _ in range(3)]
+    params = [nn.Parameter(torch.tensor(s)) for s in start]
+    groups = [{"params": params[:2], "weight_decay": 0.1}, {"params": params[2:], "scale": False}]
+    lars = pretrain.LARS(groups, lr=0.5)
+    want, momenta = [s.copy() for s in start], [np.zeros_like(s) for s in start]
+    for step in grads:
+        for k, (p, g) in enumerate(zip(params, step)):
+            p.grad = torch.tensor(g)
+            d = g + (0.1 * want[k] if k < 2 else 0)
+            norms = np.linalg.norm(want[k]), np.linalg.norm(d)
+            q = 1e-3 * norms[0] / norms[1] if k < 2 and min(norms) > 0 else 1.0
+            momenta[k] = 0.9 * momenta[k] + q * d
+            want[k] = want[k] - 0.5 * momenta[k]
+        lars.step()
+    for p, w in zip(params, want):
+        np.testing.assert_allclose(p.detach().numpy(), w, rtol=1e-12)
+
+
+def test_groups_and_schedules_of_the_papers(tmp_path):
+    flags = ["--method", "dino", "--arch", "mobilenet_v2", "--width", 1, "--optimizer", "lars", "--batch-size", 1024]
+    args = arguments(pretrain, tmp_path, *flags, "--final-lr", 0.0012, "--final-weight-decay", 1e-4)
+    encoder, _ = build_backbone("mobilenet_v2")
+    method = METHODS["dino"](encoder)
+    named = [(n, p) for n, p in method.named_parameters() if p.requires_grad]
+    optimizer = pretrain.optimizer_of(named, method, args)
+    kinds = {(g["scale"], g["decays"]): g for g in optimizer.param_groups}
+    sizes = {k: len(g["params"]) for k, g in kinds.items()}
+    assert sizes == {(True, True): 39, (True, False): 17, (False, False): 111 - 2}  # no biases ahead of BN here
+    lrs = [pretrain.set_lr(optimizer, step, 10, 100, args) for step in range(101)]
+    assert lrs[9] == pytest.approx(1.92) and max(lrs) == lrs[9] and lrs[100] == pytest.approx(0.0048)
+    assert lrs[0] == pytest.approx(0.192) and lrs[55] == pytest.approx((1.92 + 0.0048) / 2, rel=1e-6)
+    assert kinds[True, True]["weight_decay"] == pytest.approx(1e-4) and kinds[True, False]["weight_decay"] == 0
+    adamw = pretrain.optimizer_of(named, method, arguments(pretrain, tmp_path, "--optimizer", "adamw"))
+    assert [(len(g["params"]), g["weight_decay"]) for g in adamw.param_groups] == [(56, 0.05), (109, 0.0)]
+
+
+def test_the_last_layer_is_frozen_in_the_first_epoch(tmp_path):
+    for method in ("swav", "dino"):
+        r = pretrain.Run(arguments(pretrain, tmp_path, "--method", method))
+        for done, frozen in [(0, True), (r.steps_per_epoch - 1, True), (r.steps_per_epoch, False)]:
+            views, index = r.batch(r.parts[0], 0)
+            r.method(views, index).backward()
+            r.freeze(done)
+            assert all((p.grad is None) == frozen for p in r.method.last_layer.parameters() if p.requires_grad)
+            assert r.method.encoder.conv1.weight.grad is not None
+            r.method.zero_grad()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("script", [search, pretrain])
 def test_a_gpu_trains_compiled_and_in_bf16(script, tmp_path):
