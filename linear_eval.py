@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import BACKBONES, build_backbone, describe
+from models import ARCHS, build_backbone, describe
 from views import CROP_AND_FLIP, IMAGENET_MEAN, IMAGENET_STD, Images, MultiCrop, load_images
 
 # ---- what every script needs at its start ---------------------------------------------------------------------------
@@ -357,7 +357,7 @@ def get_parser() -> Parser:
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--weights", required=True, help="backbone.pth, or torchvision's state dict and --arch")
     parser.add_argument("--data", nargs="+", default=None, help="shapes, names or folders; None is backbone.json's")
-    parser.add_argument("--arch", choices=list(BACKBONES), default=None, help="only where backbone.json is missing")
+    parser.add_argument("--arch", choices=ARCHS, default=None, help="only where backbone.json is missing")
     parser.add_argument("--width", type=float, default=None, help="only where backbone.json is missing")
     parser.add_argument("--stem", choices=["imagenet", "small"], default=None, help="as --width")
     parser.add_argument("--augment", action=on_off, default=False, help="the probe trains on crops and flips")

@@ -34,6 +34,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from torchvision.ops import StochasticDepth
 
 # ---- losses ---------------------------------------------------------------------------------------------------------
 
@@ -210,6 +211,9 @@ def momentum_copy(module: nn.Module) -> nn.Module:
     """A copy without gradients, for a moving average; alphas stay shared: it takes the student's architecture."""
     alphas = {id(p): p for name, p in module.named_parameters() if name.endswith("alpha")}
     twin = copy.deepcopy(module, dict(alphas))
+    for m in twin.modules():
+        if isinstance(m, StochasticDepth):
+            m.p = 0.0  # a teacher skips nothing
     for p in twin.parameters():
         if id(p) not in alphas:
             p.requires_grad_(False)
@@ -458,9 +462,10 @@ class DINO(nn.Module):
     """2104.14294: the student's softmax on every view predicts the momentum teacher's, centred and sharpened, on the
     globals.
 
-    The teacher's temperature goes from .04 to .07 over the first quarter of the run, its momentum from .996 to 1 by a
-    cosine, its centre by an average over all ranks; BN in its own train mode. The last layer has weights of unit norm.
-    bn: in the head, as for CNNs; a ViT's has none. Deviation: no biases ahead of BN.
+    The teacher's temperature goes from .04 to .07 over the first teacher_warmup of the run, its momentum from .996 to 1
+    by a cosine, its centre by an average over all ranks; BN in its own train mode. The last layer has weights of unit
+    norm, which a CNN's keeps. bn: in the head; None is as in the encoder, so a ViT's has none. Deviation: no biases
+    ahead of BN; in networks narrower than ViT-Ti fewer hidden units and outputs.
     """
 
     recipe, lr, weight_decay = "dino", 0.12, 5e-4
@@ -482,10 +487,13 @@ class DINO(nn.Module):
         teacher_temperature: tuple[float, float] = (0.04, 0.07),
         teacher_warmup: float = 0.25,
         center_momentum: float = 0.9,
-        bn: bool = True,
+        bn: bool | None = None,
     ):
         super().__init__()
-        f, k = encoder.feature_dim, out_dim or (4096 if encoder.feature_dim >= 192 else 1024)
+        if bn is None:
+            bn = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in encoder.modules())
+        f = encoder.feature_dim
+        k = out_dim or (1024 if f < 192 else 4096 if bn else 65_536)
         self.momentum, self.temperature, self.center_momentum = momentum, temperature, center_momentum
         self.teacher_temperatures, self.teacher_warmup = teacher_temperature, teacher_warmup
         self.encoder = encoder

@@ -19,7 +19,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, pairwise, product
 from typing import ClassVar, NamedTuple
 
@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torchvision.models import mobilenetv2, resnet
-from torchvision.ops import Conv2dNormActivation
+from torchvision.models import mobilenetv2, resnet, vision_transformer
+from torchvision.ops import Conv2dNormActivation, StochasticDepth
 
 # ---- backbones ------------------------------------------------------------------------------------------------------
 
@@ -245,7 +245,63 @@ class MobileNetV2(nn.Module):
         return self.features(x).mean((2, 3))
 
 
+class ViT(nn.Module):
+    """torchvision's VisionTransformer (2010.11929) without its classifier; images (B, 3, H, W) -> h (B, dim), the class
+    token after the last norm.
+
+    stem  "imagenet": patches of 16 px on a grid of 14 x 14; "small": of 4 px on one of 8 x 8. Images of other sizes
+    have the position embeddings interpolated, bicubically as in DINO. drop_path: the share of images that skip a
+    branch, rising linearly over the blocks (1603.09382), in training.
+    """
+
+    def __init__(self, dim: int, heads: int, layers: int = 12, stem: str = "imagenet", drop_path: float = 0.0):
+        super().__init__()
+        self.patch, grid = {"imagenet": (16, 14), "small": (4, 8)}[stem]
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.conv_proj = nn.Conv2d(3, dim, self.patch, self.patch)
+        self.encoder = vision_transformer.Encoder(grid**2 + 1, layers, heads, dim, 4 * dim, 0.0, 0.0, norm)
+        for block, p in zip(self.encoder.layers, torch.linspace(0, drop_path, layers).tolist()):
+            if p:  # after the attention and after the MLP; neither dropout nor its place has a key
+                block.dropout = block.mlp[-1] = StochasticDepth(p, "row")
+        self.feature_dim = dim
+        fan_in = 3 * self.patch**2
+        nn.init.trunc_normal_(self.conv_proj.weight, std=fan_in**-0.5)
+        nn.init.zeros_(self.conv_proj.bias)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, 1 + patches, dim), with position embeddings of that size."""
+        if x.shape[2] % self.patch or x.shape[3] % self.patch:
+            raise ValueError(
+                f"views of {x.shape[2]} x {x.shape[3]} px: a ViT needs multiples of its patch, {self.patch}"
+            )
+        x = self.conv_proj(x)
+        rows, columns = x.shape[2:]
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)
+        cls, position = self.encoder.pos_embedding.split([1, self.encoder.pos_embedding.shape[1] - 1], 1)
+        grid = math.isqrt(position.shape[1])
+        if (rows, columns) != (grid, grid):
+            position = position.transpose(1, 2).unflatten(2, (grid, grid))
+            position = F.interpolate(position, (rows, columns), mode="bicubic").flatten(2).transpose(1, 2)
+        return x + torch.cat([cls, position], 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder.ln(self.encoder.layers(self.tokens(x)))[:, 0]
+
+    def last_blocks(self, x: Tensor, n: int) -> Tensor:
+        """The class tokens after each of the last n blocks, normed, side by side: (B, n dim), as DINO's linear
+        evaluation takes them (2104.14294)."""
+        x, out = self.tokens(x), []
+        for k, block in enumerate(self.encoder.layers):
+            x = block(x)
+            if k >= len(self.encoder.layers) - n:
+                out.append(self.encoder.ln(x)[:, 0])
+        return torch.cat(out, 1)
+
+
+VITS = {"vit_tiny": {"dim": 192, "heads": 3}}
 NETWORKS = {"basic": ResNet, "bottleneck": ResNet, "inverted": MobileNetV2}
+ARCHS = (*BACKBONES, *VITS)
 
 
 def check_arch(arch: object, source: str = "arch") -> dict:
@@ -265,18 +321,18 @@ def check_arch(arch: object, source: str = "arch") -> dict:
 
 
 def load_arch(source: str) -> str | dict:
-    """--arch: a name in BACKBONES, or the path of an arch.json -> its architecture, checked."""
-    if source in BACKBONES:
+    """--arch: a name in BACKBONES or VITS, or the path of an arch.json -> its architecture, checked."""
+    if source in ARCHS:
         return source
     try:
         with open(source) as file:
             arch = json.load(file)["backbone"]["arch"]
     except OSError as error:
-        known = ", ".join(BACKBONES)
+        known = ", ".join(ARCHS)
         raise FileNotFoundError(f"--arch '{source}' is neither a readable file nor one of {known}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"'{source}' is not an arch.json: no JSON object with \"backbone\" in it") from error
-    return arch if isinstance(arch, str) and arch in BACKBONES else check_arch(arch, f"'{source}'")
+    return arch if isinstance(arch, str) and arch in ARCHS else check_arch(arch, f"'{source}'")
 
 
 def describe(arch: str | dict) -> str:
@@ -287,10 +343,17 @@ def describe(arch: str | dict) -> str:
     return f"{arch['block']} " + " ".join(f"{d}x{r:g}k{k}" for d, r, k in stages)
 
 
-def build_backbone(arch: str | dict, stem: str = "imagenet", width: float = 1.0) -> tuple[nn.Module, int]:
-    """(module, feature_dim) of a name in BACKBONES or of an architecture like those. Raises ValueError for others."""
-    if isinstance(arch, str) and arch not in BACKBONES:
-        raise ValueError(f"unknown --arch '{arch}': choose from {', '.join(BACKBONES)}")
+def build_backbone(
+    arch: str | dict, stem: str = "imagenet", width: float = 1.0, drop_path: float = 0.0
+) -> tuple[nn.Module, int]:
+    """(module, feature_dim) of a name in ARCHS or of an architecture as in BACKBONES. Raises ValueError for others."""
+    if isinstance(arch, str) and arch not in ARCHS:
+        raise ValueError(f"unknown --arch '{arch}': choose from {', '.join(ARCHS)}")
+    if isinstance(arch, str) and arch in VITS:
+        dim, heads = max(1, round(VITS[arch]["dim"] * width / VITS[arch]["heads"])), VITS[arch]["heads"]
+        return ViT(dim * heads, heads, stem=stem, drop_path=drop_path), dim * heads
+    if drop_path:
+        raise ValueError(f"--drop-path {drop_path:g} means nothing to {describe(arch)}: it is for a ViT")
     arch = BACKBONES[arch] if isinstance(arch, str) else check_arch(arch)
     module = NETWORKS[arch["block"]](arch, width, stem)
     return module, module.feature_dim

@@ -45,7 +45,7 @@ from linear_eval import (
 )
 from losses import METHODS
 from models import (
-    BACKBONES,
+    ARCHS,
     SearchBackbone,
     SearchHead,
     Space,
@@ -67,9 +67,10 @@ def training_flags(parser: Parser) -> None:
     group = parser.add_argument_group("model and method")
     group.add_argument("--data", default="shapes", help="shapes (made in memory), a torchvision name or a folder")
     group.add_argument("--method", choices=list(METHODS), default="simsiam")
-    group.add_argument("--arch", default="resnet18", help=f"{', '.join(BACKBONES)}, or an arch.json with a backbone")
+    group.add_argument("--arch", default="resnet18", help=f"{', '.join(ARCHS)}, or an arch.json with a backbone")
     group.add_argument("--heads", default="default", help="default (handcrafted), a preset's name, or an arch.json")
     group.add_argument("--width", type=float, default=0.25, help="times torchvision's channels; 1 is the full network")
+    group.add_argument("--drop-path", type=float, default=0.0, help="of a ViT: share of images that skip a branch")
     group.add_argument("--stem", choices=["auto", "small", "imagenet"], default="auto", help="auto: small up to 64 px")
     group.add_argument("--out-dim", type=int, default=None, help="dimensions of z; None is the method's")
     group.add_argument("--temperature", type=float, default=None, help="of all but simsiam; None is the method's")
@@ -182,7 +183,7 @@ class Run:
         if space:
             encoder = SearchBackbone(space, args.width, self.stem, masked=self.compile)
         else:
-            encoder, _ = build_backbone(self.arch, self.stem, args.width)
+            encoder, _ = build_backbone(self.arch, self.stem, args.width, args.drop_path)
         if weights := getattr(args, "weights", None):
             load_weights(encoder, weights, f"{describe(self.arch)} x{args.width:g} with the {self.stem} stem")
         self.spaces = self.method_class.heads(encoder.feature_dim, args.out_dim)

@@ -63,6 +63,43 @@ def test_torchvisions_model_loads_the_state_dict_and_gives_the_same_features(arc
     assert h.shape == (2, feature_dim) and h.abs().max() > 1e-3
 
 
+def test_a_vit_is_torchvisions_with_positions_for_any_size():
+    ours, feature_dim = build_backbone("vit_tiny")
+    assert count(ours) == 5_524_416 and feature_dim == 192
+    theirs = torchvision.models.VisionTransformer(224, 16, 12, 3, 192, 768)
+    result = theirs.load_state_dict(ours.state_dict(), strict=False)
+    assert not result.unexpected_keys and all(k.startswith("heads.") for k in result.missing_keys)
+    theirs.heads = nn.Identity()
+    x = torch.randn(2, 3, 224, 224)
+    ours.eval(), theirs.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x))
+        blocks = ours.last_blocks(x, 4)
+        assert blocks.shape == (2, 4 * 192)
+        torch.testing.assert_close(blocks[:, -192:], ours(x))
+        grid = ours.encoder.pos_embedding[:, 1:].transpose(1, 2).unflatten(2, (14, 14))
+        smaller = nn.functional.interpolate(grid, (6, 6), mode="bicubic").flatten(2).transpose(1, 2)
+        ours.conv_proj.weight.zero_()
+        torch.testing.assert_close(ours.tokens(torch.zeros(1, 3, 96, 96))[:, 1:], smaller)
+    small, f = build_backbone("vit_tiny", "small", 0.5)
+    assert small(torch.randn(2, 3, 32, 32)).shape == small(torch.randn(2, 3, 12, 20)).shape == (2, f) == (2, 96)
+    with pytest.raises(ValueError, match="multiples of its patch, 4"):
+        small(torch.randn(2, 3, 30, 30))
+
+
+def test_drop_path_skips_branches_of_some_images_in_the_student_alone():
+    torch.manual_seed(0)
+    vit, _ = build_backbone("vit_tiny", "small", 1 / 3, drop_path=0.9)
+    x = torch.randn(1, 3, 32, 32).repeat(64, 1, 1, 1)
+    assert len(vit(x).detach().unique(dim=0).round(decimals=4)) > 8
+    twin = momentum_copy(vit).train()
+    torch.testing.assert_close(twin(x)[0], twin(x)[1])
+    torch.testing.assert_close(twin(x), vit.eval()(x))
+    assert vit.state_dict().keys() == build_backbone("vit_tiny", "small", 1 / 3)[0].state_dict().keys()
+    with pytest.raises(ValueError, match=r"--drop-path 0\.1 means nothing to resnet18"):
+        build_backbone("resnet18", drop_path=0.1)
+
+
 @pytest.mark.parametrize("arch", BACKBONES)
 def test_width_and_stem(arch):
     narrow, f = build_backbone(arch, "small", 0.25)
