@@ -119,7 +119,7 @@ def compare(search, arch: Path, data: dict[str, list[Images]], more: dict[str, s
     if is_main():
         write_atomic("\n".join(lines) + "\n", folder / "compare.md")
         groups = grouped(results)
-        dots = {d: {g: [100 * r[d]["linear"] for r in rows] for g, rows in groups.items()} for d in data}
+        dots = {Path(d).name: {g: [100 * r[d]["linear"] for r in rows] for g, rows in groups.items()} for d in data}
         title = f"Linear accuracy, {' and '.join(args.space)}, {args.method}, x{args.width:g}: each run, and the mean"
         write_atomic(draw_scores(dots, title), folder / "compare.svg")
 

@@ -393,7 +393,7 @@ class MoCo(nn.Module):
 class SwAV(nn.Module):
     """2006.09882: a view's prototype scores predict the codes of the global views, Sinkhorn's over the whole batch.
 
-    Prototypes have unit rows before each forward. A queue of the last embeddings of both global views joins the batch
+    Prototypes have rows of unit length. A queue of the last embeddings of both global views joins the batch
     for the codes, once it is full and `queue_from` of the run is done (epoch 15 of 200 in 2210.02808). Deviation: a
     tenth of the images at the most for the prototypes and an eighth for the queue, so that small data sets fill them.
     """
@@ -423,6 +423,7 @@ class SwAV(nn.Module):
         self.encoder = encoder
         self.projector = heads["projector"] if heads else mlp(f, wide(f, 4096), d)
         self.prototypes = nn.Linear(d, prototypes or max(2, min(3000, n_images // 10)), bias=False)
+        nn.init.normal_(self.prototypes.weight).data.copy_(F.normalize(self.prototypes.weight.data, dim=1))
         self.register_buffer("queue", torch.zeros(2, queue_size or min(3840, max(1, n_images // 8)), d))
         self.register_buffer("filled", torch.zeros((), dtype=torch.long))
         self.register_buffer("queue_counts", torch.zeros(()))  # 1 once it does
@@ -434,8 +435,6 @@ class SwAV(nn.Module):
 
     def outputs(self, views: list[Tensor]) -> tuple[Tensor, ...]:
         """Scores (B, K) of every view, then the embeddings (B, D) of the two globals, of unit length."""
-        with torch.no_grad():
-            self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
         z = F.normalize(full(self.projector(encode(self.encoder, views))), dim=1)
         return *self.prototypes(z).chunk(len(views)), *z.detach().chunk(len(views))[:2]
 
@@ -450,7 +449,8 @@ class SwAV(nn.Module):
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """Queue the embeddings of all ranks, the newest first."""
+        """Bring the prototypes back to unit length; queue the embeddings of all ranks, the newest first."""
+        self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
         size = self.queue.shape[1]
         new = gather(self.embeddings).transpose(0, 1).flatten(1, 2)[:, :size]  # (W, 2, B, D) -> (2, W B, D)
         self.queue.copy_(torch.cat([new.to(self.queue.dtype), self.queue], 1)[:, :size])

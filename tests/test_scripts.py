@@ -512,10 +512,11 @@ def test_images_without_labels_are_enough(tmp_path, capsys):
         linear_eval.main(linear_eval.get_parser().parse_args(["--weights", str(tmp_path / "run" / "backbone.pth")]))
 
 
-def test_schedule_warms_up_and_follows_the_cosine():
+def test_schedule_warms_up_and_follows_the_cosine(tmp_path):
+    args = arguments(pretrain, tmp_path)
     groups = [{"params": [nn.Parameter(torch.zeros(1))], "peak": 1.92, "constant": c} for c in (False, True)]
     optimizer = torch.optim.SGD(groups, 1.92)
-    lr = [pretrain.set_lr(optimizer, s, 10, 100) for s in range(100)]
+    lr = [pretrain.set_lr(optimizer, s, 10, 100, args) for s in range(100)]
     assert lr[0] == pytest.approx(0.192) and lr[9] == lr[10] == pytest.approx(1.92)
     assert lr[55] == pytest.approx(0.96) and 0 < lr[99] < 0.001 and sorted(lr[10:], reverse=True) == lr[10:]
     assert optimizer.param_groups[1]["lr"] == 1.92
