@@ -18,10 +18,10 @@ import torch
 
 import linear_eval
 import pretrain
-from linear_eval import barrier, load_backbone, load_data, measure
+from linear_eval import barrier, is_main, load_backbone, load_data, measure, say
 from models import BACKBONES, build_backbone, load_arch, load_heads, macs, random_head
 from pictures import draw_scores
-from pretrain import is_main, say, write_atomic
+from pretrain import write_atomic
 from views import Images
 
 
@@ -94,7 +94,7 @@ def compare(search, arch: Path, data: dict[str, list[Images]], more: dict[str, s
         barrier()  # all ranks have looked before one writes
         for source in [s for s in data if s not in known]:
             backbone, facts = load_backbone(str(weights))
-            known[source] = measure(backbone, facts, *data[source], run.device, measuring)
+            known[source] = measure(backbone, facts, *data[source], run.device, measuring)[0]
             if is_main():
                 write_atomic(json.dumps(known) + "\n", path)
         barrier()

@@ -462,10 +462,10 @@ class DINO(nn.Module):
     """2104.14294: the student's softmax on every view predicts the momentum teacher's, centred and sharpened, on the
     globals.
 
-    The teacher's temperature goes from .04 to .07 over the first teacher_warmup of the run, its momentum from .996 to 1
-    by a cosine, its centre by an average over all ranks; BN in its own train mode. The last layer has weights of unit
-    norm, which a CNN's keeps. bn: in the head; None is as in the encoder, so a ViT's has none. Deviation: no biases
-    ahead of BN; in networks narrower than ViT-Ti fewer hidden units and outputs.
+    The teacher's temperature goes from .04 to .07 over the first teacher_warmup of the run (None is .25 for CNNs, .15
+    for ViTs), its momentum from .996 to 1 by a cosine, its centre by an average over all ranks; BN in its own train
+    mode. The last layer has weights of unit norm, which a CNN's keeps. bn: in the head; None is as in the encoder, so
+    a ViT's has none. Deviation: no biases ahead of BN; in networks narrower than ViT-Ti fewer hidden units and outputs.
     """
 
     recipe, lr, weight_decay = "dino", 0.12, 5e-4
@@ -485,13 +485,15 @@ class DINO(nn.Module):
         momentum: float = 0.996,
         temperature: float = 0.1,
         teacher_temperature: tuple[float, float] = (0.04, 0.07),
-        teacher_warmup: float = 0.25,
+        teacher_warmup: float | None = None,
         center_momentum: float = 0.9,
         bn: bool | None = None,
     ):
         super().__init__()
         if bn is None:
             bn = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in encoder.modules())
+        if teacher_warmup is None:
+            teacher_warmup = 0.25 if bn else 0.15
         f = encoder.feature_dim
         k = out_dim or (1024 if f < 192 else 4096 if bn else 65_536)
         self.momentum, self.temperature, self.center_momentum = momentum, temperature, center_momentum

@@ -40,12 +40,15 @@ from linear_eval import (
     load_data,
     load_weights,
     memory_format,
+    say,
     setup,
+    synced,
     user_errors,
 )
 from losses import METHODS
 from models import (
     ARCHS,
+    VITS,
     SearchBackbone,
     SearchHead,
     Space,
@@ -70,7 +73,7 @@ def training_flags(parser: Parser) -> None:
     group.add_argument("--arch", default="resnet18", help=f"{', '.join(ARCHS)}, or an arch.json with a backbone")
     group.add_argument("--heads", default="default", help="default (handcrafted), a preset's name, or an arch.json")
     group.add_argument("--width", type=float, default=0.25, help="times torchvision's channels; 1 is the full network")
-    group.add_argument("--drop-path", type=float, default=0.0, help="of a ViT: share of images that skip a branch")
+    group.add_argument("--drop-path", type=float, default=None, help="a ViT's share of skipped branches; None is .1")
     group.add_argument("--stem", choices=["auto", "small", "imagenet"], default="auto", help="auto: small up to 64 px")
     group.add_argument("--out-dim", type=int, default=None, help="dimensions of z; None is the method's")
     group.add_argument("--temperature", type=float, default=None, help="of all but simsiam; None is the method's")
@@ -105,6 +108,7 @@ def training_flags(parser: Parser) -> None:
     group.add_argument("--knn-t", type=float, default=0.1, help="temperature of the monitor's votes")
     group.add_argument("--amp", action=on_off, default=None, help="bf16 autocast; None is on CUDA alone")
     group.add_argument("--compile", action=on_off, default=None, help="torch.compile; None is on CUDA alone")
+    group.add_argument("--sync-bn", action=on_off, default=True, help="BN over all ranks, on several GPUs")
     group.add_argument("--print-every", type=int, default=50, help="steps between lines on the console")
     group.add_argument("--resume", action=on_off, default=True, help="go on from a checkpoint of this command")
     group.add_argument("--bench", action="store_true", help="time the parts of a step and stop; writes nothing")
@@ -171,6 +175,7 @@ class Run:
         recipe = adjust(recipe, n_locals=args.locals, **{k: getattr(args, k) for k in knobs})
         self.views = MultiCrop(recipe, self.size, self.mean, self.std, self.device)
         method = self.build_method(search_heads, space)
+        method = synced(method, self.device) if args.sync_bn else method
         self.method = method.to(self.device, memory_format=memory_format(self.device))
         self.method.balance = self.views.balance
         if self.compile:
@@ -181,9 +186,11 @@ class Run:
         """The method with its encoder and heads: searchable, or those that flags name."""
         args = self.args
         if space:
-            encoder = SearchBackbone(space, args.width, self.stem, masked=self.compile)
+            synced_bn = args.sync_bn and self.world > 1 and self.device.type == "cuda"  # slices' BN is not
+            encoder = SearchBackbone(space, args.width, self.stem, masked=self.compile or synced_bn)
         else:
-            encoder, _ = build_backbone(self.arch, self.stem, args.width, args.drop_path)
+            drop_path = 0.1 * (describe(self.arch) in VITS) if args.drop_path is None else args.drop_path
+            encoder, _ = build_backbone(self.arch, self.stem, args.width, drop_path)
         if weights := getattr(args, "weights", None):
             load_weights(encoder, weights, f"{describe(self.arch)} x{args.width:g} with the {self.stem} stem")
         self.spaces = self.method_class.heads(encoder.feature_dim, args.out_dim)
@@ -508,16 +515,6 @@ class Console:
             f"{where}  loss {loss:.4f}  lr {lr:.4f}  views {1e3 * self.views_s / self.steps:.0f} ms  "
             f"step {1e3 * seconds / self.steps:.0f} ms  {rate:,.0f} images/s  ETA {eta}{more}"
         )
-
-
-def is_main() -> bool:
-    """Whether this is the rank that prints and writes."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def say(text: str) -> None:
-    if is_main():
-        print(text, flush=True)
 
 
 def command_line(script: str, parser: Parser, args: argparse.Namespace) -> str:

@@ -42,7 +42,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import pretrain
 from compare import compare, facts_of, prepare, searched, shared_flags, write_arch
-from linear_eval import Parser, load_backbone, user_errors
+from linear_eval import Parser, is_main, load_backbone, say, user_errors
 from models import (
     BACKBONES,
     BAND,
@@ -64,13 +64,11 @@ from pretrain import (
     clock,
     collapsed,
     command_line,
-    is_main,
     load_checkpoint,
     mean_over_ranks,
     optimizer_of,
     save_backbone,
     save_checkpoint,
-    say,
     set_lr,
     write_atomic,
 )

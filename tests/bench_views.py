@@ -1,62 +1,117 @@
-"""How many views a CPU-second: MultiCrop against torchvision's PIL transforms, an image at a time, in one run.
+"""How fast views are: MultiCrop against torchvision's PIL transforms, an image at a time, in one run.
 
     python tests/bench_views.py
 
-Both make the two SimSiam views of 32 px images that are in memory already. The two take turns, on one thread, and the
-figure is the median over rounds of the ratio within a round, so that a busy machine slows both alike.
+The two SimSiam views of 32 px images, on one thread, in views a CPU-second; and 2 x 224 + 6 x 96 px by SwAV's recipe
+from 256 px images, wall time on all cores: MultiCrop's threads against a DataLoader with a worker a core. Images are in
+memory already. The two take turns, and the figure is the median over rounds of the ratio within a round, so that a busy
+machine slows both alike.
 """
 
+import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from views import MultiCrop, make_shapes
+from views import IMAGENET_MEAN, IMAGENET_STD, MultiCrop, View, make_shapes
 
 
-def main(batch: int = 256, rounds: int = 15) -> float:
-    torch.set_num_threads(1)
-    images = make_shapes(batch)
-    crop, generator = MultiCrop("simsiam", 32), torch.Generator().manual_seed(0)
-    pil = [to_pil_image(p) for p in images.pixels]
-    per_image = transforms.Compose(
+def one_by_one(view: View) -> transforms.Compose:
+    """torchvision's transforms of a PIL image for the same view."""
+    mode = InterpolationMode.BICUBIC if view.bicubic else InterpolationMode.BILINEAR
+    kernel = 2 * max(1, view.size // 20) + 1
+    return transforms.Compose(
         [
-            transforms.RandomResizedCrop(32, scale=(0.2, 1.0)),
-            transforms.RandomHorizontalFlip(),
-            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-            transforms.RandomGrayscale(0.2),
+            transforms.RandomResizedCrop(view.size, view.scale, interpolation=mode),
+            transforms.RandomHorizontalFlip(view.flip),
+            transforms.RandomApply([transforms.ColorJitter(*view.jitter)], view.jitter_p),
+            transforms.RandomGrayscale(view.grey),
+            transforms.RandomApply([transforms.GaussianBlur(kernel, view.sigma)], view.blur),
+            transforms.RandomSolarize(128, view.solarize),
             transforms.ToTensor(),
-            transforms.Normalize(crop.mean.flatten().tolist(), crop.std.flatten().tolist()),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
     )
 
-    def batched():
-        crop(images.pixels, generator)
 
-    def one_by_one():
-        for _ in range(2):
-            torch.stack([per_image(image) for image in pil])
+class Views(Dataset):
+    """All views of PIL images, for a DataLoader."""
 
-    rates: dict[str, list[float]] = {"MultiCrop": [], "torchvision": []}
-    for i in range(rounds + 2):
-        for name, make in (("MultiCrop", batched), ("torchvision", one_by_one)):
-            start = time.process_time()
+    def __init__(self, images: list, views: list[View]):
+        self.images, self.transforms = images, [one_by_one(v) for v in views]
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return [transform(self.images[i]) for transform in self.transforms]
+
+
+def race(unit: str, count: int, clock: Callable, rounds: int, **makers: Callable) -> float:
+    """The first maker's rate over the second's, median over rounds in which they take turns."""
+    rates: dict[str, list[float]] = {name: [] for name in makers}
+    for i in range(rounds + 1):
+        for name, make in makers.items():
+            start = clock()
             make()
-            if i >= 2:  # the first rounds warm up
-                rates[name].append(2 * batch / (time.process_time() - start))
-    ratio = statistics.median(a / b for a, b in zip(*rates.values()))
+            if i:  # the first round warms up
+                rates[name].append(count / (clock() - start))
     for name, values in rates.items():
-        print(
-            f"{name:12} {statistics.median(values):8,.0f} views a CPU-second ({min(values):,.0f} to {max(values):,.0f})"
-        )
+        print(f"{name:12} {statistics.median(values):8,.0f} {unit} ({min(values):,.0f} to {max(values):,.0f})")
+    ratio = statistics.median(a / b for a, b in zip(*rates.values()))
     print(f"ratio {ratio:.1f}")
     return ratio
 
 
+def small(batch: int = 256, rounds: int = 15) -> float:
+    torch.set_num_threads(1)
+    pixels, crop, generator = make_shapes(batch).pixels, MultiCrop("simsiam", 32), torch.Generator().manual_seed(0)
+    peer = Views([to_pil_image(p) for p in pixels], crop.views)
+    print("two SimSiam views of 32 px, one thread")
+    return race(
+        "views a CPU-second",
+        2 * batch,
+        time.process_time,
+        rounds,
+        MultiCrop=lambda: crop(pixels, generator),
+        torchvision=lambda: [peer[i] for i in range(batch)],
+    )
+
+
+def multi_crop(batch: int = 32, batches: int = 6, rounds: int = 5) -> float:
+    cores = os.cpu_count()
+    torch.set_num_threads(cores)
+    pixels, crop, generator = make_shapes(batch, 256).pixels, MultiCrop("swav", 224), torch.Generator().manual_seed(0)
+    peer = Views([to_pil_image(p) for p in pixels] * batches, crop.views)
+    loader = iter_forever(DataLoader(peer, batch, num_workers=cores, persistent_workers=True))
+    print(f"\nSwAV's 2 x 224 + 6 x 96 px of 256 px images, {cores} cores")
+    return race(
+        "images a second",
+        batch * batches,
+        time.perf_counter,
+        rounds,
+        MultiCrop=lambda: [crop(pixels, generator) for _ in range(batches)],
+        torchvision=lambda: next(loader),
+    )
+
+
+def iter_forever(loader: DataLoader):
+    """One item is a whole pass; workers stay."""
+    while True:
+        for _ in loader:
+            pass
+        yield
+
+
 if __name__ == "__main__":
-    main()
+    small()
+    multi_crop()

@@ -13,10 +13,13 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 import views
 from views import (
+    BYTEWISE,
     RECIPES,
     MultiCrop,
     Recipe,
     View,
+    _crop,
+    _crop_bytes,
     adjust,
     channel_stats,
     load_images,
@@ -42,7 +45,10 @@ def reference(image, p, i, size, antialias=True, shift=0.0, mode=InterpolationMo
     x = image.double() / 255
     if shift:
         x = x + shift * (x.roll(-1, -1) - x)
-    x = tv.resized_crop(x, top, left, h, w, [size, size], mode, antialias=antialias).clamp(0, 1)
+    if size >= BYTEWISE and not shift:
+        x = tv.resized_crop(image, top, left, h, w, [size, size], mode, antialias=antialias).double() / 255
+    else:
+        x = tv.resized_crop(x, top, left, h, w, [size, size], mode, antialias=antialias).clamp(0, 1)
     if p["flip"][i]:
         x = tv.horizontal_flip(x)
     brightness, contrast, saturation = p["factor"][i].tolist()
@@ -80,6 +86,17 @@ def test_a_view_is_torchvisions_image_by_image(height, width, size, bicubic):
     if size < height:
         aliased = torch.stack([reference(pixels[i], p, i, size, False, mode=mode) for i in plain])
         assert (aliased - want[plain]).abs().amax((1, 2, 3)).max() > 100 * tolerance
+
+
+@pytest.mark.parametrize("bicubic", [False, True])
+def test_a_crop_by_bytes_is_the_exact_one_rounded(bicubic):
+    pixels = random_pixels(48, 256, 200)
+    p = sample_view(EVERYTHING._replace(scale=(0.05, 1.0)), 48, 256, 200, torch.Generator().manual_seed(1))
+    exact = _crop(pixels, p["box"], p["flip"], 128, bicubic)
+    rounded = _crop_bytes(pixels, p["box"], p["flip"], 128, bicubic)
+    error = (rounded - exact).abs() * 255
+    assert error.mean() < 0.35 and (error < 1.5).double().mean() > 0.99  # of a grey level; rounding alone has .25, .5
+    assert bicubic or error.max() < 1.5  # what overshoots is cut twice, as in PIL
 
 
 def test_compiled_form_equals_the_eager_one():
@@ -322,6 +339,12 @@ def test_what_cannot_be_loaded_says_what_to_do(folder, tmp_path, monkeypatch):
         load_images("cifar10")
 
 
+@pytest.mark.parametrize("name", views.BY_HAND)
+def test_what_torchvision_does_not_download_is_to_be_put_in_place(name, tmp_path):
+    with pytest.raises((FileNotFoundError, ValueError), match=r"put its files into|needs another package"):
+        load_images(name, root=str(tmp_path))
+
+
 @pytest.mark.parametrize("name", list(views.DATASETS))
 def test_a_torchvision_name_asks_for_the_right_split(name, monkeypatch):
     asked = []
@@ -329,9 +352,10 @@ def test_a_torchvision_name_asks_for_the_right_split(name, monkeypatch):
     class Fake(list):
         classes = ("a", "b")
 
-        def __init__(self, root, download, **arguments):
+        def __init__(self, root, download=False, **arguments):
             super().__init__((Image.new("L", (8, 8), v), v % 2) for v in range(6))
             asked.append(json.dumps(arguments))
+            assert download == (name not in views.BY_HAND)
 
     monkeypatch.setattr(datasets, views.DATASETS[name][0], Fake)
     train, test = load_images(name), load_images(name, "test", limit=4)
