@@ -554,12 +554,13 @@ def save_backbone(run: Run, encoder: nn.Module, command: str, folder: Path, **mo
 
 
 def save_views(run: Run, views: list[Tensor]) -> None:
-    """views.png: the views of the batch's first images, an image a column of its own."""
+    """views.png: the views of the batch's first images, an image a column, or a row where there are more views."""
     mean, std = run.views.mean, run.views.std
     side = max(v.shape[-1] for v in views)
     n = min(16, len(views[0]), max(4, 1024 // side))
     tiles = [nn.functional.pad(v[:n] * std + mean, [0, side - v.shape[-1]] * 2, value=1.0) for v in views]
-    save_image(make_grid(torch.cat(tiles).cpu().clamp(0, 1), nrow=n, pad_value=1.0), run.output / "views.png")
+    grid = torch.stack(tiles, 0 if n >= len(views) else 1).flatten(0, 1).cpu().clamp(0, 1)
+    save_image(make_grid(grid, nrow=max(n, len(views)), pad_value=1.0), run.output / "views.png")
 
 
 # ---- the script -----------------------------------------------------------------------------------------------------
