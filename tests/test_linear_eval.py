@@ -21,6 +21,7 @@ from linear_eval import (
     load_backbone,
     measure,
 )
+from losses import METHODS
 from models import build_backbone
 from views import load_images, make_shapes
 
@@ -90,6 +91,18 @@ def test_a_plain_torchvision_file_is_measured_too(tmp_path):
     theirs.classifier = nn.Identity()
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ranks, device, synced", [(2, "cuda", True), (1, "cuda", False), (2, "cpu", False)])
+def test_bn_is_over_all_ranks_on_several_gpus(ranks, device, synced, monkeypatch):
+    monkeypatch.setattr(linear_eval.dist, "is_initialized", lambda: ranks > 1)
+    monkeypatch.setattr(linear_eval.dist, "get_world_size", lambda: ranks)
+    before = METHODS["moco"](build_backbone("resnet18", "small", 0.0625)[0])
+    state, norms = before.state_dict(), [m for m in before.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    after = linear_eval.synced(before, torch.device(device))
+    found = [m for m in after.modules() if isinstance(m, nn.SyncBatchNorm)]
+    assert len(found) == len(norms) * synced and len(norms) == 2 * 20  # of the encoder and of its momentum twin
+    assert all(torch.equal(v, state[k]) for k, v in after.state_dict().items())
 
 
 # ---- few labels -----------------------------------------------------------------------------------------------------

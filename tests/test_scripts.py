@@ -264,7 +264,7 @@ def test_the_cost_pulls_the_expectation_to_the_target(tmp_path):
 
 @pytest.mark.parametrize("strategy", ["random", "supernet-random"])
 def test_baselines_choose_by_the_held_out_loss_at_the_gradient_searchs_cost(strategy, tmp_path, capsys):
-    flags = ["--space", "mobilenet", "--image-size", 16, "--strategy", strategy, "--candidates", 2, "--epochs", 4]
+    flags = ["--space", "resnet", "--image-size", 16, "--strategy", strategy, "--candidates", 2, "--epochs", 4]
     found = run(search, tmp_path, *flags, "--recalibrate-batches", 2, "--method", "simclr")
     said = capsys.readouterr().out
     epochs = int(re.search(r"2 candidates, (\d+) epochs", said)[1])
