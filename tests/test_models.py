@@ -19,6 +19,7 @@ from models import (
     PRESETS,
     SPACES,
     Choices,
+    Pointwise,
     SearchBackbone,
     SearchHead,
     build_backbone,
@@ -85,6 +86,25 @@ def test_a_vit_is_torchvisions_with_positions_for_any_size():
     assert small(torch.randn(2, 3, 32, 32)).shape == small(torch.randn(2, 3, 12, 20)).shape == (2, f) == (2, 96)
     with pytest.raises(ValueError, match="multiples of its patch, 4"):
         small(torch.randn(2, 3, 30, 30))
+
+
+@pytest.mark.parametrize("arch, width, tolerance", [("resnet18", 1 / 16, 1e-4), ("mobilenet_v2", 1 / 4, 0.1)])
+def test_gradients_do_not_depend_on_the_memory_format(arch, width, tolerance):
+    """But for rounding, on whose side of ReLU6's corners some of MobileNetV2's activations fall."""
+    network, x = build_backbone(arch, "small", width)[0], torch.randn(16, 3, 64, 64)
+    weight = torch.randn(16, network.feature_dim)
+    gradients = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        network.to(memory_format=memory_format).zero_grad()
+        (network(x.contiguous(memory_format=memory_format)) * weight).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
+    a, b = gradients
+    assert (a - b).norm() <= tolerance * a.norm()
+
+
+def test_a_pointwise_convolution_is_torchs_of_the_same_stride():
+    ours, x = Pointwise(5, 7, 2).double(), torch.randn(2, 5, 9, 8, dtype=torch.double)
+    assert torch.equal(ours(x), torch.nn.functional.conv2d(x, ours.weight, stride=2))
 
 
 def test_drop_path_skips_branches_of_some_images_in_the_student_alone():

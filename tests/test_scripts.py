@@ -542,6 +542,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def rank_main(rank, port, folder):
+    torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": "2",
