@@ -369,7 +369,6 @@ def classifier(
     """A copy of the backbone with a linear classifier, all of it trained on some rows: crops and flips, SGD with
     Nesterov momentum, no weight decay, cosine (2210.02808). The classifier starts at 0 and has 10 times the rate."""
     g, world = torch.Generator().manual_seed(seed), dist.get_world_size() if dist.is_initialized() else 1
-    torch.manual_seed(seed)
     head = nn.Linear(backbone.feature_dim, len(images.classes))
     nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
     network = synced(nn.Sequential(copy.deepcopy(backbone), head).to(device), device).train()

@@ -2,13 +2,13 @@
 
 Losses are pure functions, computed in fp32 and normalised by the tensor's own N. A method is a module,
 
-    method(views, index) -> scalar loss          views: list of (B, 3, S, S); index (B,): the images' places in the data
+    method(views, index) -> scalar loss          views: list of (B, 3, S, S); index (B,): which of the N training images
     method.after_step(progress)                  after the optimiser's step; progress in 0..1 of the run
     method.last_layer                            of some: takes no gradient in the first epoch
 
 and `forward` is the composition of two, which a benchmark or a notebook can call apart:
 
-    outputs = method.outputs(views)              the networks: a tuple of tensors
+    outputs = method.outputs(views, index)       the networks: a tuple of tensors
     loss = method.loss(*outputs)                 the mathematics on them
 
 The first two views are global, the others local: only globals are ever a target. A method's loss is the mean over all
@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from torch.nn.utils.parametrizations import weight_norm
 from torchvision.ops import StochasticDepth
 
@@ -131,6 +132,90 @@ def dino_loss(
     return -(target * F.log_softmax(full(student) / student_temperature, 1)).sum(1).mean()
 
 
+def diet_loss(
+    h: Tensor, weight: Tensor, index: Tensor, smoothing: float = 0.8, n: int | None = None, chunk: int | None = None
+) -> Tensor:
+    """Cross-entropy, with label smoothing, of the classifier weight (N, K) on features h (B, K); the class of an image
+    is its index (B,) in 0..N-1. DIET, 2406.10743. Raises IndexError for one that is not.
+
+    L = LSE(z) - (1 - eps) z_n - eps mean_j z_j, z = h weight^T, in fp32. Logits are made a chunk of rows at a time, and
+    again for the gradient, so B x N of them are never held: beside h and weight it takes twice 4 B chunk bytes, and
+    4 N K for weight's gradient. chunk: None is as many rows as make 64 MB.
+
+    With n, weight holds this rank's rows (`shard`) of (n, K), and the loss and gradients of h are those of this rank's
+    images among all ranks' together: ranks exchange features and partial sums, never logits or weights. The gradient of
+    weight is that of the mean over ranks, so it is not to be averaged again.
+    """
+    total = n or len(weight)
+    if index.device.type == "cpu" and not ((index >= 0) & (index < total)).all():
+        raise IndexError(f"an image's index must be 0 to {total - 1}: {index.tolist()}")
+    with torch.autocast(h.device.type, enabled=False):
+        return _Diet.apply(full(h), full(weight), index, smoothing, total, chunk)
+
+
+def shard(n: int) -> tuple[int, int]:
+    """(first, end): this rank's rows of n."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    size = -(-n // world)
+    return min(n, rank * size), min(n, (rank + 1) * size)
+
+
+class _Diet(torch.autograd.Function):
+    """diet_loss; its gradient to a logit is (softmax_j - (1 - eps) [j = n] - eps / N) / B."""
+
+    @staticmethod
+    def forward(ctx, h, weight, index, smoothing, total, chunk):
+        world, own = dist.get_world_size() if dist.is_initialized() else 1, len(h)
+        first = shard(total)[0] if len(weight) < total else 0
+        if len(weight) == total:
+            world = 1  # every rank has all of it
+        everyone, target = (gather(x).flatten(0, 1) if world > 1 else x for x in (h.detach(), index))
+        chunk = chunk or max(1024, 2**24 // len(everyone))
+        place = target - first
+        mine = (place >= 0) & (place < len(weight))
+        top = everyone.new_full((len(everyone),), -math.inf)
+        total_exp = torch.zeros_like(top)
+        for rows in weight.split(chunk):
+            z = everyone @ rows.T
+            higher = torch.maximum(top, z.amax(1))
+            total_exp = total_exp * (top - higher).exp() + (z - higher[:, None]).exp().sum(1)
+            top = higher
+        at_target = torch.where(mine, (everyone * weight[place.clamp(0, len(weight) - 1)]).sum(1), 0.0)
+        mean = everyone @ weight.sum(0) / total
+        if world > 1:
+            highest = reduced(top, dist.ReduceOp.MAX)
+            total_exp = reduced(total_exp * (top - highest).exp())
+            top, at_target, mean = highest, reduced(at_target), reduced(mean)
+        lse = top + total_exp.log()
+        losses = lse - (1 - smoothing) * at_target - smoothing * mean
+        ctx.save_for_backward(everyone, weight, place[:, None], mine[:, None], lse)
+        ctx.facts = smoothing, total, chunk, world, own
+        rank = dist.get_rank() if world > 1 else 0
+        return losses[rank * own : (rank + 1) * own].mean()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        everyone, weight, place, mine, lse = ctx.saved_tensors
+        smoothing, total, chunk, world, own = ctx.facts
+        to_h, to_weight = torch.zeros_like(everyone), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(weight), chunk):
+            rows = weight[start : start + chunk]
+            p = (everyone @ rows.T).sub_(lse[:, None]).exp_().sub_(smoothing / total)
+            here = mine & (place >= start) & (place < start + len(rows))
+            p.scatter_add_(1, (place - start).clamp(0, len(rows) - 1), here * p.new_tensor(smoothing - 1))
+            p.mul_(gradient / own)
+            to_h.addmm_(p, rows)
+            if to_weight is not None:
+                torch.mm(p.T, everyone, out=to_weight[start : start + chunk])
+        if world > 1:
+            dist.all_reduce(to_h)
+            rank = dist.get_rank()
+            to_h = to_h[rank * own : (rank + 1) * own]
+            if to_weight is not None:
+                to_weight /= world
+        return to_h, to_weight, None, None, None, None
+
+
 class _Gather(torch.autograd.Function):
     """all_gather whose backward sums every rank's gradient: torch's own changes its name between versions."""
 
@@ -207,6 +292,13 @@ def mlp(*dims: int, bn: bool = True, activation: type[nn.Module] = nn.ReLU) -> n
     return nn.Sequential(*layers, nn.Linear(dims[-2], dims[-1]))
 
 
+def no_projector(heads: dict[str, nn.Module] | None, out_dim: int | None) -> nn.Module:
+    """What stands in place of a projector where z is h. Raises ValueError for heads or dimensions of one."""
+    if heads or out_dim:
+        raise ValueError("without a projector (--projector none) there are neither --heads nor an --out-dim of one")
+    return nn.Identity()
+
+
 def momentum_copy(module: nn.Module) -> nn.Module:
     """A copy without gradients, for a moving average; alphas stay shared: it takes the student's architecture."""
     alphas = {id(p): p for name, p in module.named_parameters() if name.endswith("alpha")}
@@ -228,16 +320,39 @@ def momentum_update(twin: nn.Module, module: nn.Module, momentum: float) -> None
         torch._foreach_lerp_([t for t, _ in pairs], [s for _, s in pairs], 1 - momentum)
 
 
-class SimSiam(nn.Module):
+class Method(nn.Module):
+    """What all methods have; a subclass builds its networks in __init__ and says what `outputs` and `loss` are."""
+
+    recipe: str  # of views, in views.RECIPES
+    optimizer, lr, weight_decay = "sgd", 0.12, 5e-4  # defaults; lr at batch 256
+    constant_lr: tuple[str, ...] = ()  # parameters, by the start of their name, whose learning rate stays
+    balance: tuple[float, float] | None = None  # lambda_gg, lambda_gl
+    classifies_instances = False  # whether every training image is a class, and so has weights of its own
+    sharded: tuple[str, ...] = ()  # parameters of which every rank holds its own rows
+
+    def outputs(self, views: list[Tensor], index: Tensor | None = None) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def loss(self, *outputs: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, views: list[Tensor], index: Tensor | None = None) -> Tensor:
+        return self.loss(*self.outputs(views, index))
+
+    def after_step(self, progress: float) -> None:
+        """After the optimiser's step; progress in 0..1 of the run."""
+
+
+class SimSiam(Method):
     """2011.10566: loss 1/2 [-cos(p1, sg z2) - cos(p2, sg z1)]; the predictor's learning rate stays constant.
 
     Deviation: both views go through the network as one batch, so BN sees them together. out_dim D is 4 F up to 2048,
-    as for ResNet18; the predictor's hidden layer has D / 4.
+    as for ResNet18; the predictor's hidden layer has D / 4. To ask what they add: projector "none" predicts features,
+    teacher "ema" takes the targets from a momentum network (as BYOL, 2006.07733, does).
     """
 
-    recipe, lr, weight_decay = "simsiam", 0.12, 5e-4  # defaults for SGD; lr at batch 256
+    recipe = "simsiam"
     constant_lr = ("predictor",)
-    balance: tuple[float, float] | None = None
 
     @staticmethod
     def heads(feature_dim: int, out_dim: int | None = None) -> dict[str, HeadSpace]:
@@ -247,31 +362,48 @@ class SimSiam(nn.Module):
             "predictor": HeadSpace(4, d, d // 4, d),
         }
 
-    def __init__(self, encoder: nn.Module, heads: dict[str, nn.Module] | None = None, out_dim: int | None = None):
+    def __init__(
+        self,
+        encoder: nn.Module,
+        heads: dict[str, nn.Module] | None = None,
+        out_dim: int | None = None,
+        projector: str = "mlp",
+        teacher: str = "none",
+        momentum: float = 0.99,
+    ):
         super().__init__()
         f, d = encoder.feature_dim, self.heads(encoder.feature_dim, out_dim)["predictor"].o
-        self.encoder = encoder
-        self.projector = nn.Sequential(heads["projector"], nn.Linear(f, d)) if heads else mlp(f, f, f, d)
-        self.projector[-1].bias.requires_grad_(False)  # BN follows
-        self.projector.append(nn.BatchNorm1d(d, affine=False))
+        self.encoder, self.teacher, self.momentum = encoder, teacher, momentum
+        if projector == "none":
+            d, self.projector = f, no_projector(heads, out_dim)
+        else:
+            self.projector = nn.Sequential(heads["projector"], nn.Linear(f, d)) if heads else mlp(f, f, f, d)
+            self.projector[-1].bias.requires_grad_(False)  # BN follows
+            self.projector.append(nn.BatchNorm1d(d, affine=False))
         self.predictor = heads["predictor"] if heads else mlp(d, d // 4, d)
+        if teacher == "ema":
+            self.momentum_encoder, self.momentum_projector = momentum_copy(encoder), momentum_copy(self.projector)
 
-    def outputs(self, views: list[Tensor]) -> tuple[Tensor, ...]:
+    def outputs(self, views: list[Tensor], index: Tensor | None = None) -> tuple[Tensor, ...]:
         """p of every view, then z of the two globals, each (B, D)."""
         z = self.projector(encode(self.encoder, views))  # (V B, F) -> (V B, D)
-        return *self.predictor(z).chunk(len(views)), *z.detach().chunk(len(views))[:2]
+        if self.teacher == "ema":
+            with torch.no_grad():
+                targets = self.momentum_projector(encode(self.momentum_encoder, views[:2])).chunk(2)
+        else:
+            targets = z.detach().chunk(len(views))[:2]
+        return *self.predictor(z).chunk(len(views)), *targets
 
     def loss(self, *outputs: Tensor) -> Tensor:
         return paired(neg_cosine, outputs[-2:], outputs[:-2], self.balance)
 
-    def forward(self, views: list[Tensor], index: Tensor | None = None) -> Tensor:
-        return self.loss(*self.outputs(views))
-
     def after_step(self, progress: float) -> None:
-        """Nothing: the target is the network itself."""
+        if self.teacher == "ema":
+            momentum_update(self.momentum_encoder, self.encoder, self.momentum)
+            momentum_update(self.momentum_projector, self.projector, self.momentum)
 
 
-class SimCLR(nn.Module):
+class SimCLR(Method):
     """2002.05709: NT-Xent between the projections of two views; other ranks' images are negatives too. Local views are
     paired with each of the globals.
 
@@ -279,9 +411,7 @@ class SimCLR(nn.Module):
     activation (2302.00059).
     """
 
-    recipe, lr, weight_decay = "simclr", 0.12, 5e-4
-    constant_lr = ()
-    balance: tuple[float, float] | None = None
+    recipe = "simclr"
 
     @staticmethod
     def heads(feature_dim: int, out_dim: int | None = None) -> dict[str, HeadSpace]:
@@ -293,13 +423,17 @@ class SimCLR(nn.Module):
         heads: dict[str, nn.Module] | None = None,
         out_dim: int | None = None,
         temperature: float = 0.5,
+        projector: str = "mlp",
     ):
         super().__init__()
         f = encoder.feature_dim
         self.encoder, self.temperature = encoder, temperature
-        self.projector = heads["projector"] if heads else mlp(f, f, out_dim or 128)
+        if projector == "none":
+            self.projector = no_projector(heads, out_dim)
+        else:
+            self.projector = heads["projector"] if heads else mlp(f, f, out_dim or 128)
 
-    def outputs(self, views: list[Tensor]) -> tuple[Tensor, ...]:
+    def outputs(self, views: list[Tensor], index: Tensor | None = None) -> tuple[Tensor, ...]:
         return self.projector(encode(self.encoder, views)).chunk(len(views))  # (V B, D) -> V times (B, D)
 
     def loss(self, *z: Tensor) -> Tensor:
@@ -308,25 +442,18 @@ class SimCLR(nn.Module):
 
         return balanced([term(z[0], z[1])], [term(local, g) for local in z[2:] for g in z[:2]], self.balance)
 
-    def forward(self, views: list[Tensor], index: Tensor | None = None) -> Tensor:
-        return self.loss(*self.outputs(views))
 
-    def after_step(self, progress: float) -> None:
-        """Nothing: negatives come from the batch."""
-
-
-class MoCo(nn.Module):
+class MoCo(Method):
     """1911.05722 and 2003.04297. symmetric, as on CIFAR: both global views have keys, and every view is a query to
     those of the others; else the first global view alone has, and every other view is a query (2210.02808).
 
     The momentum encoder has a momentum head of its own. The queue (K, D) holds the last K keys of all ranks; by
     default K is the largest power of two up to an eighth of the images, 65,536 at most, so that a key has left before
-    its image returns. Deviations: the mean of the two terms where 2302.00059 adds them; no shuffling of BN over ranks.
+    its image returns. To ask what they add: teacher "none" makes the keys with the network as it is, projector "none"
+    compares features. Deviations: the mean of the two terms where 2302.00059 adds them; no shuffling of BN over ranks.
     """
 
-    recipe, lr, weight_decay = "moco", 0.12, 5e-4
-    constant_lr = ()
-    balance: tuple[float, float] | None = None
+    recipe = "moco"
 
     @staticmethod
     def heads(feature_dim: int, out_dim: int | None = None) -> dict[str, HeadSpace]:
@@ -343,12 +470,18 @@ class MoCo(nn.Module):
         momentum: float = 0.99,
         temperature: float = 0.1,
         symmetric: bool = True,
+        projector: str = "mlp",
+        teacher: str = "ema",
     ):
         super().__init__()
         f, d = encoder.feature_dim, out_dim or 128
-        self.momentum, self.temperature, self.keyed = momentum, temperature, 2 if symmetric else 1
+        self.momentum = momentum if teacher == "ema" else 0.0
+        self.temperature, self.keyed = temperature, 2 if symmetric else 1
         self.encoder = encoder
-        self.projector = nn.Sequential(heads["projector"], nn.Linear(f, d)) if heads else mlp(f, f, d, bn=False)
+        if projector == "none":
+            d, self.projector = f, no_projector(heads, out_dim)
+        else:
+            self.projector = nn.Sequential(heads["projector"], nn.Linear(f, d)) if heads else mlp(f, f, d, bn=False)
         self.momentum_encoder, self.momentum_projector = momentum_copy(encoder), momentum_copy(self.projector)
         size = queue_size or min(65_536, 2 ** max(4, (n_images // 8).bit_length() - 1))
         if queue_size and queue_size > n_images:
@@ -359,7 +492,7 @@ class MoCo(nn.Module):
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
         self.keys: Tensor | None = None
 
-    def outputs(self, views: list[Tensor]) -> tuple[Tensor, ...]:
+    def outputs(self, views: list[Tensor], index: Tensor | None = None) -> tuple[Tensor, ...]:
         """q of every view that is a query, then the keys, each (B, D)."""
         queries = views if self.keyed == 2 else views[1:]
         q = self.projector(encode(self.encoder, queries))
@@ -375,9 +508,6 @@ class MoCo(nn.Module):
             q = (k[0], *q)  # stands for the first view, which is no query of its own
         return paired(lambda a, b: info_nce(a, b, self.queue, self.temperature), k, q, self.balance)
 
-    def forward(self, views: list[Tensor], index: Tensor | None = None) -> Tensor:
-        return self.loss(*self.outputs(views))
-
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         """Queue the step's keys, in the order that one process would have them in; move the momentum networks."""
@@ -390,7 +520,7 @@ class MoCo(nn.Module):
         momentum_update(self.momentum_projector, self.projector, self.momentum)
 
 
-class SwAV(nn.Module):
+class SwAV(Method):
     """2006.09882: a view's prototype scores predict the codes of the global views, Sinkhorn's over the whole batch.
 
     Prototypes have rows of unit length. A queue of the last embeddings of both global views joins the batch
@@ -398,9 +528,7 @@ class SwAV(nn.Module):
     tenth of the images at the most for the prototypes and an eighth for the queue, so that small data sets fill them.
     """
 
-    recipe, lr, weight_decay = "swav", 0.12, 5e-4
-    constant_lr = ()
-    balance: tuple[float, float] | None = None
+    recipe = "swav"
 
     @staticmethod
     def heads(feature_dim: int, out_dim: int | None = None) -> dict[str, HeadSpace]:
@@ -433,7 +561,7 @@ class SwAV(nn.Module):
     def last_layer(self) -> nn.Module:
         return self.prototypes
 
-    def outputs(self, views: list[Tensor]) -> tuple[Tensor, ...]:
+    def outputs(self, views: list[Tensor], index: Tensor | None = None) -> tuple[Tensor, ...]:
         """Scores (B, K) of every view, then the embeddings (B, D) of the two globals, of unit length."""
         z = F.normalize(full(self.projector(encode(self.encoder, views))), dim=1)
         return *self.prototypes(z).chunk(len(views)), *z.detach().chunk(len(views))[:2]
@@ -443,9 +571,6 @@ class SwAV(nn.Module):
         old = self.queue.to(self.prototypes.weight.dtype) @ self.prototypes.weight.detach().T  # (2, Q, K)
         codes = [sinkhorn(s.detach(), queue=q, weight=self.queue_counts) for s, q in zip(scores, old)]
         return paired(lambda s, c: swav_loss(s, c, self.temperature), codes, scores, self.balance)
-
-    def forward(self, views: list[Tensor], index: Tensor | None = None) -> Tensor:
-        return self.loss(*self.outputs(views))
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
@@ -458,7 +583,7 @@ class SwAV(nn.Module):
         self.queue_counts.copy_((self.filled >= size) & (progress >= self.queue_from))
 
 
-class DINO(nn.Module):
+class DINO(Method):
     """2104.14294: the student's softmax on every view predicts the momentum teacher's, centred and sharpened, on the
     globals.
 
@@ -468,9 +593,7 @@ class DINO(nn.Module):
     a ViT's has none. Deviation: no biases ahead of BN; in networks narrower than ViT-Ti fewer hidden units and outputs.
     """
 
-    recipe, lr, weight_decay = "dino", 0.12, 5e-4
-    constant_lr = ()
-    balance: tuple[float, float] | None = None
+    recipe = "dino"
 
     @staticmethod
     def heads(feature_dim: int, out_dim: int | None = None) -> dict[str, HeadSpace]:
@@ -510,7 +633,7 @@ class DINO(nn.Module):
         self.register_buffer("teacher_temperature", torch.tensor(teacher_temperature[0]))
         self.teacher: Tensor | None = None
 
-    def outputs(self, views: list[Tensor]) -> tuple[Tensor, ...]:
+    def outputs(self, views: list[Tensor], index: Tensor | None = None) -> tuple[Tensor, ...]:
         """(B, K) of the student for every view, then of the teacher for the two globals."""
         z = self.projector(encode(self.encoder, views))
         student = self.last_layer(F.normalize(z, dim=1, eps=1e-6))
@@ -526,9 +649,6 @@ class DINO(nn.Module):
             return dino_loss(s, t, self.center, self.temperature, self.teacher_temperature)
 
         return paired(term, outputs[-2:], student, self.balance)
-
-    def forward(self, views: list[Tensor], index: Tensor | None = None) -> Tensor:
-        return self.loss(*self.outputs(views))
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
@@ -547,4 +667,69 @@ class DINO(nn.Module):
         self.teacher_temperature.fill_(first + (last - first) * ramp)
 
 
-METHODS = {"simsiam": SimSiam, "simclr": SimCLR, "moco": MoCo, "swav": SwAV, "dino": DINO}
+class DIET(Method):
+    """2406.10743: every training image is a class of its own, and a linear classifier on the features tells them apart;
+    no pairs, no teacher, and by default no projector.
+
+    The classifier (N, K) has no bias; for N images and K features its weights, gradient and AdamW's two moments take
+    16 N K bytes, 410 MB for CIFAR-10 at K = 512, shared out over the ranks by rows. Rows start as nn.Linear's. With
+    several views the loss is their mean.
+
+    projector: "none", or "mlp" (Linear BN ReLU Linear, as wide as the features) between the
+    features and the classifier, to ask what it adds.
+    """
+
+    recipe, optimizer, lr, weight_decay = "diet", "adamw", 1e-3, 0.05
+    classifies_instances = True
+    sharded = ("classifier.weight",)
+
+    @staticmethod
+    def heads(feature_dim: int, out_dim: int | None = None) -> dict[str, HeadSpace]:
+        return {}
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        heads: dict[str, nn.Module] | None = None,
+        out_dim: int | None = None,
+        n_images: int = 50_000,
+        smoothing: float = 0.8,
+        projector: str = "none",
+    ):
+        super().__init__()
+        f = encoder.feature_dim
+        k = out_dim or f
+        self.encoder, self.n, self.smoothing = encoder, n_images, smoothing
+        self.projector = no_projector(heads, out_dim) if projector == "none" else mlp(f, f, k)
+        first, end = shard(n_images)
+        self.classifier = skip_init(nn.Linear, k, end - first, bias=False)
+        rows = self.classifier.weight.data
+        for start in range(0, n_images, 65_536):  # the same numbers however many ranks there are
+            block = torch.empty(min(65_536, n_images - start), k).uniform_(-(k**-0.5), k**-0.5)
+            low, high = max(first, start), min(end, start + len(block))
+            if low < high:
+                rows[low - first : high - first] = block[low - start : high - start]
+
+    @property
+    def floor(self) -> float:
+        """The least that the loss can be: the entropy of a smoothed target."""
+        low = self.smoothing / self.n
+        high = 1 - self.smoothing + low
+        return -(high * math.log(high) if high else 0) - ((self.n - 1) * low * math.log(low) if low else 0)
+
+    def normalised(self, loss: float) -> float:
+        """(log N - L) / (log N - floor): 0 at chance, 1 at best."""
+        return (math.log(self.n) - loss) / (math.log(self.n) - self.floor)
+
+    def outputs(self, views: list[Tensor], index: Tensor | None = None) -> tuple[Tensor, ...]:
+        """h (V B, K), then the index of each, (V B,)."""
+        if index is None:
+            raise ValueError("DIET's target is the image's index: outputs(views, index)")
+        return self.projector(encode(self.encoder, views)), index.repeat(len(views))
+
+    def loss(self, *outputs: Tensor) -> Tensor:
+        h, index = outputs
+        return diet_loss(h, self.classifier.weight, index, self.smoothing, self.n)
+
+
+METHODS = {"simsiam": SimSiam, "simclr": SimCLR, "moco": MoCo, "swav": SwAV, "dino": DINO, "diet": DIET}

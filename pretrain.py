@@ -21,6 +21,7 @@ import shlex
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -45,7 +46,7 @@ from linear_eval import (
     synced,
     user_errors,
 )
-from losses import METHODS
+from losses import METHODS, shard
 from models import (
     ARCHS,
     VITS,
@@ -81,12 +82,18 @@ def training_flags(parser: Parser) -> None:
     group.add_argument("--queue-size", type=int, default=None, help="of moco and swav; None fits it to the data")
     group.add_argument("--prototypes", type=int, default=None, help="of swav; None is 3000, fewer for few images")
     group.add_argument("--symmetric", action=on_off, default=None, help="moco: keys of both global views; None is yes")
+    group.add_argument("--projector", choices=["none", "mlp"], default=None, help="None is mlp, but for diet none")
+    group.add_argument(
+        "--teacher", choices=["none", "ema"], default=None, help="of simsiam and moco; None is the method's"
+    )
+    group.add_argument("--smoothing", type=float, default=None, help="of diet's labels; None is 0.8")
     group.add_argument("--freeze-last-layer", type=float, default=1.0, help="epochs; swav's prototypes, dino's last")
     group = parser.add_argument_group("views (None is the recipe's)")
     group.add_argument("--recipe", choices=list(RECIPES), default=None, help="None is the method's")
     group.add_argument("--boundary", type=float, default=None, help="s: globals of [s, 1] of the area, locals [.05, s]")
     group.add_argument("--global-scale", type=float, nargs=2, default=None, help="shares of the area")
     group.add_argument("--local-scale", type=float, nargs=2, default=None, help="shares of the area")
+    group.add_argument("--views-per-image", type=int, choices=[1, 2], default=None, help="global views; 1 is for diet")
     group.add_argument("--locals", type=int, default=None, help="number of local views")
     group.add_argument("--global-size", type=int, default=None, help="edge in pixels")
     group.add_argument("--local-size", type=int, default=None, help="edge in pixels")
@@ -96,7 +103,7 @@ def training_flags(parser: Parser) -> None:
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=int, default=12)
     group.add_argument("--batch-size", type=int, default=64, help="images a step, over all ranks together")
-    group.add_argument("--optimizer", choices=["sgd", "adamw", "lars"], default="sgd")
+    group.add_argument("--optimizer", choices=["sgd", "adamw", "lars"], default=None, help="None is the method's")
     group.add_argument("--lr", type=float, default=None, help="at batch size 256, scaled with it; None is the method's")
     group.add_argument("--final-lr", type=float, default=0.0, help="at batch size 256, scaled as --lr")
     group.add_argument("--weight-decay", type=float, default=None, help="None is the method's, or the optimiser's")
@@ -166,13 +173,21 @@ class Run:
                 f"{args.batch_size}: lower --batch-size{', --held-out' * (args.held_out > 0)} or give more images"
             )
         self.steps_per_epoch = shortest // args.batch_size
+        self.places = torch.full((len(self.images.pixels),), -1)  # of each image among those that are trained on
+        self.places[torch.cat(self.parts)] = torch.arange(sum(map(len, self.parts)))
         self.pixels = self.images.pixels.to(self.device)
         self.size = self.pixels.shape[-1]
         self.stem = args.stem if args.stem != "auto" else "small" if self.size <= 64 else "imagenet"
         self.mean, self.std = channel_stats(self.images.pixels)
         knobs = ("boundary", "global_scale", "local_scale", "global_size", "local_size", "blur", "solarize", "balance")
         recipe = RECIPES[args.recipe or self.method_class.recipe]
-        recipe = adjust(recipe, n_locals=args.locals, **{k: getattr(args, k) for k in knobs})
+        counts = {"n_locals": args.locals, "n_globals": args.views_per_image}
+        recipe = adjust(recipe, **counts, **{k: getattr(args, k) for k in knobs})
+        if len(recipe.globals) < 2 and not self.method_class.classifies_instances:
+            raise ValueError(
+                f"--method {args.method} compares two views of an image, and the recipe has one: "
+                "--views-per-image 2, or another --recipe"
+            )
         self.views = MultiCrop(recipe, self.size, self.mean, self.std, self.device)
         method = self.build_method(search_heads, space)
         method = synced(method, self.device) if args.sync_bn else method
@@ -208,6 +223,9 @@ class Run:
             ("queue_size", "queue-size"),
             ("prototypes", "prototypes"),
             ("symmetric", "symmetric"),
+            ("projector", "projector"),
+            ("teacher", "teacher"),
+            ("smoothing", "smoothing"),
         ):
             value = getattr(args, flag.replace("-", "_"))
             if value is not None and option not in known:
@@ -215,7 +233,7 @@ class Run:
             if value is not None:
                 options[option] = value
         if "n_images" in known:
-            options["n_images"] = min(map(len, self.parts))
+            options["n_images"] = min(map(len, self.parts))  # a queue is for a part
         return self.method_class(encoder, self.heads, args.out_dim, **options)
 
     def freeze(self, done: int) -> None:
@@ -230,14 +248,15 @@ class Run:
     def batch(self, order: Tensor, step: int, generator: torch.Generator | None = None) -> tuple[list[Tensor], Tensor]:
         """(views, index) of this rank's share of a batch; all draw for all of it: one or many see the same views.
 
-        generator: of the views; None is the run's own.
+        order: rows of the images; index: their places among those trained on, -1 for the others. generator: of the
+        views; None is the run's own.
         """
         n, b = self.args.batch_size, self.args.batch_size // self.world
         index = order[step * n : (step + 1) * n]
         parameters = self.views.sample(n, *self.pixels.shape[2:], generator or self.generator)
         mine = slice(self.rank * b, (self.rank + 1) * b)
-        index = index[mine].to(self.device, non_blocking=True)
-        views = self.views.render(self.pixels[index], [{k: v[mine] for k, v in p.items()} for p in parameters])
+        rows, index = (x.to(self.device, non_blocking=True) for x in (index[mine], self.places[index[mine]]))
+        views = self.views.render(self.pixels[rows], [{k: v[mine] for k, v in p.items()} for p in parameters])
         return [v.contiguous(memory_format=memory_format(self.device)) for v in views], index
 
     def monitor(self, knn: bool, method: nn.Module | None = None) -> dict[str, float]:
@@ -263,12 +282,14 @@ class Run:
     @torch.no_grad()
     def held_out_loss(self, method: nn.Module) -> dict[str, float]:
         """{"held_out_loss": its mean over views of the held-out images, always the same ones, in eval mode}; {} where
-        these do not fill a batch."""
+        these do not fill a batch. A method that classifies instances knows no others: there it is of views that it has
+        not seen, of as many training images."""
         generator, losses = torch.Generator().manual_seed(0), []
+        images = self.parts[0][: len(self.held_out)] if method.classifies_instances else self.held_out
         method.eval()
-        for step in range(len(self.held_out) // self.args.batch_size):
+        for step in range(len(images) // self.args.batch_size):
             with self.autocast():
-                losses.append(method.loss(*method.outputs(self.batch(self.held_out, step, generator)[0])))
+                losses.append(method.loss(*method.outputs(*self.batch(images, step, generator))))
         method.train()
         return {"held_out_loss": mean_over_ranks(torch.stack(losses).mean()).item()} if losses else {}
 
@@ -341,24 +362,38 @@ class LARS(torch.optim.Optimizer):
 def optimizer_of(
     named: list[tuple[str, nn.Parameter]], method: nn.Module, args: argparse.Namespace
 ) -> torch.optim.Optimizer:
-    """SGD with momentum .9, AdamW or LARS. Groups: those of the method whose learning rate stays (SimSiam's predictor);
-    for AdamW and LARS tensors of one dimension, which do not decay; for LARS depthwise kernels, which neither."""
-    defaults = {"sgd": (method.lr, method.weight_decay), "adamw": (1e-3, 0.05), "lars": (0.48, 1e-6)}[args.optimizer]
-    lr, decay = (d if v is None else v for v, d in zip((args.lr, args.weight_decay), defaults))
+    """SGD with momentum .9, AdamW or LARS, with the method's own lr and weight decay if it is the method's optimiser.
+
+    Groups: parameters of the method whose learning rate stays (SimSiam's predictor); for AdamW and LARS tensors of one
+    dimension, which do not decay; for LARS depthwise kernels, which do not either.
+    """
+    optimizer = args.optimizer or method.optimizer
+    defaults = {"sgd": (0.12, 5e-4), "adamw": (1e-3, 0.05), "lars": (0.48, 1e-6)}
+    defaults[method.optimizer] = method.lr, method.weight_decay
+    lr, decay = (d if v is None else v for v, d in zip((args.lr, args.weight_decay), defaults[optimizer]))
     lr *= args.batch_size / 256
     groups: dict[tuple, dict] = {}
     for name, p in named:
         kind = "1-D" if p.ndim < 2 else "depthwise" if p.ndim == 4 and p.shape[1] == 1 < p.shape[0] else "normal"
-        kind = kind if args.optimizer == "lars" or (args.optimizer == "adamw" and kind == "1-D") else "normal"
+        kind = kind if optimizer == "lars" or (optimizer == "adamw" and kind == "1-D") else "normal"
         group = {"constant": name.startswith(method.constant_lr), "decays": kind == "normal"}
-        if args.optimizer == "lars":
+        if optimizer == "lars":
             group["scale"] = kind != "1-D"
         groups.setdefault(tuple(group.values()), group | {"params": []})["params"].append(p)
     parts = [g | {"peak": lr, "weight_decay": decay * g["decays"]} for g in groups.values()]
-    fused = named[0][1].is_cuda or None
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(parts, lr, momentum=0.9, fused=fused)
-    return LARS(parts, lr) if args.optimizer == "lars" else torch.optim.AdamW(parts, lr, fused=fused)
+    kind = named[0][1].device.type
+    if optimizer == "sgd":
+        return torch.optim.SGD(parts, lr, momentum=0.9, fused=kind == "cuda" or None)
+    # on a CPU too: else DIET's classifier would need its size in temporaries, twice
+    return LARS(parts, lr) if optimizer == "lars" else torch.optim.AdamW(parts, lr, fused=kind != "mps")
+
+
+def distributed(method: nn.Module, **options) -> nn.Module:
+    """DDP where there are several ranks; it leaves the parameters alone of which every rank has its own rows."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return method
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(method, list(method.sharded))
+    return DistributedDataParallel(method, **options)
 
 
 def warmup_steps(args: argparse.Namespace, steps_per_epoch: int) -> int:
@@ -414,11 +449,43 @@ def write_atomic(text: str, path: Path) -> None:
 
 
 def fingerprint(images: Images) -> list[int]:
-    return [*images.pixels.shape, zlib.crc32(images.pixels[::97].contiguous().numpy().tobytes())]
+    """Of the images and of their order: shape, and a checksum over a row of pixels of each."""
+    row = images.pixels[:, :, images.pixels.shape[2] // 2]
+    return [*images.pixels.shape, zlib.crc32(row.contiguous().numpy())]
+
+
+def all_rows(x: Tensor, n: int) -> Tensor:
+    """(n, ...) on the CPU of every rank's rows, one rank after another."""
+    parts, size = [], -(-n // dist.get_world_size())
+    for rank in range(dist.get_world_size()):
+        rows = max(0, min(n, (rank + 1) * size) - rank * size)
+        part = x.clone() if rank == dist.get_rank() else x.new_empty(rows, *x.shape[1:])
+        dist.broadcast(part, rank)
+        parts.append(part.cpu())
+    return torch.cat(parts)
+
+
+def map_sharded(
+    run: Run, optimizers: list[torch.optim.Optimizer], method: dict, states: list[dict], f: Callable[[Tensor], Tensor]
+) -> None:
+    """f, in place, over what of a method's and its optimisers' state dicts is this rank's rows of something."""
+    if run.world == 1:
+        return
+    sharded = [run.method.get_parameter(name) for name in run.method.sharded]
+    for name in run.method.sharded:
+        method[name] = f(method[name])
+    for optimizer, state in zip(optimizers, states, strict=True):
+        for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            if any(p is own for own in sharded) and i in state["state"]:
+                moments = state["state"][i]
+                state["state"][i] = {k: f(v) if torch.is_tensor(v) and v.ndim else v for k, v in moments.items()}
 
 
 def save_checkpoint(run: Run, epoch: int, history: list[dict], optimizers: list[torch.optim.Optimizer]) -> None:
-    """After `epoch` epochs: all that the rest of the run depends on, then log.txt, which is the history."""
+    """After `epoch` epochs: all that the rest of the run depends on, then log.txt, which is the history. Every rank
+    calls it; the checkpoint is whole, and so may be gone on from with another number of them."""
+    method, states = run.method.state_dict(), [o.state_dict() for o in optimizers]
+    map_sharded(run, optimizers, method, states, lambda x: all_rows(x, run.method.n))
     if run.rank > 0:
         return
     state = {
@@ -426,8 +493,8 @@ def save_checkpoint(run: Run, epoch: int, history: list[dict], optimizers: list[
         "data": fingerprint(run.images),
         "network": [run.arch, run.specs],
         "epoch": epoch,
-        "method": run.method.state_dict(),
-        "optimizers": [o.state_dict() for o in optimizers],
+        "method": method,
+        "optimizers": states,
         "generator": run.generator.get_state(),
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state() if run.device.type == "cuda" else None,
@@ -465,6 +532,7 @@ def load_checkpoint(run: Run, optimizers: list[torch.optim.Optimizer]) -> tuple[
             f"'{path}' was made with other images ({data[0]:,}, now {len(run.images.pixels):,}): choose another "
             "--output-dir"
         )
+    map_sharded(run, optimizers, state["method"], state["optimizers"], lambda x: x[slice(*shard(run.method.n))])
     run.method.load_state_dict(state["method"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
@@ -585,10 +653,10 @@ def bench(run: Run, optimizer: torch.optim.Optimizer, steps: int = 20, warm_up: 
 
     for step in range(warm_up + steps):
         t0 = clock(run.device)
-        views, _ = run.batch(order, step % run.steps_per_epoch)
+        views, index = run.batch(order, step % run.steps_per_epoch)
         t1 = clock(run.device)
         with run.autocast():
-            out = outputs(views)
+            out = outputs(views, index)
         t2 = clock(run.device)
         leaves = [o.detach().requires_grad_(o.requires_grad) for o in out]
         criterion(*leaves).backward()
@@ -636,7 +704,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     if args.knn_every and not run.images.labelled:
         say("no labels: the monitor gives std and RankMe, but no kNN")
 
-    model = DistributedDataParallel(method) if run.world > 1 else method
+    model = distributed(method)
     console, done, lr = Console(run, total), first * run.steps_per_epoch, 0.0
     for epoch in range(first, args.epochs):
         order = run.parts[0][torch.randperm(len(run.parts[0]), generator=run.generator)]
@@ -661,7 +729,10 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         loss = console.mean_loss(f"epoch {epoch + 1}", lr)
         facts = run.monitor(run.knn_due(epoch + 1))
         knn = f"  kNN {100 * facts['knn']:.2f} (held-out)" if "knn" in facts else ""
-        more = f"  std {facts['z_std']:.2f}  RankMe {facts['rankme']:.1f}{knn}"
+        if method.classifies_instances:
+            facts["normalised"] = method.normalised(loss)
+        more = f"  normalised {facts['normalised']:.3f}" if "normalised" in facts else ""
+        more += f"  std {facts['z_std']:.2f}  RankMe {facts['rankme']:.1f}{knn}"
         console.text(f"epoch {epoch + 1}/{args.epochs}", loss, done, lr, more)
         if warning := collapsed(facts, done):
             say(f"warning: {warning}")

@@ -38,7 +38,6 @@ import torch
 import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 import pretrain
 from compare import compare, facts_of, prepare, searched, shared_flags, write_arch
@@ -64,6 +63,7 @@ from pretrain import (
     clock,
     collapsed,
     command_line,
+    distributed,
     load_checkpoint,
     mean_over_ranks,
     optimizer_of,
@@ -117,11 +117,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError("--target-macs means nothing to --space heads: name a backbone space too")
     if args.strategy != "gradient" and (not backbones or "heads" in args.space):
         raise ValueError(f"--strategy {args.strategy} is for a backbone alone: --space {' or '.join(SPACES)}")
-    if args.strategy == "gradient" and getattr(pretrain.METHODS[args.method], "classifies_instances", False):
-        raise ValueError(
-            f"--method {args.method} has a class for every training image, so alphas cannot learn on images that the "
-            "weights never see: its classes there are untrained. Choose another --method or --strategy random"
-        )
+    if "heads" in args.space and pretrain.METHODS[args.method].classifies_instances:
+        raise ValueError(f"--method {args.method} has no heads to search: choose --space {' or '.join(SPACES)}")
     if min(args.tau) <= 0:
         raise ValueError(f"--tau {args.tau[0]:g} {args.tau[1]:g}: must be above 0")
     if args.arch_warmup is not None and not 0 <= args.arch_warmup < 1:
@@ -166,13 +163,22 @@ def alpha_gradients(
 
 
 class Search:
-    """The searchable network, its weights and alphas, and an optimiser for each."""
+    """The searchable network, its weights and alphas, and an optimiser for each.
+
+    Alphas and weights learn from disjoint halves of the images, so that alphas cannot fit what the weights have
+    memorised. A method that classifies instances (DIET) has no class for an image that the weights have not seen: on
+    the other half its loss would end above chance. There both learn from all images, each step with its own order
+    and its own augmentation, so what the alphas see is new views of known classes: what generalises is still preferred
+    to what memorises pixels, and unlike in a single-level search the alphas do not share the weights' batch.
+    """
 
     def __init__(self, args: argparse.Namespace):
         check_flags(args)
         self.args, learns = args, args.strategy == "gradient"
         self.space = next((SPACES[name] for name in args.space if name in SPACES), None)
-        self.run = Run(args, "heads" in args.space, self.space, parts=2 if learns else 1)
+        self.halves = 1 if pretrain.METHODS[args.method].classifies_instances else 2
+        self.run = Run(args, "heads" in args.space, self.space, parts=self.halves if learns else 1)
+        self.parts = [self.run.parts[0], self.run.parts[-1]] if learns else self.run.parts  # of weights, of alphas
         self.method, self.heads = self.run.method, (self.run.heads or {}) if "heads" in args.space else {}
         self.choices = self.method.encoder.choices if self.space else None
         self.total = self.run.epochs * self.run.steps_per_epoch
@@ -204,10 +210,7 @@ class Search:
             alpha.requires_grad_(False)
         self.gradients: list[Tensor] = []  # of the loss to all alphas, one for each alpha step since `signal`
         # a sampled network leaves weights without gradients
-        ddp = self.run.world > 1
-        self.model = (
-            DistributedDataParallel(self.method, find_unused_parameters=bool(self.space)) if ddp else self.method
-        )
+        self.model = distributed(self.method, find_unused_parameters=bool(self.space))
 
     # ---- steps
 
@@ -334,9 +337,9 @@ class Search:
             if isinstance(child, SearchBackbone):
                 setattr(twin, name, child.cut(choice))
         order, generator = self.run.parts[0], torch.Generator().manual_seed(self.args.seed)
-        views = (self.run.batch(order, i % self.run.steps_per_epoch, generator)[0] for i in range(batches))
+        batches = (self.run.batch(order, i % self.run.steps_per_epoch, generator) for i in range(batches))
         with self.run.autocast():
-            return recalibrate(twin, views, twin.outputs)
+            return recalibrate(twin, batches, lambda batch: twin.outputs(*batch))
 
     # ---- baselines of the same cost
 
@@ -353,7 +356,7 @@ class Search:
                 f"--strategy {args.strategy} chooses by the loss on held-out images, and {len(run.held_out)} do "
                 "not fill a batch: raise --held-out or lower --batch-size"
             )
-        steps = args.epochs * (len(run.parts[0]) // 2 // args.batch_size)
+        steps = args.epochs * (len(run.parts[0]) // self.halves // args.batch_size)
         warmup = (0.25 if args.arch_warmup is None else args.arch_warmup) * steps
         largest, mean = self.macs(self.choices.largest), self.choices.expected_macs(self.base, self.table).item()
         both = (mean + largest) / 2
@@ -407,7 +410,7 @@ def random_search(search: Search) -> tuple[dict, list[int], nn.Module]:
 def bench(search: Search, steps: int = 15, warm_up: int = 3) -> float:
     """Prints what an iteration (alpha and weight step) costs, and returns its ratio: of heads to the weight step alone,
     of a backbone to a plain step of the largest network, for which time and memory are given."""
-    run, orders = search.run, [p[torch.randperm(len(p), generator=search.run.generator)] for p in search.run.parts]
+    run, orders = search.run, [p[torch.randperm(len(p), generator=search.run.generator)] for p in search.parts]
     variants = {"alpha step": lambda step: search.alpha_step(orders[1], step, search.warmup)}
     variants["weight step"] = lambda step: search.weight_step(orders[0], step, 0.0, search.warmup)
     if search.space:
@@ -502,7 +505,7 @@ def train(search: Search) -> list[dict]:
     warmup = pretrain.warmup_steps(args, run.steps_per_epoch)
     console, done, lr = Console(run, search.total), first * run.steps_per_epoch, 0.0
     for epoch in range(first, run.epochs):
-        orders = [part[torch.randperm(len(part), generator=run.generator)] for part in run.parts]
+        orders = [part[torch.randperm(len(part), generator=run.generator)] for part in search.parts]
         alpha_losses, search.gradients = [], []
         console.begin()
         for step in range(run.steps_per_epoch):

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -325,7 +325,9 @@ class View(NamedTuple):
     grey: float = 0.2
     blur: float = 0.5
     sigma: tuple[float, float] = (0.1, 2.0)
+    reach: int | None = None  # pixels to either side that the blur takes in; None is a twentieth of the edge
     solarize: float = 0.0
+    erase: float = 0.0  # a box of .02 to .33 of the view becomes the mean colour
 
 
 class Recipe(NamedTuple):
@@ -356,6 +358,12 @@ def multi_crop(
 
 
 _simclr = View(scale=(0.08, 1.0))
+_diet = View(
+    (0.08, 1.0), jitter=(0.4, 0.4, 0.4, 0.2), jitter_p=0.3, grey=0.2, blur=0.2, sigma=(1, 2), reach=1, erase=0.25
+)
+_diet_2 = _diet._replace(blur=0.0, erase=0.0)
+_diet_1 = _diet_2._replace(jitter_p=0.0, grey=0.0)
+_diet_0 = _diet_1._replace(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
 RECIPES = {
     "simsiam": Recipe((View(), View())),  # 2011.10566 section 3; 2302.00059 uses the same three on CIFAR
     "simclr": Recipe((_simclr, _simclr)),  # 2002.05709 appendix B.9
@@ -367,6 +375,11 @@ RECIPES = {
     "sslight-cnn": multi_crop(0.3, 128 / 224, 6, (0.4, 0.6)),
     "sslight-vit": multi_crop(0.3, 128 / 224, 10, (0.4, 0.6)),
     "sslight-swav": multi_crop(0.3, 128 / 224, 6, (0.4, 0.6), (0.8, 0.8, 0.8, 0.2), (0.5, 0.5, 0.5), (0.0, 0.0, 0.0)),
+    # 2406.10743: one view; strengths 0 (none), 1 (crop and flip), 2 (and colours), 3 (and blur and erasing)
+    "diet": Recipe((_diet,), blur_above=0),
+    "diet-2": Recipe((_diet_2,)),
+    "diet-1": Recipe((_diet_1,)),
+    "diet-0": Recipe((_diet_0,)),
 }
 CROP_AND_FLIP = Recipe((View((0.08, 1.0), jitter_p=0.0, grey=0.0, blur=0.0),))  # one view, to train a probe on
 
@@ -382,6 +395,7 @@ def adjust(
     blur: Sequence[float] | None = None,
     solarize: Sequence[float] | None = None,
     balance: Sequence[float] | None = None,
+    n_globals: int | None = None,
 ) -> Recipe:
     """The recipe with some knobs turned; None leaves one as it is. boundary s sets both scales, [s, 1] and [.05, s].
 
@@ -404,6 +418,7 @@ def adjust(
     if (n_locals or 0) < 0 or min(global_size or 8, local_size or 8) < 8 or min(balance or [0]) < 0:
         raise ValueError("views need 0 or more locals, edges of 8 pixels or more and weights of 0 or more")
     views, first = list(recipe.globals), recipe.globals[0]
+    views = (views * 2)[: n_globals or len(views)]
     local = recipe.locals[0] if recipe.locals else first._replace(scale=(0.05, first.scale[0]), share=96 / 224)
     if global_scale:
         views = [v._replace(scale=tuple(global_scale)) for v in views]
@@ -448,7 +463,8 @@ class MultiCrop:
         out = []
         for view, p in zip(self.views, parameters, strict=True):
             p = {k: t.to(pixels.device, non_blocking=True) for k, t in p.items()}
-            out.append(render_view(pixels, p, view.size, view.bicubic).sub_(self.mean).div_(self.std))
+            x = render_view(pixels, p, view.size, view.bicubic, view.reach).sub_(self.mean).div_(self.std)
+            out.append(erase(x, p["erased"]) if "erased" in p else x)
         return out
 
 
@@ -457,7 +473,8 @@ def sample_view(view: View, n: int, height: int, width: int, generator: torch.Ge
 
     box (n, 4) top, left, height, width of the crop; flip (n,) bool; factor (n, 3) of brightness, contrast,
     saturation, 1 for none; order (n, 3) of the three; hue (n,) shift in turns, 0 for none; hue_after (n,) that many
-    of the three; grey, solarize (n,) bool; sigma (n,) of the blur in pixels, 0 for none.
+    of the three; grey, solarize (n,) bool; sigma (n,) of the blur in pixels, 0 for none; where the recipe erases also
+    erased (n, 4), a box like the crop's but in pixels of the view, empty for none.
     """
     u = torch.rand(n, 36, generator=generator, device=generator.device)
     area = (
@@ -481,7 +498,8 @@ def sample_view(view: View, n: int, height: int, width: int, generator: torch.Ge
     strength = torch.tensor(view.jitter, device=u.device)
     factor = 1 + (2 * u[:, 23:26] - 1) * strength[:3]
     blurred = u[:, 33] < view.blur
-    return {
+    erased = {"erased": sample_erased(view, n, generator)} if view.erase else {}
+    return erased | {
         "box": box,
         "flip": u[:, 26] < view.flip,
         "factor": torch.where(jittered[:, None], factor.clamp(min=0), 1.0),
@@ -492,6 +510,27 @@ def sample_view(view: View, n: int, height: int, width: int, generator: torch.Ge
         "sigma": torch.where(blurred, view.sigma[0] + u[:, 34] * (view.sigma[1] - view.sigma[0]), 0.0),
         "solarize": u[:, 35] < view.solarize,
     }
+
+
+def sample_erased(view: View, n: int, generator: torch.Generator) -> Tensor:
+    """(n, 4) boxes as torchvision's RandomErasing draws them: ten tries, the first that fits counts."""
+    u = torch.rand(n, 23, generator=generator, device=generator.device)
+    area, side = view.size**2 * (0.02 + u[:, :10] * 0.31), view.size
+    aspect = torch.exp(math.log(0.3) + u[:, 10:20] * math.log(3.3 / 0.3))
+    h, w = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    fits = (h < side) & (w < side)
+    first = fits.to(torch.uint8).argmax(1, keepdim=True)
+    h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]
+    box = torch.stack([(u[:, 20] * (side - h + 1)).floor(), (u[:, 21] * (side - w + 1)).floor(), h, w], 1)
+    return box * ((u[:, 22] < view.erase) & fits.any(1))[:, None]
+
+
+def erase(x: Tensor, box: Tensor) -> Tensor:
+    """(n, 3, S, S), normalised, with the box of each image at zero, the mean colour."""
+    top, left, h, w = box[:, :, None].unbind(1)
+    place = torch.arange(x.shape[-1], device=x.device)
+    rows, columns = (place >= top) & (place < top + h), (place >= left) & (place < left + w)
+    return x.masked_fill((rows[:, :, None] & columns[:, None])[:, None], 0.0)
 
 
 def resize_matrix(
@@ -520,11 +559,12 @@ def resize_matrix(
     return weight / weight.sum(-1, keepdim=True)
 
 
-def blur_matrix(sigma: Tensor, size: int) -> Tensor:
-    """(n, size, size): a Gaussian over about a tenth of the edge (2002.05709), mirrored at the border."""
-    reach = max(1, size // 20)
+def blur_matrix(sigma: Tensor, size: int, reach: int | None = None) -> Tensor:
+    """(n, size, size): a Gaussian over `reach` pixels to either side, mirrored at the border; None is a twentieth of
+    the edge (2002.05709)."""
+    reach = reach or max(1, size // 20)
     offset = torch.arange(-reach, reach + 1, device=sigma.device)
-    kernel = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)
+    kernel = torch.exp(-0.5 * (offset / sigma.clamp(min=1e-3)[:, None]) ** 2)
     kernel = kernel * (kernel > 1e-12)  # products with denormals take 10 times as long on a CPU
     kernel = kernel / kernel.sum(1, keepdim=True)  # (n, K)
     source = torch.arange(size, device=sigma.device)[:, None] + offset  # (size, K)
@@ -553,8 +593,10 @@ def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
     return weights.clamp_(0, 1).sub_(1).mul_(chroma[:, None]).add_(value[:, None])
 
 
-def render_view(pixels: Tensor, p: dict[str, Tensor], size: int, bicubic: bool = False) -> Tensor:
-    """uint8 (n, 3, H, W) and sample_view's parameters -> float32 (n, 3, size, size) in 0..1."""
+def render_view(
+    pixels: Tensor, p: dict[str, Tensor], size: int, bicubic: bool = False, reach: int | None = None
+) -> Tensor:
+    """uint8 (n, 3, H, W) and sample_view's parameters -> float32 (n, 3, size, size) in 0..1; reach is the blur's."""
     rows = None
     if not _everywhere(
         pixels
@@ -576,7 +618,7 @@ def render_view(pixels: Tensor, p: dict[str, Tensor], size: int, bicubic: bool =
             some = slice(0, n if rows is None else ends[4])  # the rest is not jittered
             blend_(x[some], p["order"][some, step], p["factor"][some])
     x = _where(x, p["grey"], lambda x: grey(x).expand_as(x))
-    x = _where(x, p["sigma"] > 0, _blur, p["sigma"])
+    x = _where(x, p["sigma"] > 0, partial(_blur, reach=reach), p["sigma"])
     x = _where(x, p["solarize"], lambda x: torch.where(x >= 0.5, 1 - x, x))
     return x if rows is None else x[rows.argsort()]
 
@@ -624,8 +666,8 @@ def blend_(x: Tensor, step: Tensor, factor: Tensor) -> None:
     x.mul_(f).add_(luma.mul_(to_luma).add_(to_mean * mean)).clamp_(0, 1)
 
 
-def _blur(x, sigma):
-    matrix = blur_matrix(sigma, x.shape[-1])[:, None]
+def _blur(x, sigma, reach):
+    matrix = blur_matrix(sigma, x.shape[-1], reach)[:, None]
     return matrix @ x @ matrix.transpose(2, 3)
 
 
@@ -637,7 +679,6 @@ def _everywhere(x):
 def _where(x, mask, function, *arguments):
     """function on the images of the mask."""
     if _everywhere(x):
-        arguments = [a.clamp(min=1e-3) if function is _blur else a for a in arguments]
         return torch.where(mask.view(-1, 1, 1, 1), function(x, *arguments), x)
     rows = mask.nonzero()[:, 0]
     if len(rows):

@@ -10,15 +10,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from losses import (
+    DIET,
     DINO,
     METHODS,
     MoCo,
     SimCLR,
     SimSiam,
     balanced,
+    diet_loss,
     dino_loss,
     encode,
     info_nce,
@@ -31,6 +32,7 @@ from losses import (
     swav_loss,
 )
 from models import SearchHead
+from pretrain import distributed
 
 
 def unit(x):
@@ -169,7 +171,7 @@ class Encoder(nn.Module):
 
 def build(name, heads=None, **options):
     torch.manual_seed(0)
-    options |= {"bn": True} if name == "dino" else {}
+    options |= {"bn": True} if name == "dino" else {"n_images": 11} if name == "diet" else {}
     method = METHODS[name](Encoder(), heads, **options)
     for parent in list(method.modules()):
         for child, module in list(parent.named_children()):
@@ -200,7 +202,7 @@ def test_views_of_one_resolution_share_a_call():
 def test_a_method_is_its_networks_and_then_its_loss(name):
     method, views = build(name), some_views()
     loss = method(views, torch.arange(8))
-    torch.testing.assert_close(loss, method.loss(*method.outputs(views)))
+    torch.testing.assert_close(loss, method.loss(*method.outputs(views, torch.arange(8))))
     swapped = method(views[::-1], torch.arange(8))
     torch.testing.assert_close(loss, swapped)  # both views play both parts
 
@@ -232,7 +234,7 @@ def test_the_loss_is_the_mean_over_pairs_of_views_unless_balanced(name):
 
 def test_no_view_is_paired_with_itself_and_without_locals_the_globals_are_all():
     assert pairs(2, 4) == [(1, 0), (0, 1), (0, 2), (1, 2), (0, 3), (1, 3)] and pairs(1, 3) == [(0, 1), (0, 2)]
-    assert set(METHODS) == {name.split(",")[0] for name in PAIRS}
+    assert set(METHODS) == {name.split(",")[0] for name in PAIRS} | {"diet"}  # which has no pairs
     terms = list(torch.tensor([[1.0, 3.0], [10.0, 20.0]]))
     assert balanced(list(terms[0]), list(terms[1]), (0.4, 0.6)) == 0.4 * 2 + 0.6 * 15
     assert balanced(list(terms[0]), [], (0.4, 0.6)) == 2
@@ -255,7 +257,7 @@ def test_two_resolutions_are_two_calls_of_the_encoder_and_one_of_the_head(name):
 
     method = METHODS[name](Spy())
     method.projector.register_forward_hook(lambda _, i, __: calls.append(("head", len(i[0]))))
-    method([torch.randn(4, 3, s, s) for s in (8, 8, 4, 4, 4)])
+    method([torch.randn(4, 3, s, s) for s in (8, 8, 4, 4, 4)], torch.arange(4))
     assert [c for c in calls if c[0] == "student"] == [("student", 8, 3, 8, 8), ("student", 12, 3, 4, 4)]
     assert [c for c in calls if c[0] == "head"] == [("head", 20)]
     assert [c for c in calls if c[0] == "teacher"] == [("teacher", 8, 3, 8, 8)] * (name in ("moco", "dino"))
@@ -337,10 +339,10 @@ def test_dinos_head_has_the_papers_parameters():
 def test_a_step_lowers_the_loss(name):
     method, views = build(name), some_views()
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 0.05)
-    before = method(views, None)
+    before = method(views, torch.arange(8))
     before.backward()
     optimizer.step()
-    assert method(views, None) < before
+    assert method(views, torch.arange(8)) < before
 
 
 def test_both_heads_get_a_gradient_for_their_alphas():
@@ -408,17 +410,129 @@ def test_temperature_is_used():
     assert isinstance(build("simclr"), SimCLR)
 
 
+@pytest.mark.parametrize("name", ["simsiam", "simclr", "moco", "diet"])
+def test_a_projector_can_be_left_out(name):
+    method, views = build(name, projector="none"), some_views()
+    assert isinstance(method.projector, nn.Identity)
+    torch.testing.assert_close(method.outputs(views, torch.arange(8))[-1].shape[-1], {"diet": 16}.get(name, 8))
+    method(views, torch.arange(8)).backward()
+    assert all(p.grad.abs().sum() > 0 for p in method.encoder.parameters())
+    with pytest.raises(ValueError, match="without a projector"):
+        build(name, projector="none", out_dim=4)
+    with_one = build(name, projector="mlp")
+    assert [m.out_features for m in with_one.projector if isinstance(m, nn.Linear)][:1] == [8]
+
+
+def test_simsiams_teacher_gives_its_targets_and_follows():
+    views = some_views()
+    method = build("simsiam", teacher="ema", momentum=0.9)
+    assert not any(p.requires_grad for p in method.momentum_encoder.parameters())
+    torch.testing.assert_close(method(views), build("simsiam")(views))  # at first it is the network itself
+    with torch.no_grad():
+        for p in method.encoder.parameters():
+            p.mul_(2)
+    before = [p.clone() for p in method.momentum_encoder.parameters()]
+    z = method.momentum_projector(method.momentum_encoder(views[1]))
+    torch.testing.assert_close(method.outputs(views)[-1], z)
+    method.after_step(0.5)
+    for p, old in zip(method.momentum_encoder.parameters(), before):
+        torch.testing.assert_close(p, old + 0.1 * old)
+
+
+def test_mocos_keys_are_the_networks_own_without_a_teacher():
+    method = build("moco", teacher="none")
+    with torch.no_grad():
+        for p in method.encoder.parameters():
+            p.mul_(2)
+    method(some_views())
+    method.after_step(0.5)
+    for p, q in zip(method.momentum_encoder.parameters(), method.encoder.parameters()):
+        assert torch.equal(p, q)
+
+
+# ---- DIET: the facts of 2406.10743 ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [None, 7, 1])
+@pytest.mark.parametrize("smoothing", [0.0, 0.8, 1.0])
+def test_diet_loss_and_its_gradients_are_cross_entropys(chunk, smoothing):
+    h, weight = (torch.randn(n, 5, dtype=torch.double, requires_grad=True) for n in (9, 23))
+    index = torch.randint(23, (9,))
+    loss, want = (
+        diet_loss(h, weight, index, smoothing, chunk=chunk),
+        F.cross_entropy(h @ weight.T, index, label_smoothing=smoothing),
+    )
+    torch.testing.assert_close(loss, want)
+    for a, b in zip(*(torch.autograd.grad(3 * x, [h, weight]) for x in (loss, want))):
+        torch.testing.assert_close(a, b)
+        assert a.abs().amax(1).min() > 0  # every row of both has one
+    p = numpy_softmax((h @ weight.T).detach().numpy())
+    target = smoothing / 23 + (1 - smoothing) * np.eye(23)[index]
+    assert loss.item() == pytest.approx(-(target * np.log(p)).sum(1).mean())
+
+
+def test_diet_loss_where_nothing_or_everything_is_known():
+    n, method = 50_000, DIET(Encoder(), n_images=50_000)
+    for smoothing in (0.0, 0.5, 0.8):
+        loss = diet_loss(torch.zeros(3, 8), method.classifier.weight, torch.arange(3), smoothing)
+        assert loss.item() == pytest.approx(math.log(n), abs=1e-5)
+    assert method.floor == pytest.approx(9.1561, abs=1e-4)
+    assert method.normalised(math.log(n)) == 0 and method.normalised(method.floor) == 1
+    few = DIET(Encoder(), n_images=4)
+    ideal = torch.log(torch.full((4, 4), 0.2) + 0.2 * torch.eye(4))  # logits of the smoothed targets, .8 / 4 and .4
+    torch.testing.assert_close(diet_loss(torch.eye(4), ideal, torch.arange(4)).item(), few.floor)
+    assert [tuple(p.shape) for n, p in method.named_parameters() if "encoder" not in n] == [(n, 8)]  # and no bias
+
+
+def test_diet_loss_keeps_its_symmetries():
+    h, weight = torch.randn(6, 5, dtype=torch.double), torch.randn(23, 5, dtype=torch.double, requires_grad=True)
+    index, order = torch.randint(23, (6,)), torch.randperm(23)
+    loss = diet_loss(h, weight, index)
+    torch.testing.assert_close(loss, diet_loss(h, weight[order], order.argsort()[index]))
+    gradient = torch.autograd.grad(loss, weight)[0]
+    torch.testing.assert_close(gradient.sum(0), torch.zeros(5, dtype=torch.double))
+    flat = torch.zeros_like(weight, requires_grad=True)  # uniform logits: smoothing scales the gradient
+    half, none = (torch.autograd.grad(diet_loss(h, flat, index, s), flat)[0] for s in (0.5, 0.0))
+    torch.testing.assert_close(half, 0.5 * none)
+
+
+def test_diet_is_fp32_inside_and_holds_no_logits():
+    h, weight, index = torch.randn(64, 8), torch.randn(1000, 8, requires_grad=True), torch.arange(64)
+    want, held = diet_loss(h, weight, index), []
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.numel()) or t, lambda t: t),
+    ):
+        loss = diet_loss(h, weight, index, chunk=100)
+    torch.testing.assert_close(loss, want)
+    assert loss.dtype == torch.float32 and max(held) == weight.numel() < 64 * 1000
+
+
+def test_what_is_no_image_is_no_class():
+    for index in ([0, 5], [0, -1]):
+        with pytest.raises(IndexError, match="must be 0 to 4"):
+            diet_loss(torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor(index))
+    with pytest.raises(ValueError, match="the image's index"):
+        DIET(Encoder(), n_images=5).outputs(some_views())
+    with pytest.raises(ValueError, match="without a projector"):
+        DIET(Encoder(), n_images=5, out_dim=4)
+    assert DIET(Encoder(), n_images=5, projector="mlp", out_dim=4).classifier.weight.shape == (5, 4)
+
+
 # ---- two ranks ------------------------------------------------------------------------------------------------------
 
 
-def one_step(method, views, wrap):
+def one_step(method, views, index, wrap):
     """(mean loss over ranks, gradients, buffers after the step)"""
     model = wrap(method)  # kept: without it DDP would be gone before backward
-    loss = model(views, None)
+    loss = model(views, index)
     loss.backward()
     method.after_step(0.5)
     gradients = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
     return loss.detach(), gradients, dict(method.named_buffers())
+
+
+INDEX = torch.tensor([3, 10, 0, 7, 5, 6, 1, 2])
 
 
 def rank_main(rank, path):
@@ -427,7 +541,7 @@ def rank_main(rank, path):
     results = {}
     for name in METHODS:
         views = [v.chunk(2)[rank] for v in some_views(views=3)]
-        loss, gradients, buffers = one_step(build(name), views, DistributedDataParallel)
+        loss, gradients, buffers = one_step(build(name), views, INDEX.chunk(2)[rank], distributed)
         dist.all_reduce(loss)
         results[name] = (loss / 2, gradients, buffers)
     torch.save(results, f"{path['folder']}/{rank}.pth")
@@ -441,7 +555,11 @@ def test_two_ranks_give_one_process_loss_gradients_and_queue(tmp_path):
     torch.multiprocessing.spawn(rank_main, ({"port": port, "folder": str(tmp_path)},), nprocs=2)
     ranks = [torch.load(tmp_path / f"{r}.pth", weights_only=True) for r in range(2)]
     for name in METHODS:
-        loss, gradients, buffers = one_step(build(name), some_views(views=3), lambda m: m)
+        loss, gradients, buffers = one_step(build(name), some_views(views=3), INDEX, lambda m: m)
+        if name == "diet":  # every rank has its own rows
+            rows = [rank[name][1].pop("classifier.weight") for rank in ranks]
+            assert [len(r) for r in rows] == [6, 5]
+            torch.testing.assert_close(torch.cat(rows), gradients.pop("classifier.weight"))
         for rank in ranks:
             torch.testing.assert_close(rank[name][0], loss)
             assert rank[name][1].keys() == gradients.keys() and len(gradients) > 3

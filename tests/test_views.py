@@ -9,7 +9,7 @@ import torch
 import torchvision.transforms.v2.functional as tv
 from PIL import Image
 from torchvision import datasets
-from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import InterpolationMode, RandomErasing, RandomResizedCrop
 
 import views
 from views import (
@@ -221,6 +221,52 @@ def test_the_other_parameters_are_distributed_as_the_recipe_says():
     ]:
         assert low <= values.min() < low + 0.01 * (high - low) and high - 0.01 * (high - low) < values.max() <= high
         assert values.mean().item() == pytest.approx((low + high) / 2, abs=0.02 * (high - low))
+
+
+def test_erased_boxes_are_distributed_as_torchvisions_and_nothing_else_changes():
+    view = RECIPES["diet"].globals[0]._replace(size=32, erase=0.5)
+    g = torch.Generator().manual_seed(0)
+    box = sample_view(view, 4000, 32, 32, g)["erased"]
+    some = box[box[:, 2] > 0]
+    assert abs(len(some) / 4000 - 0.5) < 0.03
+    image, theirs = torch.zeros(3, 32, 32), []
+    torch.manual_seed(0)
+    for _ in range(2000):
+        theirs.append(RandomErasing.get_params(image, (0.02, 0.33), (0.3, 3.3), [0.0])[:4])
+    theirs = torch.tensor(theirs).float()
+    for k in range(4):  # top, left, height, width: medians and spreads
+        assert abs(some[:, k].mean() - theirs[:, k].mean()) < 0.8 and abs(some[:, k].std() - theirs[:, k].std()) < 0.5
+    x = torch.rand(4000, 3, 32, 32) + 1
+    y = views.erase(x, box)
+    for i in range(20):
+        top, left, h, w = box[i].int().tolist()
+        want = x[i].clone()
+        want[:, top : top + h, left : left + w] = 0
+        assert torch.equal(y[i], want)
+
+
+def test_diets_strengths_are_cumulative():
+    crop = [MultiCrop(f"diet{k}", 32) for k in ("-0", "-1", "-2", "")]
+    assert all(len(c.views) == 1 for c in crop)
+    pixels, g = random_pixels(64, 32, 32), torch.Generator().manual_seed(0)
+    plain = (pixels / 255 - crop[0].mean) / crop[0].std
+    torch.testing.assert_close(crop[0](pixels, g)[0], plain)
+    parameters = [c.sample(4000, 32, 32, g)[0] for c in crop]
+    on = [
+        [
+            "erased" in p,
+            bool((p["sigma"] > 0).any()),
+            bool(p["grey"].any()),
+            bool((p["hue"] != 0).any()),
+            bool(p["flip"].any()),
+        ]
+        for p in parameters
+    ]
+    assert on == [[False] * 5, [False] * 4 + [True], [False] * 2 + [True] * 3, [True] * 5]
+    assert abs((parameters[3]["sigma"] > 0).double().mean() - 0.2) < 0.03
+    assert abs((parameters[3]["hue"] != 0).double().mean() - 0.3) < 0.03
+    kernel = views.blur_matrix(torch.tensor([1.5]), 224, 1)[0, 100]
+    assert kernel.count_nonzero() == 3  # of 3 pixels at any size
 
 
 def test_a_crop_is_legal_where_no_try_is():
