@@ -1,5 +1,6 @@
 """The three scripts: search, resume, measures, and what they say to a wrong command."""
 
+import argparse
 import copy
 import json
 import math
@@ -410,10 +411,18 @@ def test_a_run_leaves_its_record(pretrained):
         ["--method", "simclr", "--optimizer", "adamw"],
         ["--method", "moco", "--queue-size", 32],
         ["--heads", "simsiam_cifar10_resnet18"],
+        ["--projector", "none", "--teacher", "ema"],
+        ["--method", "diet", "--projector", "mlp", "--views-per-image", 2, "--recipe", "diet-2"],
     ],
 )
 def test_methods_optimisers_and_presets_train(more, tmp_path):
-    assert math.isfinite(run(pretrain, tmp_path, "--epochs", 1, *more)["loss"])
+    facts = run(pretrain, tmp_path, "--epochs", 1, *more)
+    assert math.isfinite(facts["loss"]) and ("normalised" in facts) == ("diet" in more)
+    if "diet" in more:  # of the 128 images that are trained on; the classifier stays in the checkpoint
+        assert load(tmp_path / "checkpoint.pth")["method"]["classifier.weight"].shape == (128, 32)
+        assert not any("classifier" in key for key in load(tmp_path / "backbone.pth"))
+        floor, chance = METHODS["diet"].floor.fget(argparse.Namespace(smoothing=0.8, n=128)), math.log(128)
+        assert facts["normalised"] == pytest.approx((chance - facts["loss"]) / (chance - floor))
 
 
 def test_lars_is_what_its_formula_says():
@@ -622,6 +631,9 @@ def test_a_wrong_command_is_told_in_one_line(script, tmp_path, capsys):
         (["--batch-size", 0], "--batch-size 0: must be above 0", 1),
         (["--held-out", 1], "must be a share", 1),
         (["--queue-size", 64], "--queue-size means nothing to --method simsiam", 1),
+        (["--smoothing", 0.5], "--smoothing means nothing to --method simsiam", 1),
+        (["--recipe", "diet"], "--method simsiam compares two views of an image, and the recipe has one", 1),
+        (["--projector", "none", "--out-dim", 64], "without a projector", 1),
         (["--method", "moco", "--queue-size", 10**6], "larger than the", 1),
         (["--output-dir", tmp_path / "file"], "File exists", 1),
         (["--output-dir", "/proc/run"], "/proc/run", 1),
