@@ -190,16 +190,17 @@ def test_no_measure_changes_the_backbone_and_fine_tuning_learns(monkeypatch):
 
 
 def test_a_classifier_fits_its_images_and_starts_from_the_backbone():
-    backbone = build_backbone("resnet18", "small", 0.0625)[0]
+    torch.manual_seed(0)
+    backbone = build_backbone("resnet18", "small", 0.125)[0]
     images = make_shapes(60, 16)
     facts, rows, cpu = {"mean": (0.5,) * 3, "std": (0.2,) * 3}, torch.arange(40), torch.device("cpu")
     started = linear_eval.classifier(backbone, facts, images, rows, 0.0, 1, cpu)
     for a, b in zip(started[0].parameters(), backbone.parameters()):
         assert torch.equal(a, b)
-    network = linear_eval.classifier(backbone, facts, images, rows, 0.1, 60, cpu)
+    network = linear_eval.classifier(backbone, facts, images, rows, 0.1, 120, cpu)
     h = extract(network[0], images.pixels, facts["mean"], facts["std"], cpu, forward=network)
     right = h.argmax(1) == images.labels
-    assert right[:40].double().mean() > 0.5  # by chance .1
+    assert right[:40].double().mean() > 0.8  # by chance .1
 
 
 def test_several_data_sets_and_shares_of_labels_come_in_one_table(pretrained, tmp_path, capsys):
