@@ -411,8 +411,8 @@ def finetune(
     """Test accuracy of the whole network trained on some labelled rows. The learning rate is the best on a fifth of
     them, held out; with it the network is trained anew on all. The backbone itself stays as it is.
 
-    epochs: None is 2210.02808's, 60 where at most 5 % are labelled, else 30; but 400 steps at least, which few images
-    need: 164 traffic signs were at 18 % after 60 steps and at 77 % after 400.
+    epochs: None is 2210.02808's, 60 where at most 5 % are labelled, else 30; but 400 steps at least, since those of a
+    few hundred images would be too few.
     """
     steps = max(1, len(rows) // 64)
     epochs = epochs or max(60 if len(rows) <= 0.05 * len(train.pixels) else 30, -(-400 // steps))

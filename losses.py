@@ -154,10 +154,9 @@ def diet_loss(
 
 
 def shard(n: int) -> tuple[int, int]:
-    """(first, end): this rank's rows of n."""
+    """(first, end): this rank's rows of n, as many as another's but for one."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    size = -(-n // world)
-    return min(n, rank * size), min(n, (rank + 1) * size)
+    return n * rank // world, n * (rank + 1) // world
 
 
 class _Diet(torch.autograd.Function):
@@ -165,10 +164,8 @@ class _Diet(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, weight, index, smoothing, total, chunk):
-        world, own = dist.get_world_size() if dist.is_initialized() else 1, len(h)
-        first = shard(total)[0] if len(weight) < total else 0
-        if len(weight) == total:
-            world = 1  # every rank has all of it
+        own, sharded = len(h), len(weight) < total
+        world, first = (dist.get_world_size(), shard(total)[0]) if sharded else (1, 0)
         everyone, target = (gather(x).flatten(0, 1) if world > 1 else x for x in (h.detach(), index))
         chunk = chunk or max(1024, 2**24 // len(everyone))
         place = target - first
@@ -295,7 +292,7 @@ def mlp(*dims: int, bn: bool = True, activation: type[nn.Module] = nn.ReLU) -> n
 def no_projector(heads: dict[str, nn.Module] | None, out_dim: int | None) -> nn.Module:
     """What stands in place of a projector where z is h. Raises ValueError for heads or dimensions of one."""
     if heads or out_dim:
-        raise ValueError("without a projector (--projector none) there are neither --heads nor an --out-dim of one")
+        raise ValueError("without a projector there are neither searched heads nor output dimensions to choose")
     return nn.Identity()
 
 
@@ -315,13 +312,13 @@ def momentum_copy(module: nn.Module) -> nn.Module:
 @torch.no_grad()
 def momentum_update(twin: nn.Module, module: nn.Module, momentum: float) -> None:
     """twin <- momentum * twin + (1 - momentum) * module: parameters only, BN buffers are of the twin's own inputs."""
-    pairs = [(t, s) for t, s in zip(twin.parameters(), module.parameters(), strict=True) if t is not s]
-    if pairs:
-        torch._foreach_lerp_([t for t, _ in pairs], [s for _, s in pairs], 1 - momentum)
+    both = [(t, s) for t, s in zip(twin.parameters(), module.parameters(), strict=True) if t is not s]
+    if both:
+        torch._foreach_lerp_([t for t, _ in both], [s for _, s in both], 1 - momentum)
 
 
 class Method(nn.Module):
-    """What all methods have; a subclass builds its networks in __init__ and says what `outputs` and `loss` are."""
+    """What all methods have; a subclass adds `heads`, `__init__`, outputs(views, index) and loss(*outputs)."""
 
     recipe: str  # of views, in views.RECIPES
     optimizer, lr, weight_decay = "sgd", 0.12, 5e-4  # defaults; lr at batch 256
@@ -329,12 +326,6 @@ class Method(nn.Module):
     balance: tuple[float, float] | None = None  # lambda_gg, lambda_gl
     classifies_instances = False  # whether every training image is a class, and so has weights of its own
     sharded: tuple[str, ...] = ()  # parameters of which every rank holds its own rows
-
-    def outputs(self, views: list[Tensor], index: Tensor | None = None) -> tuple[Tensor, ...]:
-        raise NotImplementedError
-
-    def loss(self, *outputs: Tensor) -> Tensor:
-        raise NotImplementedError
 
     def forward(self, views: list[Tensor], index: Tensor | None = None) -> Tensor:
         return self.loss(*self.outputs(views, index))

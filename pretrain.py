@@ -456,9 +456,9 @@ def fingerprint(images: Images) -> list[int]:
 
 def all_rows(x: Tensor, n: int) -> Tensor:
     """(n, ...) on the CPU of every rank's rows, one rank after another."""
-    parts, size = [], -(-n // dist.get_world_size())
-    for rank in range(dist.get_world_size()):
-        rows = max(0, min(n, (rank + 1) * size) - rank * size)
+    parts, world = [], dist.get_world_size()
+    for rank in range(world):
+        rows = n * (rank + 1) // world - n * rank // world
         part = x.clone() if rank == dist.get_rank() else x.new_empty(rows, *x.shape[1:])
         dist.broadcast(part, rank)
         parts.append(part.cpu())

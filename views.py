@@ -118,13 +118,12 @@ def _torchvision_items(name, split, root):
         dataset = place(root, **download, **chosen)
     except ImportError as error:
         raise ValueError(f"torchvision's {class_name} needs another package: pip install {error.name}") from error
-    except Exception as error:
+    except Exception as error:  # urllib, tarfile, hashing: every data set fails in its own way
         if name in BY_HAND:
             raise FileNotFoundError(
                 f"{name} cannot be downloaded: put its files into '{root}' as torchvision.datasets.{class_name} says "
                 f"({error})"
             ) from error
-        # urllib, tarfile, hashing: every data set fails in its own way
         command = f"from torchvision import datasets; datasets.{class_name}('{root}', download=True)"
         raise ConnectionError(
             f"could not download {name} into '{root}' ({type(error).__name__}: {error}). Without a network, copy it "
