@@ -101,20 +101,20 @@ def compare(search, arch: Path, data: dict[str, list[Images]], more: dict[str, s
         return {source: known[source] for source in data}
 
     results: dict[str, list[dict]] = {name: [] for name in candidates}
+    ends: dict[str, list[dict]] = {name: [] for name in candidates}  # the last lines of the runs' logs
     for seed in range(args.compare_seeds):
         for name, spec in candidates.items():
             output = folder / f"{re.sub('[^a-z0-9.]+', '-', name)}-seed{seed}"
             say(f"\n{name}, seed {seed}: {output}")
-            pretrain.main(argparse.Namespace(**flags | spec | {"output_dir": str(output), "seed": seed}))
+            end = pretrain.main(argparse.Namespace(**flags | spec | {"output_dir": str(output), "seed": seed}))
+            ends[name].append(end)
             results[name].append(scores(output / "backbone.pth"))
     costs = {}
     if search.space:
         results["found, inherited"] = [scores(inherited)]
         costs = {name: facts_of(search, load_arch(spec["arch"])) for name, spec in candidates.items()}
         costs["found, inherited"] = costs["found"]
-    lines = table(args, results, costs)
-    if search.space and args.strategy != "random":
-        lines += ["", *rank_correlations(search, candidates, results, costs)]
+    lines = [*table(args, results, costs), "", *rank_correlations(search, candidates, results, ends, costs)]
     say("\n" + "\n".join(lines))
     if is_main():
         write_atomic("\n".join(lines) + "\n", folder / "compare.md")
@@ -196,26 +196,50 @@ def spreads(runs: list[list[float]]) -> tuple[float, float]:
     return math.sqrt(max(0.0, between)), math.sqrt(within)
 
 
-def rank_correlations(search, candidates: dict[str, dict], results: dict, costs: dict) -> list[str]:
-    """Does the largest network know which of its parts are good? Kendall's tau over the networks of the space that were
-    trained from scratch."""
-    rows = {}
-    for name, spec in candidates.items():
-        choice = search.space.choice(load_arch(spec["arch"])) if "weights" not in spec else None
-        if choice is None:
-            continue
-        facts = search.run.monitor(True, search.standalone(choice, search.args.recalibrate_batches))
-        source = next(iter(results[name][0]))
-        accuracy = statistics.mean(r[source]["linear"] for r in results[name])
-        rows[name] = accuracy, -facts.get("held_out_loss", math.nan), facts.get("knn", math.nan), costs[name][0]
-    accuracy, loss, knn, size = zip(*rows.values())
-    n = len(rows)
-    sigma = math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1)))
-    return [
-        f"Kendall's tau with the linear accuracy from scratch, over {n} networks (by chance 0 ± {sigma:.2f}): "
-        f"held-out loss with inherited weights {kendall_tau(loss, accuracy):+.2f}, held-out kNN with inherited weights "
-        f"{kendall_tau(knn, accuracy):+.2f}, MACs {kendall_tau(size, accuracy):+.2f}"
+def rank_correlations(search, candidates: dict[str, dict], results: dict, ends: dict, costs: dict) -> list[str]:
+    """Can one know which network is good beforehand, or without labels? Markdown: Kendall's tau of what may tell with the
+    linear accuracy, over the networks that were trained from scratch, each the mean over its seeds.
+
+    What may tell: at the end of a run its training loss (for DIET, 2406.10743 says so) and RankMe (2210.02885); before
+    it MACs and, of a backbone with the weights that it inherits from the search, held-out loss and kNN. Losses count
+    by how low they are.
+    """
+    scratch = [name for name, spec in candidates.items() if "weights" not in spec]
+    tells: dict[str, dict[str, float]] = {}
+    for name in scratch:
+        told = {"training loss": -statistics.mean(end["loss"] for end in ends[name])}
+        told["RankMe"] = statistics.mean(end["rankme"] for end in ends[name])
+        if "knn" in ends[name][0]:
+            told["held-out kNN (needs labels)"] = statistics.mean(end["knn"] for end in ends[name])
+        if search.space:
+            told["MACs"] = costs[name][0]
+        choice = search.space.choice(load_arch(candidates[name]["arch"])) if search.space else None
+        if choice and search.args.strategy != "random":
+            facts = search.run.monitor(True, search.standalone(choice, search.args.recalibrate_batches))
+            for what, key, sign in (("loss", "held_out_loss", -1), ("kNN (needs labels)", "knn", 1)):
+                if key in facts:
+                    told[f"held-out {what}, inherited weights"] = sign * facts[key]
+        for what, value in told.items():
+            tells.setdefault(what, {})[name] = value
+    n, sources = len(scratch), list(results[scratch[0]][0])
+    lines = [
+        f"Kendall's tau with the linear accuracy from scratch, over {n} networks (by chance 0 ± "
+        f"{tau_by_chance(n):.2f})",
+        "",
+        f"| what may tell | {' | '.join(Path(source).name for source in sources)} |",
+        "|---" * (1 + len(sources)) + "|",
     ]
+    for what, values in tells.items():
+        what += f", {len(values)} networks" * (len(values) < n)  # one of --compare-with may be none of the space
+        accuracies = ([statistics.mean(r[s]["linear"] for r in results[name]) for name in values] for s in sources)
+        cells = [f"{kendall_tau([*values.values()], accuracy):+.2f}" for accuracy in accuracies]
+        lines.append(f"| {' | '.join([what, *cells])} |")
+    return lines
+
+
+def tau_by_chance(n: int) -> float:
+    """Standard deviation of Kendall's tau between two random orders of n."""
+    return math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1)))
 
 
 def kendall_tau(a: list[float], b: list[float]) -> float:

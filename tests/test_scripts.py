@@ -114,7 +114,8 @@ def test_compare_puts_found_beside_handcrafted_and_random(searched):
     rows = {
         r.split("|")[1].strip(): [c.strip() for c in r.split("|")[2:-1]] for r in table.splitlines() if r[:2] == "| "
     }
-    assert list(rows) == ["network", "found", "handcrafted", "random (2 of them)"]
+    told = ["what may tell", "training loss", "RankMe", "held-out kNN (needs labels)"]
+    assert list(rows) == ["network", "found", "handcrafted", "random (2 of them)", *told]
     files = sorted((searched / "compare").glob("*/scores.json"))
     score = {p.parent.name: 100 * json.loads(p.read_text())["shapes"]["linear"] for p in files}
     assert list(score) == ["found-seed0", "handcrafted-seed0", "random-1-seed0", "random-2-seed0"]
@@ -123,6 +124,10 @@ def test_compare_puts_found_beside_handcrafted_and_random(searched):
     assert rows["random (2 of them)"][2:] == [f"{base:.2f} ± {np.std(randoms, ddof=1):.2f}", "+0.00"]
     found = score["found-seed0"]
     assert rows["found"][2:] == [f"{found:.2f}", f"{100 * (found - base) / base:+.2f}"]
+    ends = [json.loads((p.parent / "log.txt").read_text().splitlines()[-1]) for p in files]
+    for what, key, sign in (("training loss", "loss", -1), ("RankMe", "rankme", 1)):
+        tau = compare.kendall_tau([sign * end[key] for end in ends], list(score.values()))
+        assert rows[what] == [f"{tau:+.2f}"]
     written = [p.stat().st_mtime_ns for p in files]
     run(search, searched, *flags)
     assert [p.stat().st_mtime_ns for p in files] == written  # what is there is not done again
@@ -295,8 +300,11 @@ def test_compare_trains_a_found_backbone_beside_random_ones(found_both, tmp_path
         r.split("|")[1].strip(): [c.strip() for c in r.split("|")[2:-1]] for r in table.splitlines() if r[0:2] == "| "
     }
     names = ["found", "found, trained on", "found, inherited", "handcrafted", found_both[0].name, "random (2 of them)"]
-    assert list(rows)[1:] == names and [rows[n][2] for n in names] == ["2", "2", "1", "2", "2", "4"]
+    assert list(rows)[1:7] == names and [rows[n][2] for n in names] == ["2", "2", "1", "2", "2", "4"]
     assert "Kendall's tau with the linear accuracy from scratch, over 5 networks (by chance 0 ± 0.41)" in table
+    inherited = ["held-out loss, inherited weights", "held-out kNN (needs labels), inherited weights"]
+    told = ["training loss", "RankMe", "held-out kNN (needs labels)", "MACs", *inherited]
+    assert list(rows)[8:] == told and all(-1 <= float(rows[what][0]) <= 1 for what in told)
     target = macs(BACKBONES["resnet18"], 0.0625, "small", 16) / 1e6
     assert all(0.94 * target <= float(rows[n][0]) <= 1.01 * target for n in names if n != found_both[0].name)
     svg = xml.etree.ElementTree.parse(folder / "compare" / "compare.svg").getroot()
