@@ -197,8 +197,8 @@ def spreads(runs: list[list[float]]) -> tuple[float, float]:
 
 
 def rank_correlations(search, candidates: dict[str, dict], results: dict, ends: dict, costs: dict) -> list[str]:
-    """Can one know which network is good beforehand, or without labels? Markdown: Kendall's tau of what may tell with the
-    linear accuracy, over the networks that were trained from scratch, each the mean over its seeds.
+    """Can one know which network is good beforehand, or without labels? Markdown: Kendall's tau of what may tell with
+    the linear accuracy, over the networks that were trained from scratch, each the mean over its seeds.
 
     What may tell: at the end of a run its training loss (for DIET, 2406.10743 says so) and RankMe (2210.02885); before
     it MACs and, of a backbone with the weights that it inherits from the search, held-out loss and kNN. Losses count
