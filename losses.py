@@ -139,8 +139,8 @@ def diet_loss(
     is its index (B,) in 0..N-1. DIET, 2406.10743. Raises IndexError for one that is not.
 
     L = LSE(z) - (1 - eps) z_n - eps mean_j z_j, z = h weight^T, in fp32. Logits are made a chunk of rows at a time, and
-    again for the gradient, so B x N of them are never held: beside h and weight it takes twice 4 B chunk bytes, and
-    4 N K for weight's gradient. chunk: None is as many rows as make 64 MB.
+    again for the gradient, so B x N of them are never held: beside h and weight it takes 4 B chunk bytes, and 4 N K for
+    weight's gradient. chunk: None is as many rows as make 64 MiB.
 
     With n, weight holds this rank's rows (`shard`) of (n, K), and the loss and gradients of h are those of this rank's
     images among all ranks' together: ranks exchange features and partial sums, never logits or weights. The gradient of
@@ -175,7 +175,7 @@ class _Diet(torch.autograd.Function):
         for rows in weight.split(chunk):
             z = everyone @ rows.T
             higher = torch.maximum(top, z.amax(1))
-            total_exp = total_exp * (top - higher).exp() + (z - higher[:, None]).exp().sum(1)
+            total_exp = total_exp * (top - higher).exp() + z.sub_(higher[:, None]).exp_().sum(1)
             top = higher
         at_target = torch.where(mine, (everyone * weight[place.clamp(0, len(weight) - 1)]).sum(1), 0.0)
         mean = everyone @ weight.sum(0) / total

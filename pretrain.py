@@ -641,12 +641,22 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that torch has held on the GPU, or that this process has had in main memory, so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # which Windows has not
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def bench(run: Run, optimizer: torch.optim.Optimizer, steps: int = 20, warm_up: int = 5) -> dict[str, float]:
-    """Median seconds of a step's parts, which take turns, so that a noisy machine bears on all alike. Prints and
-    returns them.
+    """Median seconds of a step's parts, which take turns, so that a noisy machine bears on all alike; and the peak of
+    memory in bytes, before the steps and after. Prints and returns them.
 
     network is the bare forward and backward of encoder and heads; loss is the mathematics on their outputs, both ways.
     """
+    before = peak_memory(run.device)
     method, order = (run.method, run.parts[0][torch.randperm(len(run.parts[0]), generator=run.generator)])
     outputs, criterion = ((torch.compile(f) if run.compile else f) for f in (method.outputs, method.loss))
     seconds: dict[str, list[float]] = {"views": [], "network": [], "loss": [], "optimiser": []}
@@ -677,7 +687,9 @@ def bench(run: Run, optimizer: torch.optim.Optimizer, steps: int = 20, warm_up: 
     say(f"{run.args.batch_size / total:,.0f} images/s: {share}")
     added = 100 * (total / median["network"] - 1)
     say(f"views, loss and optimiser add {added:.1f} % to the network's own forward and backward")
-    return median
+    peak = peak_memory(run.device)
+    say(f"peak memory {peak / 2**20:,.0f} MiB, {before / 2**20:,.0f} before the first step")
+    return median | {"memory": peak, "memory_before": before}
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:

@@ -3,6 +3,9 @@
 import copy
 import math
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -506,6 +509,34 @@ def test_diet_is_fp32_inside_and_holds_no_logits():
         loss = diet_loss(h, weight, index, chunk=100)
     torch.testing.assert_close(loss, want)
     assert loss.dtype == torch.float32 and max(held) == weight.numel() < 64 * 1000
+
+
+MILLION = """
+import resource, torch
+from losses import DIET
+torch.manual_seed(0)
+encoder = torch.nn.Flatten()
+encoder.feature_dim = 64
+def peak_after_training(n):
+    method, x = DIET(encoder, n_images=n), torch.randn(16, 1, 8, 8)
+    optimizer, losses = torch.optim.AdamW(method.parameters(), 1e-3, fused=True), []
+    for step in range(2):
+        losses.append(method([x], torch.arange(16) * (n // 16)))
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[1] < losses[0], losses
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(-peak_after_training(1000) + peak_after_training(1_000_000))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+def test_a_million_images_train_in_the_memory_that_the_formula_gives():
+    here = Path(__file__).parent.parent
+    took = subprocess.run([sys.executable, "-c", MILLION], capture_output=True, text=True, check=True, cwd=here).stdout
+    formula = 16 * 1_000_000 * 64 + 2**26  # DIET's docstring, and a chunk of logits as diet_loss's says
+    assert 0.9 * formula < int(took) < 1.1 * formula
 
 
 def test_what_is_no_image_is_no_class():

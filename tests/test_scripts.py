@@ -136,8 +136,10 @@ def test_compare_puts_found_beside_handcrafted_and_random(searched):
 @pytest.mark.parametrize("space", [[], ["--space", "resnet", "heads"]])
 def test_benches_report(space, tmp_path, capsys):
     if not space:
-        assert run(pretrain, tmp_path, "--bench")["network"] > 0
-        assert "views, loss and optimiser add" in capsys.readouterr().out
+        figures = run(pretrain, tmp_path, "--bench")
+        assert figures["network"] > 0 and figures["memory"] >= figures["memory_before"] > 2**20
+        said = capsys.readouterr().out
+        assert "views, loss and optimiser add" in said and "peak memory" in said
     assert run(search, tmp_path, "--bench", *space) == {}
     said = capsys.readouterr().out
     assert "largest difference 0\n" in said and "an iteration is" in said
@@ -431,6 +433,14 @@ def test_methods_optimisers_and_presets_train(more, tmp_path):
         assert not any("classifier" in key for key in load(tmp_path / "backbone.pth"))
         floor, chance = METHODS["diet"].floor.fget(argparse.Namespace(smoothing=0.8, n=128)), math.log(128)
         assert facts["normalised"] == pytest.approx((chance - facts["loss"]) / (chance - floor))
+
+
+def test_an_epoch_visits_every_image_that_is_trained_on_once(tmp_path):
+    r = pretrain.Run(arguments(pretrain, tmp_path, "--method", "diet"))
+    order = r.parts[0][torch.randperm(len(r.parts[0]), generator=r.generator)]
+    index = torch.cat([r.batch(order, step)[1] for step in range(r.steps_per_epoch)])
+    assert index.sort().values.tolist() == list(range(r.method.n)) and r.method.n == 128
+    assert r.images.pixels[order].equal(r.images.pixels[r.parts[0]][index])  # the same row is the same image
 
 
 def test_lars_is_what_its_formula_says():
