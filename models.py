@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import skip_init
 from torchvision.models import mobilenetv2, resnet, vision_transformer
 from torchvision.ops import Conv2dNormActivation, StochasticDepth
 
@@ -722,6 +723,48 @@ def build_head(spec: Sequence[str], dims: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*(OPS[name](i, o) for name, i, o in zip(spec, dims, dims[1:])))
 
 
+def _flat(module: nn.Module) -> list[nn.Module]:
+    return [m for child in module for m in _flat(child)] if isinstance(module, nn.Sequential) else [module]
+
+
+class MixedLayer(nn.Module):
+    """sum_k weights_k op_k(x) over all of OPS, (B, i) -> (B, o).
+
+    Linears that begin an operation are one, several times as wide, and so is the BN behind them: the same numbers as
+    one by one, in one product. What comes after that is an operation's tail.
+    """
+
+    def __init__(self, i: int, o: int):
+        super().__init__()
+        begins: dict[tuple, list] = {}  # by what an operation begins with: (its place in OPS, Linear, BN)
+        self.tails = nn.ModuleList()
+        for k, op in enumerate(OPS.values()):
+            parts = _flat(op(i, o))
+            linear, norm = [*parts, None, None][:2]
+            if shared := type(linear) is nn.Linear:
+                norm = norm if repr(norm) == repr(nn.BatchNorm1d(o)) else None
+                kind = linear.out_features, linear.bias is None, norm is None
+                begins.setdefault(kind, []).append((k, linear, norm))
+            self.tails.append(nn.Sequential(*parts[shared + (shared and norm is not None) :]))
+        self.places = [[k for k, _, _ in group] for group in begins.values()]
+        self.stems = nn.ModuleList(self.join(*list(zip(*group))[1:]) for group in begins.values())
+
+    @staticmethod
+    def join(linears: Sequence[nn.Linear], norms: Sequence[nn.BatchNorm1d | None]) -> nn.Sequential:
+        """One Linear with the rows of all, and one BN, if they have any."""
+        i, o, bias = linears[0].in_features, sum(x.out_features for x in linears), linears[0].bias is not None
+        wide = skip_init(nn.Linear, i, o, bias)
+        wide.load_state_dict({key: torch.cat([x.state_dict()[key] for x in linears]) for key in wide.state_dict()})
+        return nn.Sequential(wide, *([nn.BatchNorm1d(wide.out_features)] if norms[0] else []))
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        inputs = [x] * len(self.tails)
+        for places, stem in zip(self.places, self.stems):
+            for k, part in zip(places, stem(x).chunk(len(places), 1)):
+                inputs[k] = part
+        return sum(weight * tail(h) for weight, tail, h in zip(weights, self.tails, inputs))
+
+
 class SearchHead(nn.Module):
     """Every layer is y = sum_k softmax(alpha_l)_k op_k(x) over all of OPS (2302.00059); alpha (L, 7) starts at zero."""
 
@@ -729,11 +772,11 @@ class SearchHead(nn.Module):
         super().__init__()
         self.dims = list(dims)
         self.alpha = nn.Parameter(torch.zeros(len(dims) - 1, len(OPS)))
-        self.layers = nn.ModuleList(nn.ModuleList(op(i, o) for op in OPS.values()) for i, o in pairwise(dims))
+        self.layers = nn.ModuleList(MixedLayer(i, o) for i, o in pairwise(dims))
 
     def forward(self, x: Tensor) -> Tensor:
-        for ops, weights in zip(self.layers, self.alpha.softmax(1)):
-            x = sum(weight * op(x) for weight, op in zip(weights, ops))
+        for layer, weights in zip(self.layers, self.alpha.softmax(1)):
+            x = layer(x, weights)
         return x
 
     def discretise(self) -> list[str]:

@@ -3,7 +3,7 @@
 import copy
 import json
 import random
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from models import (
     PRESETS,
     SPACES,
     Choices,
+    MixedLayer,
     Pointwise,
     SearchBackbone,
     SearchHead,
@@ -172,11 +173,24 @@ def test_pools_run_along_the_features():
 @pytest.mark.parametrize("dims", [[8, 8, 8], [16, 8, 8, 16]])
 def test_a_mixture_is_the_mean_at_zero_alpha_and_the_operation_at_one_hot_alpha(dims):
     torch.manual_seed(0)
-    head, x = SearchHead(dims).double(), torch.randn(32, dims[0], dtype=torch.double)
-    first = torch.stack([op(x) for op in head.layers[0]]).mean(0)
-    short = SearchHead(dims[:2]).double()
-    short.layers = head.layers[:1]
-    torch.testing.assert_close(short(x), first)
+    head = SearchHead(dims).double()
+    torch.manual_seed(0)
+    layers = [[op(i, o).double() for op in OPS.values()] for i, o in pairwise(dims)]  # the same weights
+    x = torch.randn(32, dims[0], dtype=torch.double)
+
+    def equal(y, want, parameters):
+        """Values, and gradients of each operation's parameters, which the mixture holds several at a time."""
+        torch.testing.assert_close(y, want)
+        y.square().sum().backward()
+        gradients = torch.autograd.grad(want.square().sum(), parameters)
+        mine = [p.grad for n, p in head.named_parameters() if n != "alpha" and p.grad is not None]
+        for ours, theirs in zip(*(torch.cat([g.flatten() for g in gs]).sort().values for gs in (mine, gradients))):
+            torch.testing.assert_close(ours, theirs)
+
+    want = x
+    for ops in layers:
+        want = torch.stack([op(want) for op in ops]).mean(0)
+    equal(head(x), want, [p for ops in layers for op in ops for p in op.parameters()])
     for seed in range(5):
         spec = random_head(len(dims) - 1, random.Random(seed))
         with torch.no_grad():
@@ -185,9 +199,22 @@ def test_a_mixture_is_the_mean_at_zero_alpha_and_the_operation_at_one_hot_alpha(
                 head.alpha[layer, list(OPS).index(name)] = 1000.0
         assert head.discretise() == spec and max(head.entropy()) < 1e-6
         derived = build_head(spec, dims).double()
-        for mine, layer, name in zip(derived, head.layers, spec):
-            mine.load_state_dict(layer[list(OPS).index(name)].state_dict())
+        for mine, ops, name in zip(derived, layers, spec):
+            mine.load_state_dict(ops[list(OPS).index(name)].state_dict())
         torch.testing.assert_close(head(x), derived(x))
+
+
+def test_an_operation_of_ones_own_is_mixed_as_it_is(monkeypatch):
+    def tanh(i, o):
+        return nn.Sequential(nn.Linear(i, o, bias=False), nn.BatchNorm1d(o, eps=0.5), nn.Tanh())
+
+    monkeypatch.setitem(OPS, "tanh", tanh)
+    monkeypatch.setitem(OPS, "double", lambda i, o: nn.Sequential(nn.Linear(i, 2 * o), nn.ReLU(), nn.Linear(2 * o, o)))
+    torch.manual_seed(0)
+    layer = MixedLayer(6, 6)
+    torch.manual_seed(0)
+    ops, x, weights = [op(6, 6) for op in OPS.values()], torch.randn(16, 6), torch.rand(9)
+    torch.testing.assert_close(layer(x, weights), sum(w * op(x) for w, op in zip(weights, ops)))
 
 
 def test_entropy_is_one_before_anything_is_decided():
