@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models import ARCHS, ViT, build_backbone, describe
-from views import CROP_AND_FLIP, IMAGENET_MEAN, IMAGENET_STD, Images, MultiCrop, load_images
+from views import CROP_AND_FLIP, IMAGENET_MEAN, IMAGENET_STD, Images, MultiCrop, Stream, in_turn, load_images
 
 # ---- what every script needs at its start ---------------------------------------------------------------------------
 
@@ -54,8 +54,8 @@ def data_flags(parser: Parser) -> None:
     group.add_argument("--data-root", default="data", help="where torchvision's data sets are downloaded to")
     group.add_argument("--image-size", type=int, default=None, help="edge in pixels; None keeps the images' own")
     group.add_argument("--max-images", type=int, default=None, help="so many training images, always the same ones")
-    group.add_argument("--resident-gb", type=float, default=16.0, help="the most memory that a split's pixels may take")
-    group.add_argument("--workers", type=int, default=None, help="processes that decode files; None is one a core")
+    group.add_argument("--resident-gb", type=float, default=16.0, help="for a split's pixels; larger ones are streamed")
+    group.add_argument("--workers", type=int, default=None, help="that decode files; None is one a core")
     group.add_argument("--device", default="auto", help="auto (cuda where there is one, else cpu), cpu, cuda, mps")
     group.add_argument("--seed", type=int, default=0)
 
@@ -142,7 +142,7 @@ def load_data(args: argparse.Namespace, source: str, split: str) -> Images:
 @torch.no_grad()
 def extract(
     backbone: nn.Module,
-    pixels: Tensor,
+    pixels: Tensor | Stream,
     mean,
     std,
     device: torch.device,
@@ -162,8 +162,8 @@ def extract(
     mine = torch.arange(rank * share, (rank + 1) * share, device=rows.device) % len(rows)  # the last ranks wrap around
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
     h = []
-    for batch in rows[mine].split(batch_size):
-        x = pixels[batch].to(device, non_blocking=True).float().div_(255).sub_(mean).div_(std)
+    for batch in in_turn(pixels, rows[mine].split(batch_size)):
+        x = batch.to(device, non_blocking=True).float().div_(255).sub_(mean).div_(std)
         h.append((forward or backbone)(x.contiguous(memory_format=memory_format(device))).float())
     backbone.train(training)
     h = torch.cat(h)

@@ -60,7 +60,7 @@ from models import (
     load_arch,
     load_heads,
 )
-from views import RECIPES, Images, MultiCrop, adjust, channel_stats
+from views import RECIPES, Images, MultiCrop, Stream, adjust, channel_stats, in_turn
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
@@ -175,7 +175,8 @@ class Run:
         self.steps_per_epoch = shortest // args.batch_size
         self.places = torch.full((len(self.images.pixels),), -1)  # of each image among those that are trained on
         self.places[torch.cat(self.parts)] = torch.arange(sum(map(len, self.parts)))
-        self.pixels = self.images.pixels.to(self.device)
+        streamed = isinstance(self.images.pixels, Stream)
+        self.pixels = self.images.pixels if streamed else self.images.pixels.to(self.device)
         self.size = self.pixels.shape[-1]
         self.stem = args.stem if args.stem != "auto" else "small" if self.size <= 64 else "imagenet"
         self.mean, self.std = channel_stats(self.images.pixels)
@@ -252,11 +253,15 @@ class Run:
         views; None is the run's own.
         """
         n, b = self.args.batch_size, self.args.batch_size // self.world
-        index = order[step * n : (step + 1) * n]
         parameters = self.views.sample(n, *self.pixels.shape[2:], generator or self.generator)
         mine = slice(self.rank * b, (self.rank + 1) * b)
-        rows, index = (x.to(self.device, non_blocking=True) for x in (index[mine], self.places[index[mine]]))
-        views = self.views.render(self.pixels[rows], [{k: v[mine] for k, v in p.items()} for p in parameters])
+        rows, following = (order[s * n : (s + 1) * n][mine] for s in (step, step + 1))
+        index = self.places[rows].to(self.device, non_blocking=True)
+        if isinstance(self.pixels, Stream):
+            pixels = next(in_turn(self.pixels, [rows, following])).to(self.device, non_blocking=True)
+        else:
+            pixels = self.pixels[rows.to(self.device, non_blocking=True)]
+        views = self.views.render(pixels, [{k: v[mine] for k, v in p.items()} for p in parameters])
         return [v.contiguous(memory_format=memory_format(self.device)) for v in views], index
 
     def monitor(self, knn: bool, method: nn.Module | None = None) -> dict[str, float]:
@@ -449,7 +454,9 @@ def write_atomic(text: str, path: Path) -> None:
 
 
 def fingerprint(images: Images) -> list[int]:
-    """Of the images and of their order: shape, and a checksum over a row of pixels of each."""
+    """Of the images and of their order: shape, and a checksum over a row of pixels of each, or of a stream's names."""
+    if isinstance(images.pixels, Stream):
+        return [*images.pixels.shape, zlib.crc32("\n".join(images.names).encode())]
     row = images.pixels[:, :, images.pixels.shape[2] // 2]
     return [*images.pixels.shape, zlib.crc32(row.contiguous().numpy())]
 

@@ -1,6 +1,7 @@
 """Images in memory, and batches of augmented views of them.
 
-load_images(source, split)   one uint8 tensor (N, 3, H, W): made in memory, a torchvision data set, or a folder
+load_images(source, split)   one uint8 tensor (N, 3, H, W): made in memory, a torchvision data set, or a folder; of
+                             files that do not fit a Stream, which decodes them as they are needed
 MultiCrop(recipe, size)      uint8 batch -> list of float views; each image has its own parameters, from a generator
 
 Drawing (`sample`) and computing (`render`) are apart: the same parameters give the same views on a CPU, on a GPU,
@@ -13,7 +14,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -31,7 +33,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Images(NamedTuple):
-    pixels: Tensor  # uint8 (N, 3, H, W)
+    pixels: "Tensor | Stream"  # uint8 (N, 3, H, W)
     labels: Tensor  # int64 (N,), -1 where there is none
     classes: list[str]  # empty where there are no labels
     names: list[str]  # of a folder's images the path below it, else the number in the data set
@@ -74,7 +76,7 @@ def load_images(
     budget_gb: float = 16.0,
     workers: int | None = None,
 ) -> Images:
-    """Loads one split whole into memory.
+    """Loads one split, whole into memory where it fits.
 
     source  `shapes` (made in memory), a name in DATASETS (downloaded to `root`), or a folder: train/ and test/ or
             val/ with a sub-folder a class; or images in any nesting, which are then a training split without labels
@@ -82,6 +84,8 @@ def load_images(
     size    edge in pixels: the short side is resized to it, antialiased, and the centre cut out; None keeps the images
             as they are, which then must all have one size
     limit   that many images of a fixed shuffle (the same ones whatever the seed of the run)
+    budget_gb  that the pixels may take in memory; files beyond it become a Stream, if there is a size
+    workers    processes that decode, and threads of a stream; None is one a core
 
     Everything becomes 8-bit RGB: grey is repeated, alpha dropped, 16 bits scaled to 8. A file that cannot be decoded
     is named on stderr and skipped. Raises FileNotFoundError, ConnectionError or ValueError with what to do.
@@ -98,14 +102,16 @@ def load_images(
         names = [os.path.relpath(path, source) for path in items]
     if limit is not None and limit < len(items):
         keep = np.random.default_rng(0).permutation(len(items))[:limit].tolist()
-        items, labels = torch.utils.data.Subset(items, keep), labels and [labels[i] for i in keep]
+        items = torch.utils.data.Subset(items, keep) if labels is None else [items[i] for i in keep]
+        labels = labels and [labels[i] for i in keep]
         names = [names[i] for i in keep]
     return _decode(items, labels, names, classes, size, budget_gb, workers, f"{source}/{split}")
 
 
-def channel_stats(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, on the scale 0..1, of at most 10,000 evenly spaced images."""
-    x = pixels[:: max(1, len(pixels) // 10_000)].double().div(255)
+def channel_stats(pixels: "Tensor | Stream") -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, on the scale 0..1, of at most 10,000 evenly spaced images, 1,000 of
+    a stream."""
+    x = pixels[:: max(1, len(pixels) // (1000 if isinstance(pixels, Stream) else 10_000))].double().div(255)
     mean, std = x.mean((0, 2, 3)), x.std((0, 2, 3)).clamp(min=1e-3)
     return tuple(round(v, 4) for v in mean.tolist()), tuple(round(v, 4) for v in std.tolist())
 
@@ -129,6 +135,9 @@ def _torchvision_items(name, split, root):
             f"could not download {name} into '{root}' ({type(error).__name__}: {error}). Without a network, copy it "
             f'there from a machine that has one, where python -c "{command}" fetches it, or give a folder of images'
         ) from error
+    if isinstance(dataset, datasets.ImageFolder):  # imagenet
+        files, labels = zip(*dataset.samples)
+        return list(files), list(labels), dataset.classes
     return dataset, None, getattr(dataset, "classes", None)  # labels come with the items
 
 
@@ -179,6 +188,69 @@ def to_pixels(image: Image.Image, size: int | None = None) -> np.ndarray:
     return np.array(image)
 
 
+class Stream:
+    """Pixels that do not fit into memory: reads by rows like uint8 (N, 3, S, S), decoded by threads when it is asked
+    (PIL lets go of Python's lock meanwhile).
+
+    `ahead(rows)` begins with rows that will be asked for next, in the same order. In the place of a file that cannot be
+    decoded, which is named on stderr, stands another of the same rows.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, files: Sequence[str], size: int, workers: int | None = None):
+        self.files, self.shape, self.broken = files, (len(files), 3, size, size), set()
+        self.pool = ThreadPoolExecutor(workers or os.cpu_count())
+        self.asked: dict[bytes, tuple[Tensor, list[Future]]] = {}
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def ahead(self, rows: Tensor) -> None:
+        key = rows.numpy().tobytes()
+        if key in self.asked:
+            return
+        if len(self.asked) == 4:  # what nobody came for
+            self.asked.pop(next(iter(self.asked)))
+        out = torch.empty(len(rows), *self.shape[1:], dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        tasks = zip(out.split(8), rows.split(8))
+        self.asked[key] = out, [self.pool.submit(self._decode, *task) for task in tasks]
+
+    def __getitem__(self, rows: Tensor | slice) -> Tensor:
+        rows = torch.arange(len(self))[rows] if isinstance(rows, slice) else rows.cpu()
+        self.ahead(rows)
+        out, tasks = self.asked.pop(rows.numpy().tobytes())
+        bad = torch.cat([task.result() for task in tasks])
+        if bad.all():
+            raise ValueError(f"none of {len(rows)} files could be decoded, the first is '{self.files[rows[0]]}'")
+        out[bad] = out[(~bad).nonzero()[0]]
+        return out
+
+    def _decode(self, out: Tensor, rows: Tensor) -> Tensor:
+        """Fills out (n, 3, S, S); which of the rows could not be decoded, (n,)."""
+        bad = torch.zeros(len(rows), dtype=torch.bool)
+        for i, row in enumerate(rows.tolist()):
+            try:
+                with Image.open(self.files[row]) as image:
+                    out[i] = torch.from_numpy(to_pixels(image, self.shape[-1])).permute(2, 0, 1)
+            except Exception as error:  # a decoder meets a broken file with any exception there is
+                bad[i] = True
+                if row not in self.broken:
+                    self.broken.add(row)
+                    print(f"skipped {self.files[row]}: {type(error).__name__}: {error}", file=sys.stderr)
+        return bad
+
+
+def in_turn(pixels: Tensor | Stream, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+    """pixels[rows] for each batch of rows; a stream decodes the next one meanwhile."""
+    for rows, following in zip(batches, [*batches[1:], None]):
+        if isinstance(pixels, Stream):
+            pixels.ahead(rows.cpu())
+            if following is not None and len(following):
+                pixels.ahead(following.cpu())
+        yield pixels[rows]
+
+
 class _Decoder(torch.utils.data.Dataset):
     """Rows -> ([(uint8 (n, H, W, 3), labels, rows) for each size], [what could not be decoded]), for a DataLoader."""
 
@@ -213,8 +285,8 @@ class _Decoder(torch.utils.data.Dataset):
 
 def _decode(items, labels, names, classes, size, budget_gb, workers, what):
     n, start = len(items), time.time()
-    workers = (os.cpu_count() if workers is None else workers) if n >= 2000 else 0
-    loader = torch.utils.data.DataLoader(_Decoder(items, labels, size), 256, num_workers=workers, collate_fn=tuple)
+    processes = (os.cpu_count() if workers is None else workers) if n >= 2000 else 0
+    loader = torch.utils.data.DataLoader(_Decoder(items, labels, size), 256, num_workers=processes, collate_fn=tuple)
     pixels, kept, found_names, broken = None, [], [], 0
     for groups, errors in loader:
         broken += len(errors)
@@ -224,10 +296,14 @@ def _decode(items, labels, names, classes, size, budget_gb, workers, what):
             h, w = images.shape[1:3]
             if pixels is None:
                 need = n * 3 * h * w / 1e9
+                if need > budget_gb and labels is not None and size is not None:
+                    print(f"{what}: {n:,} images, {need:.1f} GB, are decoded as they are needed", file=sys.stderr)
+                    return Images(Stream(items, size, workers), torch.tensor(labels), list(classes), names)
                 if need > budget_gb:
                     raise ValueError(
                         f"{what}: {n:,} images of {w} x {h} take {need:.1f} GB in memory, more than the {budget_gb:g} "
-                        "GB allowed: choose a smaller --image-size or --max-images, or raise --resident-gb"
+                        "GB allowed: give an --image-size, with which files are decoded as they are needed; lower it "
+                        "or --max-images; or raise --resident-gb"
                     )
                 pixels = torch.empty((n, 3, h, w), dtype=torch.uint8)
             if (h, w) != pixels.shape[2:]:

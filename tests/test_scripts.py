@@ -510,6 +510,10 @@ def test_images_without_labels_are_enough(tmp_path, capsys):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{i}.png")
     last = run(pretrain, tmp_path / "run", "--data", tmp_path / "images", "--image-size", 16, "--epochs", 1)
     assert "knn" not in last and "no labels" in capsys.readouterr().out
+    flags = ["--data", tmp_path / "images", "--image-size", 16, "--epochs", 1, "--resident-gb", 1e-9]
+    run(pretrain, tmp_path / "stream", *flags)  # decoded as they are needed: the same run
+    whole, stream = (load(tmp_path / name / "backbone.pth") for name in ("run", "stream"))
+    assert whole.keys() == stream.keys() and all(whole[k].equal(stream[k]) for k in whole)
     with pytest.raises(SystemExit, match="train/ and test/ or val/"):
         linear_eval.main(linear_eval.get_parser().parse_args(["--weights", str(tmp_path / "run" / "backbone.pth")]))
 

@@ -343,6 +343,35 @@ def test_a_broken_file_is_named_and_skipped(folder, capsys):
         load_images(str(path))
 
 
+def test_what_does_not_fit_is_streamed_and_reads_the_same(folder, capsys):
+    path, _ = folder
+    whole, few = (load_images(str(path), size=8, budget_gb=gb) for gb in (16, 1e-9))
+    assert isinstance(few.pixels, views.Stream) and "are decoded as they are needed" in capsys.readouterr().err
+    assert few.pixels.shape == whole.pixels.shape and few.labels.equal(whole.labels) and few[2:] == whole[2:]
+    rows = torch.tensor([3, 0, 6, 3])
+    assert few.pixels[rows].equal(whole.pixels[rows]) and few.pixels[::2].equal(whole.pixels[::2])
+    batches = [rows, rows.flip(0), rows[:1]]
+    for got, want in zip(views.in_turn(few.pixels, batches), batches, strict=True):
+        assert got.equal(whole.pixels[want])
+    assert channel_stats(few.pixels) == channel_stats(whole.pixels) and not few.pixels.asked
+    for i in range(9):  # what was asked for in vain does not stay
+        few.pixels.ahead(rows + i % 2)
+        few.pixels.ahead(rows[: 1 + i % 3])
+    assert len(few.pixels.asked) <= 4
+
+
+def test_a_broken_file_of_a_stream_is_named_once_and_another_stands_in(folder, capsys):
+    path, _ = folder
+    stream = load_images(str(path), size=8, budget_gb=1e-9).pixels
+    open(stream.files[1], "w").close()
+    for _ in range(2):
+        got = stream[torch.tensor([1, 2, 1])]
+        assert got[0].equal(got[1]) and got[2].equal(got[1]) and got[1].equal(stream[torch.tensor([2])][0])
+    assert capsys.readouterr().err.count(f"skipped {stream.files[1]}") == 1
+    with pytest.raises(ValueError, match="none of 1 files could be decoded"):
+        stream[torch.tensor([1])]
+
+
 def test_images_in_any_nesting_are_a_training_split_without_labels(folder):
     path, _ = folder
     images = load_images(str(path / "train"))
@@ -366,7 +395,7 @@ def test_what_cannot_be_loaded_says_what_to_do(folder, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no image below"):
         load_images(str(tmp_path / "empty"))
-    with pytest.raises(ValueError, match=r"GB in memory.*--image-size"):
+    with pytest.raises(ValueError, match=r"GB in memory.*--image-size"):  # streams need a size
         load_images(str(path), budget_gb=1e-9)
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(path / "train" / "dog" / "small.png")
     with pytest.raises(ValueError, match=r"differ in size \(12 x 12, 9 x 9.*--image-size"):
