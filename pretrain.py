@@ -17,6 +17,7 @@ import inspect
 import json
 import math
 import os
+import platform
 import shlex
 import sys
 import time
@@ -30,6 +31,7 @@ import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid, save_image
 
 from linear_eval import (
@@ -118,7 +120,9 @@ def training_flags(parser: Parser) -> None:
     group.add_argument("--sync-bn", action=on_off, default=True, help="BN over all ranks, on several GPUs")
     group.add_argument("--print-every", type=int, default=50, help="steps between lines on the console")
     group.add_argument("--resume", action=on_off, default=True, help="go on from a checkpoint of this command")
-    group.add_argument("--bench", action="store_true", help="time the parts of a step and stop; writes nothing")
+    group.add_argument("--bench", action="store_true", help="time the parts of a step and stop; leaves no run behind")
+    group.add_argument("--bench-json", default=None, metavar="FILE", help="what --bench says goes there too")
+    group.add_argument("--profile", action="store_true", help="write a trace of steps 4 to 6 to the output folder")
     data_flags(parser)
 
 
@@ -146,6 +150,8 @@ class Run:
                 raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be above 0")
         if not 0 <= args.held_out < 1:
             raise ValueError(f"--held-out {args.held_out}: must be a share, 0 up to 1")
+        if args.bench_json and not args.bench:
+            raise ValueError("--bench-json says where the figures of --bench go: give both")
         self.args = args
         self.rank, self.world, self.device = setup(args.device)
         if args.batch_size % self.world:
@@ -428,6 +434,8 @@ FREE_FLAGS = {
     "workers",
     "resume",
     "bench",
+    "bench_json",
+    "profile",
     "resident_gb",
     "data_root",
     "device",
@@ -657,9 +665,35 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def bench(run: Run, optimizer: torch.optim.Optimizer, steps: int = 20, warm_up: int = 5) -> dict[str, float]:
-    """Median seconds of a step's parts, which take turns, so that a noisy machine bears on all alike; and the peak of
-    memory in bytes, before the steps and after. Prints and returns them.
+def step_flop(run: Run, views: list[Tensor], index: Tensor) -> int:
+    """Floating-point operations of a step's networks, counted: a forward pass, and twice as much backward but for
+    momentum networks. (To count the backward pass itself gives too many for grouped convolutions.)"""
+    counter, teacher, hooks = FlopCounterMode(display=False), [], []
+    for name, module in run.method.named_children():
+        if name.startswith("momentum"):
+            hooks.append(module.register_forward_pre_hook(lambda *_: teacher.append(-counter.get_total_flops())))
+            hooks.append(module.register_forward_hook(lambda *_: teacher.append(counter.get_total_flops())))
+    with torch.no_grad(), run.autocast(), counter:
+        run.method.outputs(views, index)
+    for hook in hooks:
+        hook.remove()
+    return 3 * counter.get_total_flops() - 2 * sum(teacher)
+
+
+def product_peak(run: Run) -> float:
+    """FLOP/s of a large matrix product in the networks' precision, the best of ten."""
+    n, times = 8192 if run.device.type == "cuda" else 2048, []
+    a = torch.randn(n, n, device=run.device, dtype=torch.bfloat16 if run.amp else torch.float32)
+    for _ in range(10):
+        start = clock(run.device)
+        a @ a
+        times.append(clock(run.device) - start)
+    return 2 * n**3 / min(times)
+
+
+def bench(run: Run, optimizer: torch.optim.Optimizer, steps: int = 20, warm_up: int = 5) -> dict:
+    """Where a step's time goes: median seconds of its parts, which take turns, so that a noisy machine bears on all
+    alike; memory in bytes at the peak, and before the steps; FLOP/s beside a matrix product's. Prints and returns them.
 
     network is the bare forward and backward of encoder and heads; loss is the mathematics on their outputs, both ways.
     """
@@ -689,14 +723,45 @@ def bench(run: Run, optimizer: torch.optim.Optimizer, steps: int = 20, warm_up: 
             for part, t in zip(seconds, (t1 - t0, t2 - t1 + t4 - t3, t3 - t2, t5 - t4)):
                 seconds[part].append(t)
     median = {part: sorted(t)[len(t) // 2] for part, t in seconds.items()}
-    total = sum(median.values())
+    total, peak = sum(median.values()), peak_memory(run.device)
+    flop, most = step_flop(run, views, index), product_peak(run)
     share = "  ".join(f"{part} {1e3 * t:.1f} ms ({100 * t / total:.1f} %)" for part, t in median.items())
+    added = total / median["network"] - 1
     say(f"{run.args.batch_size / total:,.0f} images/s: {share}")
-    added = 100 * (total / median["network"] - 1)
-    say(f"views, loss and optimiser add {added:.1f} % to the network's own forward and backward")
-    peak = peak_memory(run.device)
+    say(f"views, loss and optimiser add {100 * added:.1f} % to the network's own forward and backward")
+    say(
+        f"{flop / 1e9:,.1f} GFLOP a step on each rank, {flop / total / 1e12:.3f} TFLOP/s, "
+        f"{100 * flop / total / most:.1f} % of a matrix product's {most / 1e12:.3f}"
+    )
     say(f"peak memory {peak / 2**20:,.0f} MiB, {before / 2**20:,.0f} before the first step")
-    return median | {"memory": peak, "memory_before": before}
+    figures = {"images_per_s": run.args.batch_size / total, "seconds": median, "added": added, "flop": flop}
+    figures |= {"flop_per_s": flop / total, "product_flop_per_s": most, "memory": peak, "memory_before": before}
+    return figures
+
+
+def write_bench(run: Run, figures: dict, command: str) -> None:
+    """--bench-json: the figures, and where they were taken."""
+    cuda = run.device.type == "cuda"
+    where = {"device": torch.cuda.get_device_name(run.device) if cuda else platform.processor() or platform.machine()}
+    where |= {"ranks": run.world, "threads": torch.get_num_threads(), "torch": torch.__version__, "command": command}
+    if run.args.bench_json and run.rank == 0:
+        write_atomic(json.dumps(figures | where, indent=2) + "\n", Path(run.args.bench_json))
+
+
+def profiled(run: Run) -> Callable[[], None]:
+    """What to call after each step. With --profile, steps 4 to 6 go to trace.json, for chrome://tracing or
+    ui.perfetto.dev."""
+    if not run.args.profile or run.rank > 0:
+        return lambda: None
+
+    def write(profiler):
+        profiler.export_chrome_trace(str(run.output / "trace.json"))
+        say(f"wrote {run.output / 'trace.json'}")
+
+    schedule = torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1)
+    profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=write, record_shapes=True)
+    profiler.start()
+    return profiler.step
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:
@@ -717,14 +782,16 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     base = peak * 256 / args.batch_size
     say(f"batch {args.batch_size} over all ranks, base lr {base:g} x {args.batch_size}/256 = {peak:g}")
     if args.bench:
-        return bench(run, optimizer)
+        figures = bench(run, optimizer)
+        write_bench(run, figures, command)
+        return figures
     if first:
         say(f"goes on after epoch {first} of {run.output / 'checkpoint.pth'}")
     if args.knn_every and not run.images.labelled:
         say("no labels: the monitor gives std and RankMe, but no kNN")
 
     model = distributed(method)
-    console, done, lr = Console(run, total), first * run.steps_per_epoch, 0.0
+    console, done, lr, tick = Console(run, total), first * run.steps_per_epoch, 0.0, profiled(run)
     for epoch in range(first, args.epochs):
         order = run.parts[0][torch.randperm(len(run.parts[0]), generator=run.generator)]
         console.begin()
@@ -745,6 +812,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             method.after_step(done / total)
             console.add(loss, views_s)
             console.line(epoch, done, lr)
+            tick()
         loss = console.mean_loss(f"epoch {epoch + 1}", lr)
         facts = run.monitor(run.knn_due(epoch + 1))
         knn = f"  kNN {100 * facts['knn']:.2f} (held-out)" if "knn" in facts else ""

@@ -67,10 +67,12 @@ from pretrain import (
     load_checkpoint,
     mean_over_ranks,
     optimizer_of,
+    profiled,
     save_backbone,
     save_checkpoint,
     set_lr,
     write_atomic,
+    write_bench,
 )
 
 # The paper steps its alphas by 1e-3 (AdamW) 4,800 times. Adam moves an alpha by about lr a step, so a shorter search
@@ -407,9 +409,9 @@ def random_search(search: Search) -> tuple[dict, list[int], nn.Module]:
 # ---- what it costs --------------------------------------------------------------------------------------------------
 
 
-def bench(search: Search, steps: int = 15, warm_up: int = 3) -> float:
-    """Prints what an iteration (alpha and weight step) costs, and returns its ratio: of heads to the weight step alone,
-    of a backbone to a plain step of the largest network, for which time and memory are given."""
+def bench(search: Search, steps: int = 15, warm_up: int = 3) -> dict:
+    """What an iteration (alpha and weight step) costs, and its ratio: of heads to the weight step alone, of a backbone
+    to a plain step of the largest network, for which time and memory are given. Prints and returns them."""
     run, orders = search.run, [p[torch.randperm(len(p), generator=search.run.generator)] for p in search.parts]
     variants = {"alpha step": lambda step: search.alpha_step(orders[1], step, search.warmup)}
     variants["weight step"] = lambda step: search.weight_step(orders[0], step, 0.0, search.warmup)
@@ -443,7 +445,8 @@ def bench(search: Search, steps: int = 15, warm_up: int = 3) -> float:
     for name in variants:
         say(f"{name}: {1e3 * took[name]:.1f} ms, {held[name] / 2**20:.1f} MiB {what}")
     base = "plain step of the largest" if search.space else "weight step"
-    ratio = (took["alpha step"] + took["weight step"]) / took[base]
+    iteration = took["alpha step"], took["weight step"]
+    ratio = sum(iteration) / took[base]
     say(f"an iteration is {ratio:.3f} times a {base}" + (" network" if search.space else ""))
     if search.space:
         name = "weight step, masked"
@@ -463,7 +466,7 @@ def bench(search: Search, steps: int = 15, warm_up: int = 3) -> float:
     full = gradients(lambda v, i: torch.autograd.grad(search.method(v, i), [*search.alphas, *search.weights]))
     worst = max((a - b).abs().max().item() for a, b in zip(cheap, full))
     say(f"alpha gradients beside those of a full backward: largest difference {worst:.3g}")
-    return ratio
+    return {"seconds": took, "memory": held, "ratio": ratio, "images_per_s": run.args.batch_size / sum(iteration)}
 
 
 def memory(run: Run, step) -> int:
@@ -503,7 +506,7 @@ def train(search: Search) -> list[dict]:
     if not history:
         history.append({"epoch": 0} | search.state() | look(args.knn_every > 0))
     warmup = pretrain.warmup_steps(args, run.steps_per_epoch)
-    console, done, lr = Console(run, search.total), first * run.steps_per_epoch, 0.0
+    console, done, lr, tick = Console(run, search.total), first * run.steps_per_epoch, 0.0, profiled(run)
     for epoch in range(first, run.epochs):
         orders = [part[torch.randperm(len(part), generator=run.generator)] for part in search.parts]
         alpha_losses, search.gradients = [], []
@@ -516,6 +519,7 @@ def train(search: Search) -> list[dict]:
             done += 1
             console.add(loss, views_s)
             console.line(epoch, done, lr)
+            tick()
         loss = console.mean_loss(f"epoch {epoch + 1}", lr)
         state, facts = search.state(), look(run.knn_due(epoch + 1))
         entropy = statistics.mean(e for layers in state["entropy"].values() for e in layers)
@@ -578,7 +582,7 @@ def main(args: argparse.Namespace) -> dict:
     alphas = f", alpha lr {lrs}" if args.strategy == "gradient" else ""
     say(f"base lr {search.base_lr:g} x {args.batch_size}/256{alphas}")
     if args.bench:
-        bench(search)
+        write_bench(run, bench(search), command_line("search.py", get_parser(), args))
         return {}
 
     with user_errors():

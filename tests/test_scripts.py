@@ -20,6 +20,7 @@ from conftest import TINY, arguments, load, refused, run
 from PIL import Image
 from torch import nn
 from torch.distributed.run import get_args_parser
+from torch.utils.flop_counter import FlopCounterMode
 
 import compare
 import linear_eval
@@ -136,10 +137,13 @@ def test_compare_puts_found_beside_handcrafted_and_random(searched):
 @pytest.mark.parametrize("space", [[], ["--space", "resnet", "heads"]])
 def test_benches_report(space, tmp_path, capsys):
     if not space:
-        figures = run(pretrain, tmp_path, "--bench")
-        assert figures["network"] > 0 and figures["memory"] >= figures["memory_before"] > 2**20
-        said = capsys.readouterr().out
+        file = tmp_path / "bench.json"
+        figures = run(pretrain, tmp_path / "run", "--bench", "--bench-json", file)
+        assert figures["memory"] >= figures["memory_before"] > 2**20 and min(figures["seconds"].values()) > 0
+        said, written = capsys.readouterr().out, json.loads(file.read_text())
         assert "views, loss and optimiser add" in said and "peak memory" in said
+        assert written.items() >= figures.items() and written["command"].startswith("torchrun pretrain.py --width")
+        file.unlink()
     assert run(search, tmp_path, "--bench", *space) == {}
     said = capsys.readouterr().out
     assert "largest difference 0\n" in said and "an iteration is" in said
@@ -433,6 +437,26 @@ def test_methods_optimisers_and_presets_train(more, tmp_path):
         assert not any("classifier" in key for key in load(tmp_path / "backbone.pth"))
         floor, chance = METHODS["diet"].floor.fget(argparse.Namespace(smoothing=0.8, n=128)), math.log(128)
         assert facts["normalised"] == pytest.approx((chance - facts["loss"]) / (chance - floor))
+
+
+def test_the_flop_of_a_step_are_counted(tmp_path):
+    """SimSiam's and MoCo's, beside torch's own count of a whole step: ResNet has no grouped convolutions, and the first
+    layer's gradient to the images is not needed."""
+    for method in ("simsiam", "moco"):
+        r = pretrain.Run(arguments(pretrain, tmp_path, "--method", method))
+        views, index = r.batch(r.parts[0], 0)
+        with FlopCounterMode(display=False) as counter:
+            sum(o.sum() for o in r.method.outputs(views, index) if o.requires_grad).backward()
+        queries = 2 if method == "simsiam" else 1 * 2
+        first = 2 * queries * 16 * 32 * 32 * 3 * 9 * 4  # 2 MAC: batch 16, 32 px, 3x3, 3 to 4 channels
+        assert pretrain.step_flop(r, views, index) == counter.get_total_flops() + first
+
+
+def test_a_profile_is_a_trace_of_three_steps(tmp_path):
+    run(pretrain, tmp_path, "--profile", "--epochs", 1)
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert sum(str(e.get("name")).startswith("ProfilerStep#") and e.get("ph") == "X" for e in events) == 3
+    assert any("aten::convolution" in str(e.get("name")) for e in events)
 
 
 def test_an_epoch_visits_every_image_that_is_trained_on_once(tmp_path):
