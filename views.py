@@ -681,7 +681,7 @@ def render_view(
         pixels, p = pixels[rows], {k: v[rows] for k, v in p.items()}
         ends = [0, *turn.bincount(minlength=5).cumsum(0).tolist()]
     n, bytewise = len(pixels), size >= BYTEWISE and not _everywhere(pixels)
-    x = (_crop_bytes if bytewise else _crop)(pixels, p["box"], p["flip"], size, bicubic)
+    x = (crop_bytes if bytewise else _crop)(pixels, p["box"], p["flip"], size, bicubic)
 
     for step in range(4):
         if rows is None:
@@ -698,7 +698,7 @@ def render_view(
     return x if rows is None else x[rows.argsort()]
 
 
-BYTEWISE = 96  # px of a view; from here on a CPU crops image by image, see _crop_bytes
+BYTEWISE = 96  # px of a view; from here on a CPU crops image by image, see crop_bytes
 
 
 def _crop(pixels: Tensor, box: Tensor, flip: Tensor, size: int, bicubic: bool) -> Tensor:
@@ -713,7 +713,7 @@ def _crop(pixels: Tensor, box: Tensor, flip: Tensor, size: int, bicubic: bool) -
     return x.clamp_(0, 1) if bicubic else x  # which overshoots at edges
 
 
-def _crop_bytes(pixels: Tensor, box: Tensor, flip: Tensor, size: int, bicubic: bool) -> Tensor:
+def crop_bytes(pixels: Tensor, box: Tensor, flip: Tensor, size: int, bicubic: bool) -> Tensor:
     """The same, an image at a time, by torch's resize of bytes: rounded after each direction, as PIL does, so about
     half a grey level off; 4 times faster than `_crop` for a view of 224 px and 14 times for one of 96."""
     out = torch.empty(len(pixels), 3, size, size, dtype=torch.uint8)

@@ -68,7 +68,7 @@ def race(unit: str, count: int, clock: Callable, rounds: int, **makers: Callable
     for name, values in rates.items():
         print(f"{name:12} {statistics.median(values):8,.0f} {unit} ({min(values):,.0f} to {max(values):,.0f})")
     ratio = statistics.median(a / b for a, b in zip(*rates.values()))
-    print(f"ratio {ratio:.1f}")
+    print(f"ratio {ratio:.2f}")
     return ratio
 
 

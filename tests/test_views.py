@@ -19,9 +19,9 @@ from views import (
     Recipe,
     View,
     _crop,
-    _crop_bytes,
     adjust,
     channel_stats,
+    crop_bytes,
     load_images,
     make_shapes,
     render_view,
@@ -93,7 +93,7 @@ def test_a_crop_by_bytes_is_the_exact_one_rounded(bicubic):
     pixels = random_pixels(48, 256, 200)
     p = sample_view(EVERYTHING._replace(scale=(0.05, 1.0)), 48, 256, 200, torch.Generator().manual_seed(1))
     exact = _crop(pixels, p["box"], p["flip"], 128, bicubic)
-    rounded = _crop_bytes(pixels, p["box"], p["flip"], 128, bicubic)
+    rounded = crop_bytes(pixels, p["box"], p["flip"], 128, bicubic)
     error = (rounded - exact).abs() * 255
     assert error.mean() < 0.35 and (error < 1.5).double().mean() > 0.99  # of a grey level; rounding alone has .25, .5
     assert bicubic or error.max() < 1.5  # what overshoots is cut twice, as in PIL
