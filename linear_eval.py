@@ -365,6 +365,7 @@ def classifier(
     device: torch.device,
     seed: int = 0,
     batch_size: int = 64,
+    compiled: bool = False,
 ) -> nn.Module:
     """A copy of the backbone with a linear classifier, all of it trained on some rows: crops and flips, SGD with
     Nesterov momentum, no weight decay, cosine (2210.02808). The classifier starts at 0 and has 10 times the rate."""
@@ -372,6 +373,8 @@ def classifier(
     head = nn.Linear(backbone.feature_dim, len(images.classes))
     nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
     network = synced(nn.Sequential(copy.deepcopy(backbone), head).to(device), device).train()
+    if compiled:
+        network.compile()
     model = DistributedDataParallel(network) if world > 1 else network
     views = MultiCrop(CROP_AND_FLIP, images.pixels.shape[-1], facts["mean"], facts["std"], device)
     groups = [{"params": part.parameters(), "lr": scale * lr} for part, scale in zip(network, (1, 10))]
@@ -407,6 +410,7 @@ def finetune(
     learning_rates: list[float],
     epochs: int | None = None,
     seed: int = 0,
+    compiled: bool = False,
 ) -> dict[str, float]:
     """Test accuracy of the whole network trained on some labelled rows. The learning rate is the best on a fifth of
     them, held out; with it the network is trained anew on all. The backbone itself stays as it is.
@@ -423,7 +427,7 @@ def finetune(
         return (h.argmax(1).cpu() == labels).double().mean().item()
 
     def trained(rows, lr):
-        return classifier(backbone, facts, train, rows, lr, epochs, device, seed)
+        return classifier(backbone, facts, train, rows, lr, epochs, device, seed, compiled=compiled)
 
     scores = [math.nan]
     if len(learning_rates) > 1:
@@ -513,6 +517,9 @@ def measure(
     scores on the test images, {"knn", "linear", ...}."""
     mean, std, training = facts["mean"], facts["std"], backbone.training
     backbone = backbone.to(device, memory_format=memory_format(device)).eval()
+    compiled = device.type == "cuda" if args.compile is None else args.compile
+    if compiled:
+        backbone.compile()
     forward = partial(backbone.last_blocks, n=args.vit_blocks) if isinstance(backbone, ViT) else backbone
     h, h_test = (
         extract(backbone, images.pixels, mean, std, device, args.batch_size, forward=forward)
@@ -538,9 +545,8 @@ def measure(
         for n in args.shots:
             row[f"{n}-shot"] = few_shot(bank, labels, query, test.labels, n, args.draws, args.seed)
         if args.finetune:
-            row |= finetune(
-                backbone, facts, train, rows, test, device, args.finetune_lr, args.finetune_epochs, args.seed
-            )
+            how = args.finetune_lr, args.finetune_epochs, args.seed, compiled
+            row |= finetune(backbone, facts, train, rows, test, device, *how)
         table.append(row | {"seconds": time.time() - start})
     backbone.train(training)
     return table
@@ -558,6 +564,7 @@ def get_parser() -> Parser:
     parser.add_argument("--untrained", action=on_off, default=True, help="measure the untrained network too")
     parser.add_argument("--epochs", type=int, default=100, help="of the probe")
     parser.add_argument("--batch-size", type=int, default=512, help="images a forward pass")
+    parser.add_argument("--compile", action=on_off, default=None, help="torch.compile; None is on CUDA alone")
     parser.add_argument("--knn-k", type=int, default=200, help="neighbours")
     parser.add_argument("--knn-t", type=float, default=0.1, help="temperature of the neighbours' weights")
     parser.add_argument("--vit-blocks", type=int, default=4, help="of a ViT: the probe sees the last n class tokens")
