@@ -5,12 +5,13 @@
 The two SimSiam views of 32 px images, on one thread, in views a CPU-second; and 2 x 224 + 6 x 96 px by SwAV's recipe
 from 256 px images, wall time on all cores: MultiCrop's threads against a DataLoader with a worker a core. Images are in
 memory already. The two take turns, and the figure is the median over rounds of the ratio within a round, so that a busy
-machine slows both alike.
+machine slows both alike. Then what a Stream decodes: JPEG files of 400 x 300 px to 224 px.
 """
 
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from views import IMAGENET_MEAN, IMAGENET_STD, MultiCrop, View, make_shapes
+from views import IMAGENET_MEAN, IMAGENET_STD, MultiCrop, Stream, View, in_turn, make_shapes
 
 
 def one_by_one(view: View) -> transforms.Compose:
@@ -112,6 +113,22 @@ def iter_forever(loader: DataLoader):
         yield
 
 
+def decoding(count: int = 256) -> None:
+    print("\nJPEG files of 400 x 300 px, decoded to 224 px")
+    with tempfile.TemporaryDirectory() as folder:
+        for i, p in enumerate(make_shapes(count, 400).pixels):
+            to_pil_image(p[:, :300]).save(f"{folder}/{i}.jpg", quality=90)
+        for threads in (1, os.cpu_count()):
+            stream = Stream([f"{folder}/{i}.jpg" for i in range(count)], 224, threads)
+            batches = torch.arange(count).split(32)
+            start, cpu = time.perf_counter(), time.process_time()
+            for _ in in_turn(stream, batches):
+                pass
+            rate, per_cpu = count / (time.perf_counter() - start), count / (time.process_time() - cpu)
+            print(f"{threads} threads: {rate:,.0f} images a second, {per_cpu:,.0f} a CPU-second")
+
+
 if __name__ == "__main__":
     small()
     multi_crop()
+    decoding()
