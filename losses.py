@@ -333,6 +333,11 @@ class Method(nn.Module):
     def after_step(self, progress: float) -> None:
         """After the optimiser's step; progress in 0..1 of the run."""
 
+    def chance(self, batch: int) -> float | None:
+        """The loss, with that many images over all ranks, of a network that tells nothing apart: ln K where the loss is
+        a cross-entropy over K things."""
+        return None
+
 
 class SimSiam(Method):
     """2011.10566: loss 1/2 [-cos(p1, sg z2) - cos(p2, sg z1)]; the predictor's learning rate stays constant.
@@ -433,6 +438,9 @@ class SimCLR(Method):
 
         return balanced([term(z[0], z[1])], [term(local, g) for local in z[2:] for g in z[:2]], self.balance)
 
+    def chance(self, batch: int) -> float:
+        return math.log(2 * batch - 1)
+
 
 class MoCo(Method):
     """1911.05722 and 2003.04297. symmetric, as on CIFAR: both global views have keys, and every view is a query to
@@ -499,6 +507,9 @@ class MoCo(Method):
             q = (k[0], *q)  # stands for the first view, which is no query of its own
         return paired(lambda a, b: info_nce(a, b, self.queue, self.temperature), k, q, self.balance)
 
+    def chance(self, batch: int) -> float:
+        return math.log(1 + len(self.queue))
+
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         """Queue the step's keys, in the order that one process would have them in; move the momentum networks."""
@@ -562,6 +573,9 @@ class SwAV(Method):
         old = self.queue.to(self.prototypes.weight.dtype) @ self.prototypes.weight.detach().T  # (2, Q, K)
         codes = [sinkhorn(s.detach(), queue=q, weight=self.queue_counts) for s, q in zip(scores, old)]
         return paired(lambda s, c: swav_loss(s, c, self.temperature), codes, scores, self.balance)
+
+    def chance(self, batch: int) -> float:
+        return math.log(self.prototypes.out_features)
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
@@ -641,6 +655,9 @@ class DINO(Method):
 
         return paired(term, outputs[-2:], student, self.balance)
 
+    def chance(self, batch: int) -> float:
+        return math.log(self.last_layer.out_features)
+
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         """Move centre, teacher and the teacher's temperature."""
@@ -710,7 +727,8 @@ class DIET(Method):
 
     def normalised(self, loss: float) -> float:
         """(log N - L) / (log N - floor): 0 at chance, 1 at best."""
-        return (math.log(self.n) - loss) / (math.log(self.n) - self.floor)
+        chance = self.chance(1)
+        return (chance - loss) / (chance - self.floor)
 
     def outputs(self, views: list[Tensor], index: Tensor | None = None) -> tuple[Tensor, ...]:
         """h (V B, K), then the index of each, (V B,)."""
@@ -721,6 +739,9 @@ class DIET(Method):
     def loss(self, *outputs: Tensor) -> Tensor:
         h, index = outputs
         return diet_loss(h, self.classifier.weight, index, self.smoothing, self.n)
+
+    def chance(self, batch: int) -> float:
+        return math.log(self.n)
 
 
 METHODS = {"simsiam": SimSiam, "simclr": SimCLR, "moco": MoCo, "swav": SwAV, "dino": DINO, "diet": DIET}

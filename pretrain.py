@@ -347,6 +347,16 @@ def collapsed(facts: dict[str, float], steps: int) -> str | None:
     return None
 
 
+def plateau(loss: float, chance: float | None, steps: int) -> str | None:
+    """A warning in words where the loss, after that many steps, is that of a network that tells nothing apart."""
+    if steps >= 100 and chance is not None and abs(loss / chance - 1) < 0.002:
+        return (
+            f"the loss is that of chance, ln K = {chance:.4f}. Where it stays there: a head with BN (--heads), another "
+            "--lr or --temperature, for moco and dino a faster teacher (--momentum-teacher 0.9), more epochs"
+        )
+    return None
+
+
 class LARS(torch.optim.Optimizer):
     """SGD with momentum whose steps are as long as each tensor's own norm says. 1708.03888, as 2210.02808 has it:
     d = g + decay p, q = .001 |p| / |d|, m = .9 m + q d, p = p - lr m; groups with scale=False have q = 1."""
@@ -821,8 +831,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         more = f"  normalised {facts['normalised']:.3f}" if "normalised" in facts else ""
         more += f"  std {facts['z_std']:.2f}  RankMe {facts['rankme']:.1f}{knn}"
         console.text(f"epoch {epoch + 1}/{args.epochs}", loss, done, lr, more)
-        if warning := collapsed(facts, done):
-            say(f"warning: {warning}")
+        for warning in (collapsed(facts, done), plateau(loss, method.chance(args.batch_size), done)):
+            if warning:
+                say(f"warning: {warning}")
         history.append({"epoch": epoch + 1, "loss": loss, "lr": lr, "seconds": time.time() - console.start} | facts)
         save_checkpoint(run, epoch + 1, history, [optimizer])
     if run.rank == 0:

@@ -67,6 +67,7 @@ from pretrain import (
     load_checkpoint,
     mean_over_ranks,
     optimizer_of,
+    plateau,
     profiled,
     save_backbone,
     save_checkpoint,
@@ -532,8 +533,9 @@ def train(search: Search) -> list[dict]:
         if "knn" in facts:
             more += f"  kNN {100 * facts['knn']:.2f} (held-out)"
         console.text(f"epoch {epoch + 1}/{run.epochs}", loss, done, lr, more)
-        if warning := collapsed(facts, done):
-            say(f"warning: {warning}")
+        for warning in (collapsed(facts, done), plateau(loss, run.method.chance(args.batch_size), done)):
+            if warning:
+                say(f"warning: {warning}")
         line = {"epoch": epoch + 1, "loss": loss, "lr": lr}
         if alpha_losses:
             line["alpha_loss"] = mean_over_ranks(torch.stack(alpha_losses).mean()).item()

@@ -382,6 +382,26 @@ def test_moco_queue_takes_keys_in_order_and_wraps():
     assert method.pointer == 8
 
 
+@pytest.mark.parametrize("name", ["simclr", "moco", "swav", "dino", "diet"])
+def test_a_network_that_tells_nothing_apart_is_at_chance(name):
+    """Equal embeddings of every image, in the queue too; of DINO and DIET equal scores."""
+    method = METHODS[name](Encoder(), **({"n_images": 64} if name in ("moco", "swav", "diet") else {}))
+    same = torch.ones(8, 16)
+    if name == "moco":
+        method.queue.copy_(F.normalize(torch.ones_like(method.queue), dim=1))
+        same = torch.ones(8, method.queue.shape[1])
+    outputs = {
+        "simclr": [same] * 2,
+        "moco": [same] * 2 + [F.normalize(same, dim=1)] * 2,
+        "swav": [torch.zeros(8, method.prototypes.out_features)] * 2 + [torch.zeros(8, 128)] * 2
+        if name == "swav"
+        else [],
+        "dino": [torch.zeros(8, method.last_layer.out_features)] * 4 if name == "dino" else [],
+        "diet": [torch.zeros(8, 8), torch.arange(8)],
+    }[name]
+    assert method.loss(*outputs).item() == pytest.approx(method.chance(8), rel=1e-5)
+
+
 def test_moco_queue_fits_the_data():
     sizes = [len(MoCo(Encoder(), n_images=n).queue) for n in (300, 50_000, 10**7)]
     assert sizes == [32, 4096, 65_536]

@@ -576,6 +576,12 @@ def test_rankme_and_the_warning_of_collapse():
     assert "collapsed" in pretrain.collapsed({"z_std": 0.98, "rankme": 1.1}, 500)
 
 
+def test_a_loss_at_chance_is_said_in_words():
+    assert "a faster teacher" in pretrain.plateau(math.log(256) * 1.001, math.log(256), 500)
+    for loss, chance, steps in ((math.log(256) * 0.99, math.log(256), 500), (1.0, None, 500), (1.0, 1.0, 10)):
+        assert pretrain.plateau(loss, chance, steps) is None
+
+
 def test_a_collapse_is_said_in_words_though_the_loss_looks_fine(tmp_path, capsys):
     flags = ["--epochs", 14, "--knn-every", 0, "--weight-decay", 1, "--lr", 4]  # decay drives the weights to zero
     last = run(pretrain, tmp_path, *flags)
