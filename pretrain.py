@@ -267,7 +267,8 @@ class Run:
             pixels = next(in_turn(self.pixels, [rows, following])).to(self.device, non_blocking=True)
         else:
             pixels = self.pixels[rows.to(self.device, non_blocking=True)]
-        views = self.views.render(pixels, [{k: v[mine] for k, v in p.items()} for p in parameters])
+        with torch.no_grad():  # always, so that one compiled form serves training and the monitor
+            views = self.views.render(pixels, [{k: v[mine] for k, v in p.items()} for p in parameters])
         return [v.contiguous(memory_format=memory_format(self.device)) for v in views], index
 
     def monitor(self, knn: bool, method: nn.Module | None = None) -> dict[str, float]:
