@@ -183,7 +183,7 @@ def test_no_measure_changes_the_backbone_and_fine_tuning_learns(monkeypatch):
 
     used = []  # the images that a row may learn from are its own
     monkeypatch.setattr(
-        linear_eval, "classifier", lambda *a: used.append(a[3]) or nn.Sequential(backbone, nn.Identity())
+        linear_eval, "classifier", lambda *a, **_: used.append(a[3]) or nn.Sequential(backbone, nn.Identity())
     )
     linear_eval.finetune(backbone, facts, train, few, test, torch.device("cpu"), [0.1, 0.2], 1)
     assert sorted(map(len, used)) == [64, 64, 80] and all(set(u.tolist()) <= set(few.tolist()) for u in used)
