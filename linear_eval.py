@@ -542,8 +542,10 @@ def measure(
         row = {"labels": len(rows), "knn": knn_accuracy(bank, labels, query, test.labels, args.knn_k, args.knn_t)}
         probe = {"epochs": args.epochs, "seed": args.seed, "augmented": augmented}
         row |= linear_probe(known, labels, h_test, test.labels, **probe)
+        smallest = min(labels.bincount(minlength=len(train.classes)).tolist())
         for n in args.shots:
-            row[f"{n}-shot"] = few_shot(bank, labels, query, test.labels, n, args.draws, args.seed)
+            draws = args.draws, args.seed
+            row[f"{n}-shot"] = few_shot(bank, labels, query, test.labels, n, *draws) if n <= smallest else None
         if args.finetune:
             how = args.finetune_lr, args.finetune_epochs, args.seed, compiled
             row |= finetune(backbone, facts, train, rows, test, device, *how)
@@ -666,7 +668,8 @@ def line_of(args: argparse.Namespace, row: dict, images: int) -> str:
     share = "" if row["labels"] == images else f" ({100 * row['labels'] / images:.3g} %)"
     cells = [row["data"], row["network"], f"{row['labels']:,}{share}"]
     cells += [f"{100 * row[key]:.2f}" for key in ("knn", "linear")]
-    cells += [f"{100 * mean:.2f} ± {100 * half:.2f}" for mean, half in (row[f"{n}-shot"] for n in args.shots)]
+    shots = (row[f"{n}-shot"] for n in args.shots)
+    cells += ["too few labels" if s is None else f"{100 * s[0]:.2f} ± {100 * s[1]:.2f}" for s in shots]
     if args.finetune:
         cells.append(f"{100 * row['finetuned']:.2f} (lr {row['finetune_lr']:g})")
     cells.append(f"lr {row['lr']:g}, decay {row['weight_decay']:g}: {100 * row['held_out']:.2f}")

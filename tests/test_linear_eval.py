@@ -176,9 +176,11 @@ def test_no_measure_changes_the_backbone_and_fine_tuning_learns(monkeypatch):
         "--weights . --epochs 1 --augment --shots 1 3 --draws 2 --finetune --finetune-lr 0.03 0.1 --finetune-epochs 2"
     )
     args, facts = linear_eval.get_parser().parse_args(flags.split()), {"mean": (0.5,) * 3, "std": (0.2,) * 3}
-    few = balanced_rows(train.labels, 0.4)
+    few, line = balanced_rows(train.labels, 0.4), {"data": "shapes", "network": "pre-trained"}
+    assert measure(backbone, facts, train, test, torch.device("cpu"), args, [few[::9]])[0]["3-shot"] is None
     rows = measure(backbone, facts, train, test, torch.device("cpu"), args, [None, few])
     assert [r["labels"] for r in rows] == [200, 80] and all({"finetuned", "1-shot", "3-shot"} <= r.keys() for r in rows)
+    assert rows[1]["3-shot"] and "too few labels" in linear_eval.line_of(args, line | rows[1] | {"3-shot": None}, 200)
     assert backbone.training and all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
 
     used = []  # the images that a row may learn from are its own
@@ -235,9 +237,10 @@ def test_wrong_measurements_are_told_in_one_line(pretrained, tmp_path, capsys):
         (["--label-list", tmp_path / "list.txt"], "'nothing.png' should be one of the training images"),
         (["--label-list", tmp_path / "no.txt"], "No such file"),
         (["--shots", 0], "--shots must be above 0"),
-        (["--shots", 90, "--epochs", 1], "90 shots: the smallest class has"),
         (["--finetune-epochs", 0], "--finetune-epochs must be above 0"),
     ]:
         said, status = refused(capsys, linear_eval, *weights, *flags)
         assert message in said and status == 1, said
     assert not list((tmp_path / "out").glob("*"))
+    with pytest.raises(ValueError, match="3 shots: the smallest class has 2"):
+        linear_eval.few_shot(torch.randn(5, 4), torch.tensor([0, 0, 0, 1, 1]), torch.randn(2, 4), torch.arange(2), 3)
