@@ -152,6 +152,8 @@ class Run:
             raise ValueError(f"--held-out {args.held_out}: must be a share, 0 up to 1")
         if args.bench_json and not args.bench:
             raise ValueError("--bench-json says where the figures of --bench go: give both")
+        if args.bench_json and not Path(args.bench_json).parent.is_dir():
+            raise FileNotFoundError(f"--bench-json '{args.bench_json}': there is no such folder")
         self.args = args
         self.rank, self.world, self.device = setup(args.device)
         if args.batch_size % self.world:

@@ -447,8 +447,7 @@ def test_the_flop_of_a_step_are_counted(tmp_path):
         views, index = r.batch(r.parts[0], 0)
         with FlopCounterMode(display=False) as counter:
             sum(o.sum() for o in r.method.outputs(views, index) if o.requires_grad).backward()
-        queries = 2 if method == "simsiam" else 1 * 2
-        first = 2 * queries * 16 * 32 * 32 * 3 * 9 * 4  # 2 MAC: batch 16, 32 px, 3x3, 3 to 4 channels
+        first = 2 * 2 * 16 * 32 * 32 * 3 * 9 * 4  # 2 MAC; two views of 16 images of 32 px, 3x3, 3 to 4 channels
         assert pretrain.step_flop(r, views, index) == counter.get_total_flops() + first
 
 
@@ -684,6 +683,8 @@ def test_a_wrong_command_is_told_in_one_line(script, tmp_path, capsys):
         (["--held-out", 1], "must be a share", 1),
         (["--queue-size", 64], "--queue-size means nothing to --method simsiam", 1),
         (["--smoothing", 0.5], "--smoothing means nothing to --method simsiam", 1),
+        (["--bench-json", "b.json"], "give both", 1),
+        (["--bench", "--bench-json", "no/where/b.json"], "there is no such folder", 1),
         (["--recipe", "diet"], "--method simsiam compares two views of an image, and the recipe has one", 1),
         (["--projector", "none", "--out-dim", 64], "without a projector", 1),
         (["--method", "moco", "--queue-size", 10**6], "larger than the", 1),
