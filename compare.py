@@ -18,10 +18,10 @@ import torch
 
 import linear_eval
 import pretrain
+from checkpoint import write_atomic
 from linear_eval import barrier, is_main, load_backbone, load_data, measure, say
 from models import BACKBONES, build_backbone, load_arch, load_heads, macs, random_head
 from pictures import draw_scores
-from pretrain import write_atomic
 from views import Images
 
 

@@ -18,6 +18,7 @@ import os
 import re
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -58,6 +59,7 @@ def data_flags(parser: Parser) -> None:
     group.add_argument("--workers", type=int, default=None, help="that decode files; None is one a core")
     group.add_argument("--device", default="auto", help="auto (cuda where there is one, else cpu), cpu, cuda, mps")
     group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--deterministic", action="store_true", help="the same bits in every run on a GPU too; slower")
 
 
 @contextmanager
@@ -67,11 +69,14 @@ def user_errors():
         yield
     except (ValueError, OSError) as error:
         rank = f" on rank {dist.get_rank()}" if dist.is_initialized() else ""
-        sys.exit(f"{os.path.basename(sys.argv[0])}: error{rank}: {error}")
+        sys.exit(f"{os.path.basename(sys.argv[0])}: error{rank}: {' '.join(str(error).split())}")
 
 
-def setup(device: str) -> tuple[int, int, torch.device]:
-    """(rank, world, device): torchrun's where it started us, else 0 and 1. A second call changes nothing."""
+def setup(device: str, deterministic: bool = False) -> tuple[int, int, torch.device]:
+    """(rank, world, device): torchrun's where it started us, else 0 and 1. A second call changes nothing.
+
+    deterministic: the same bits in every run on a GPU too, slower; an operation that cannot says so, in a warning.
+    """
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -79,6 +84,9 @@ def setup(device: str) -> tuple[int, int, torch.device]:
         torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"--device {device} is none that torch knows: use auto, cpu, cuda or mps") from error
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is asked for
     if device == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("--device cuda, but torch sees no GPU: use --device cpu, or a CUDA build of torch")
@@ -474,19 +482,33 @@ def load_backbone(
     return backbone, facts
 
 
+def read_tensors(path: str | Path) -> object:
+    """What torch.save has written, of tensors and plain values alone: no code in the file is run. Raises ValueError
+    where it is damaged, which torch itself does not notice of a tensor's bytes."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                if sum(part.file_size for part in file.infolist()) > os.path.getsize(path):
+                    raise ValueError("compressed, which torch's own files are not")
+                if bad := file.testzip():
+                    raise ValueError(f"the checksum of {bad} is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged file fails in zipfile, pickle or torch
+        raise ValueError(
+            f"'{path}' cannot be read as tensors ({type(error).__name__}): damaged, or not torch's"
+        ) from error
+
+
 def load_weights(backbone: nn.Module, weights: str, name: str) -> None:
     """Fills a backbone, which `name` describes, from a state dict on disk. Keys must match to the last one; only a
     torchvision classifier (fc.*, classifier.*) is left out. Raises FileNotFoundError or ValueError."""
     if not Path(weights).is_file():
         raise FileNotFoundError(f"no weights at '{weights}'")
-    try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file fails in zipfile, pickle or torch
-        raise ValueError(
-            f"'{weights}' cannot be read as a state dict ({type(error).__name__}): damaged, or not torch's"
-        ) from error
-    if not isinstance(state, dict):
-        raise ValueError(f"'{weights}' holds a {type(state).__name__}, not a state dict")
+    state = read_tensors(weights)
+    if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
+        raise ValueError(f"'{weights}' is not a state dict, of tensors by name")
     state = {k: v for k, v in state.items() if not k.startswith(("fc.", "classifier."))}
     expected = backbone.state_dict()
     wrong = [f"{k} is missing" for k in expected if k not in state] + [
@@ -619,7 +641,7 @@ def main(args: argparse.Namespace) -> list[dict]:
     """The table's rows: {"data", "network", "labels", "knn", "linear", ...}"""
     with user_errors():
         check(args)
-        _, _, device = setup(args.device)
+        _, _, device = setup(args.device, args.deterministic)
         backbone, facts = load_backbone(args.weights, args.arch, args.width, args.stem)
         args.image_size = args.image_size or facts.get("resized_to")
         sources = args.data or [facts[k] for k in ["data"] if k in facts]

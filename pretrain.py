@@ -21,7 +21,6 @@ import platform
 import shlex
 import sys
 import time
-import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -34,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid, save_image
 
+from checkpoint import Keeper, save_atomic, write_atomic
 from linear_eval import (
     Parser,
     barrier,
@@ -48,7 +48,7 @@ from linear_eval import (
     synced,
     user_errors,
 )
-from losses import METHODS, shard
+from losses import METHODS, reduced
 from models import (
     ARCHS,
     VITS,
@@ -62,7 +62,7 @@ from models import (
     load_arch,
     load_heads,
 )
-from views import RECIPES, Images, MultiCrop, Stream, adjust, channel_stats, in_turn
+from views import RECIPES, MultiCrop, Stream, adjust, channel_stats, in_turn
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
@@ -111,6 +111,7 @@ def training_flags(parser: Parser) -> None:
     group.add_argument("--weight-decay", type=float, default=None, help="None is the method's, or the optimiser's")
     group.add_argument("--final-weight-decay", type=float, default=None, help="by a cosine; None: it stays")
     group.add_argument("--warmup-epochs", type=float, default=None, help="None is a tenth of all, 10 at the most")
+    group.add_argument("--clip-grad", type=float, default=None, help="largest norm of all gradients; None is no limit")
     group.add_argument("--held-out", type=float, default=0.1, help="share of the training images kept for the monitor")
     group.add_argument("--knn-every", type=int, default=5, help="epochs between the monitor's kNN figures; 0 is never")
     group.add_argument("--knn-k", type=int, default=200, help="neighbours of the monitor")
@@ -120,6 +121,7 @@ def training_flags(parser: Parser) -> None:
     group.add_argument("--sync-bn", action=on_off, default=True, help="BN over all ranks, on several GPUs")
     group.add_argument("--print-every", type=int, default=50, help="steps between lines on the console")
     group.add_argument("--resume", action=on_off, default=True, help="go on from a checkpoint of this command")
+    group.add_argument("--checkpoint-minutes", type=float, default=30.0, help="between those in an epoch; 0: none")
     group.add_argument("--bench", action="store_true", help="time the parts of a step and stop; leaves no run behind")
     group.add_argument("--bench-json", default=None, metavar="FILE", help="what --bench says goes there too")
     group.add_argument("--profile", action="store_true", help="write a trace of steps 4 to 6 to the output folder")
@@ -150,12 +152,16 @@ class Run:
                 raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be above 0")
         if not 0 <= args.held_out < 1:
             raise ValueError(f"--held-out {args.held_out}: must be a share, 0 up to 1")
+        if args.clip_grad is not None and args.clip_grad <= 0:
+            raise ValueError(f"--clip-grad {args.clip_grad}: must be above 0")
+        if args.checkpoint_minutes < 0:
+            raise ValueError(f"--checkpoint-minutes {args.checkpoint_minutes}: must be above 0, or 0 for never")
         if args.bench_json and not args.bench:
             raise ValueError("--bench-json says where the figures of --bench go: give both")
         if args.bench_json and not Path(args.bench_json).parent.is_dir():
             raise FileNotFoundError(f"--bench-json '{args.bench_json}': there is no such folder")
         self.args = args
-        self.rank, self.world, self.device = setup(args.device)
+        self.rank, self.world, self.device = setup(args.device, args.deterministic)
         if args.batch_size % self.world:
             raise ValueError(
                 f"--batch-size {args.batch_size} is the total over ranks and does not divide by {self.world} of them"
@@ -245,11 +251,14 @@ class Run:
             options["n_images"] = min(map(len, self.parts))  # a queue is for a part
         return self.method_class(encoder, self.heads, args.out_dim, **options)
 
-    def freeze(self, done: int) -> None:
-        """After backward: no gradient for the method's last layer, if it has one, in the first epochs."""
+    def after_backward(self, done: int) -> None:
+        """After `done` steps and a backward pass: no gradient for the method's last layer, if it has one, in the first
+        epochs; the others clipped."""
         if done < self.args.freeze_last_layer * self.steps_per_epoch and hasattr(self.method, "last_layer"):
             for p in self.method.last_layer.parameters():
                 p.grad = None
+        if self.args.clip_grad is not None:
+            clip_gradients(self.method, self.args.clip_grad)
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16) if self.amp else nullcontext()
@@ -307,10 +316,24 @@ class Run:
         method.train()
         return {"held_out_loss": mean_over_ranks(torch.stack(losses).mean()).item()} if losses else {}
 
+    def resources(self, start: float) -> dict[str, float]:
+        """Seconds since `start`, and the most memory so far, in MiB: of the GPU, else of this process."""
+        return {"seconds": time.time() - start, "peak_mib": peak_memory(self.device) / 2**20}
+
     def knn_due(self, epoch: int) -> bool:
         """After `epoch` epochs."""
         every = self.args.knn_every
         return bool(every) and (epoch % every == 0 or epoch == self.epochs)
+
+
+def clip_gradients(method: nn.Module, most: float) -> None:
+    """Scales all gradients down together to a norm of `most`. Every rank's rows of a shared-out parameter count, so
+    that all ranks scale alike."""
+    named = [(n, p) for n, p in method.named_parameters() if p.grad is not None]
+    gradients = [[p.grad for n, p in named if (n in method.sharded) == rows] for rows in (False, True)]
+    whole, rows = (nn.utils.get_total_norm(g) ** 2 for g in gradients)
+    norm = (whole + reduced(rows) if method.sharded else whole).sqrt()
+    nn.utils.clip_grads_with_norm_([p for _, p in named], most, norm)
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
@@ -331,6 +354,8 @@ def split_images(n: int, held_out: float, parts: int) -> list[Tensor]:
 
 def rankme(h: Tensor) -> float:
     """Effective rank of features (N, F): exp of the entropy of their singular values. RankMe, 2210.02885."""
+    if not h.isfinite().all():
+        return math.nan
     s = torch.linalg.svdvals(h.double())
     p = s / s.sum().clamp(min=1e-12) + 1e-7
     return torch.exp(-(p * p.log()).sum()).item()
@@ -348,6 +373,13 @@ def collapsed(facts: dict[str, float], steps: int) -> str | None:
             "--lr, longer --warmup-epochs, a larger --batch-size"
         )
     return None
+
+
+def warn(run: Run, facts: dict[str, float], loss: float, done: int) -> None:
+    """What an epoch's figures, after `done` steps, say in words."""
+    for warning in (collapsed(facts, done), plateau(loss, run.method.chance(run.args.batch_size), done)):
+        if warning:
+            say(f"warning: {warning}")
 
 
 def plateau(loss: float, chance: float | None, steps: int) -> str | None:
@@ -440,176 +472,72 @@ def set_lr(optimizer: torch.optim.Optimizer, step: int, warmup: int, total: int,
     return optimizer.param_groups[0]["lr"]
 
 
-# flags that change nothing in the result, so a resumed run may have others
-FREE_FLAGS = {
-    "output_dir",
-    "print_every",
-    "workers",
-    "resume",
-    "bench",
-    "bench_json",
-    "profile",
-    "resident_gb",
-    "data_root",
-    "device",
-    "compare",
-    "compare_seeds",
-    "compare_epochs",
-    "compare_data",
-    "compare_with",
-}
-
-
-def save_atomic(state: dict, path: Path) -> None:
-    """Whole or not at all: written under a temporary name, then renamed."""
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def write_atomic(text: str, path: Path) -> None:
-    path.with_suffix(".tmp").write_text(text)
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def fingerprint(images: Images) -> list[int]:
-    """Of the images and of their order: shape, and a checksum over a row of pixels of each, or of a stream's names."""
-    if isinstance(images.pixels, Stream):
-        return [*images.pixels.shape, zlib.crc32("\n".join(images.names).encode())]
-    row = images.pixels[:, :, images.pixels.shape[2] // 2]
-    return [*images.pixels.shape, zlib.crc32(row.contiguous().numpy())]
-
-
-def all_rows(x: Tensor, n: int) -> Tensor:
-    """(n, ...) on the CPU of every rank's rows, one rank after another."""
-    parts, world = [], dist.get_world_size()
-    for rank in range(world):
-        rows = n * (rank + 1) // world - n * rank // world
-        part = x.clone() if rank == dist.get_rank() else x.new_empty(rows, *x.shape[1:])
-        dist.broadcast(part, rank)
-        parts.append(part.cpu())
-    return torch.cat(parts)
-
-
-def map_sharded(
-    run: Run, optimizers: list[torch.optim.Optimizer], method: dict, states: list[dict], f: Callable[[Tensor], Tensor]
-) -> None:
-    """f, in place, over what of a method's and its optimisers' state dicts is this rank's rows of something."""
-    if run.world == 1:
-        return
-    sharded = [run.method.get_parameter(name) for name in run.method.sharded]
-    for name in run.method.sharded:
-        method[name] = f(method[name])
-    for optimizer, state in zip(optimizers, states, strict=True):
-        for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-            if any(p is own for own in sharded) and i in state["state"]:
-                moments = state["state"][i]
-                state["state"][i] = {k: f(v) if torch.is_tensor(v) and v.ndim else v for k, v in moments.items()}
-
-
-def save_checkpoint(run: Run, epoch: int, history: list[dict], optimizers: list[torch.optim.Optimizer]) -> None:
-    """After `epoch` epochs: all that the rest of the run depends on, then log.txt, which is the history. Every rank
-    calls it; the checkpoint is whole, and so may be gone on from with another number of them."""
-    method, states = run.method.state_dict(), [o.state_dict() for o in optimizers]
-    map_sharded(run, optimizers, method, states, lambda x: all_rows(x, run.method.n))
-    if run.rank > 0:
-        return
-    state = {
-        "flags": {k: v for k, v in vars(run.args).items() if k not in FREE_FLAGS},
-        "data": fingerprint(run.images),
-        "network": [run.arch, run.specs],
-        "epoch": epoch,
-        "method": method,
-        "optimizers": states,
-        "generator": run.generator.get_state(),
-        "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state() if run.device.type == "cuda" else None,
-        "history": history,
-    }
-    save_atomic(state, run.output / "checkpoint.pth")
-    write_atomic("".join(json.dumps(line) + "\n" for line in history), run.output / "log.txt")
-
-
-def load_checkpoint(run: Run, optimizers: list[torch.optim.Optimizer]) -> tuple[int, list[dict]]:
-    """(epochs done, history), all restored; (0, []) where there is no checkpoint. Refuses one of another command."""
-    path = run.output / "checkpoint.pth"
-    if not run.args.resume or not path.exists():
-        return 0, []
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        flags, data, network = state["flags"], state["data"], state["network"]
-    except Exception as error:  # a damaged file fails in zipfile, pickle or torch
-        raise ValueError(
-            f"'{path}' is damaged ({type(error).__name__}): delete it or pass --no-resume to start over, or choose "
-            "another --output-dir"
-        ) from error
-    for flag in sorted(set(flags) | set(vars(run.args)) - FREE_FLAGS):
-        have, want = flags.get(flag), getattr(run.args, flag, None)
-        if have != want:
-            raise ValueError(
-                f"'{path}' was made with --{flag.replace('_', '-')} {have}, not {want}: choose another --output-dir, "
-                "or start over with --no-resume"
-            )
-    if network != [run.arch, run.specs]:
-        flag = "heads" if network[0] == run.arch else "arch"
-        raise ValueError(f"'{path}' was made with another network than --{flag} now names: choose another --output-dir")
-    if data != fingerprint(run.images):
-        raise ValueError(
-            f"'{path}' was made with other images ({data[0]:,}, now {len(run.images.pixels):,}): choose another "
-            "--output-dir"
-        )
-    map_sharded(run, optimizers, state["method"], state["optimizers"], lambda x: x[slice(*shard(run.method.n))])
-    run.method.load_state_dict(state["method"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    run.generator.set_state(state["generator"])
-    torch.set_rng_state(state["rng"])
-    if state["cuda_rng"] is not None and run.device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda_rng"])
-    return state["epoch"], state["history"]
-
-
 class Console:
-    """Speed, and the mean loss, read from the device only when a line is due."""
+    """Speed, and the losses of an epoch, read from the device only when a line or a checkpoint is due."""
 
     def __init__(self, run: Run, total: int):
         self.run, self.total = run, total
-        self.begin()
 
-    def begin(self):
-        self.start, self.views_s, self.steps, self.losses = time.time(), 0.0, 0, []
+    def begin(self, epoch: int, partial: dict[str, Tensor], **orders: Tensor) -> None:
+        """An epoch; partial: what `read` gave, if it was stopped in its middle; orders: of the images, for each kind of
+        loss."""
+        self.start, self.views_s, self.epoch, self.orders = time.time(), 0.0, epoch, orders
+        self.known = {name: partial[name].tolist() for name in orders if name in partial}
+        self.waiting: dict[str, list[Tensor]] = {}
+        self.before = self.steps = len(self.known.get("loss", []))
+        self.lr = partial["lr"].item() if "lr" in partial else math.nan
 
-    def add(self, loss: Tensor, views_s: float):
-        self.losses.append(loss.detach())
-        self.views_s, self.steps = self.views_s + views_s, self.steps + 1
+    def add(self, views_s: float, lr: float, **losses: Tensor) -> None:
+        """One step; losses: this rank's `loss` and, where the alphas made a step too, `alpha_loss`."""
+        for name, loss in losses.items():
+            self.waiting.setdefault(name, []).append(loss.detach())
+        self.views_s, self.steps, self.lr = self.views_s + views_s, self.steps + 1, lr
 
-    def mean_loss(self, where: str, lr: float) -> float:
-        """Over the steps since begin(), all ranks; a loss that is not finite stops the run."""
-        loss = mean_over_ranks(torch.stack(self.losses).mean())
-        if not math.isfinite(loss.item()):
-            bad = [i for i, x in enumerate(self.losses) if not math.isfinite(x.item())]
-            sys.exit(
-                f"the loss is {loss.item()} at {where} (step {bad[0] if bad else '?'} of the epoch, lr {lr:.3g}): "
-                "stopped; the last checkpoint is from before. Try a lower --lr or longer --warmup-epochs"
+    def read(self) -> dict[str, Tensor]:
+        """The losses of the epoch's steps so far, means over ranks; one that is not finite stops the run."""
+        for name, losses in self.waiting.items():
+            known = self.known.setdefault(name, [])
+            new = mean_over_ranks(torch.stack(losses).float()).tolist() if losses else []
+            for i, loss in enumerate(new):
+                if not math.isfinite(loss):
+                    self.stop(name, loss, self.steps - len(new) + i, [*known, *new[:i]])
+            known += new
+            losses.clear()
+        return {name: torch.tensor(x, dtype=torch.float64) for name, x in (self.known | {"lr": self.lr}).items()}
+
+    def stop(self, name: str, loss: float, step: int, before: list[float]) -> None:
+        """Ends the run, as of a wrong command, and leaves what the loss that is not finite was computed on."""
+        run, n = self.run, self.run.args.batch_size
+        rows = self.orders[name][step * n : (step + 1) * n].tolist()
+        facts = {"what": name, "value": str(loss), "epoch": self.epoch + 1, "step": step + 1, "lr": self.lr}
+        facts |= {"last_finite": before[-1] if before else None, "rows": rows}
+        facts["images"] = [run.images.names[i] for i in rows]
+        with user_errors():
+            if run.rank == 0:
+                write_atomic(json.dumps(facts, indent=2) + "\n", run.output / "not-finite.json")
+            barrier()
+            raise ValueError(
+                f"the {name.replace('_', ' ')} is {loss} at epoch {self.epoch + 1}, step {step + 1} (lr {self.lr:.3g}, "
+                f"the last finite one {facts['last_finite']}): stopped; a checkpoint is from before, the batch is in "
+                f"'{run.output / 'not-finite.json'}'. Try a lower --lr, longer --warmup-epochs or --clip-grad"
             )
-        return loss.item()
 
-    def line(self, epoch: int, done: int, lr: float) -> None:
-        if self.steps % self.run.args.print_every:
+    def line(self, done: int) -> None:
+        """Every --print-every steps."""
+        if self.steps % self.run.args.print_every == 0:
+            where = f"epoch {self.epoch + 1}/{self.run.epochs} step {self.steps}/{self.run.steps_per_epoch}"
+            self.text(where, self.read()["loss"].mean(), done)
+
+    def text(self, where: str, loss: float, done: int, more: str = "") -> None:
+        """done: steps of the whole run."""
+        if self.steps == self.before:  # gone on from a checkpoint after the epoch's last step
+            say(f"{where}  loss {loss:.4f}{more}")
             return
-        loss = self.mean_loss(f"epoch {epoch + 1}", lr)
-        where = f"epoch {epoch + 1}/{self.run.epochs} step {self.steps}/{self.run.steps_per_epoch}"
-        self.text(where, loss, done, lr)
-
-    def text(self, where: str, loss: float, done: int, lr: float, more: str = "") -> None:
-        seconds = time.time() - self.start
-        rate = self.steps * self.run.args.batch_size / seconds
-        eta = time.strftime("%H:%M:%S", time.gmtime((self.total - done) * seconds / self.steps))
+        seconds = (time.time() - self.start) / (self.steps - self.before)
+        eta = time.strftime("%H:%M:%S", time.gmtime((self.total - done) * seconds))
         say(
-            f"{where}  loss {loss:.4f}  lr {lr:.4f}  views {1e3 * self.views_s / self.steps:.0f} ms  "
-            f"step {1e3 * seconds / self.steps:.0f} ms  {rate:,.0f} images/s  ETA {eta}{more}"
+            f"{where}  loss {loss:.4f}  lr {self.lr:.4f}  views {1e3 * self.views_s / (self.steps - self.before):.0f} "
+            f"ms  step {1e3 * seconds:.0f} ms  {self.run.args.batch_size / seconds:,.0f} images/s  ETA {eta}{more}"
         )
 
 
@@ -766,6 +694,8 @@ def profiled(run: Run) -> Callable[[], None]:
     ui.perfetto.dev."""
     if not run.args.profile or run.rank > 0:
         return lambda: None
+    if run.epochs * run.steps_per_epoch < 6:
+        raise ValueError(f"--profile traces steps 4 to 6, and this run has {run.epochs * run.steps_per_epoch}")
 
     def write(profiler):
         profiler.export_chrome_trace(str(run.output / "trace.json"))
@@ -782,8 +712,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         run = Run(args)
         method = run.method
         optimizer = optimizer_of([(n, p) for n, p in method.named_parameters() if p.requires_grad], method, args)
-        first, history = (0, []) if args.bench else load_checkpoint(run, [optimizer])
-    command = command_line("pretrain.py", get_parser(), args)
+        command = command_line("pretrain.py", get_parser(), args)
+        keeper = None if args.bench else Keeper(run, [optimizer], command)
+        tick = profiled(run)
     total = args.epochs * run.steps_per_epoch
     warmup = warmup_steps(args, run.steps_per_epoch)
     say(
@@ -798,59 +729,55 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         figures = bench(run, optimizer)
         write_bench(run, figures, command)
         return figures
-    if first:
-        say(f"goes on after epoch {first} of {run.output / 'checkpoint.pth'}")
+    if keeper.epoch or keeper.step:
+        say(f"goes on after {keeper} of {keeper.path}")
     if args.knn_every and not run.images.labelled:
         say("no labels: the monitor gives std and RankMe, but no kNN")
 
-    model = distributed(method)
-    console, done, lr, tick = Console(run, total), first * run.steps_per_epoch, 0.0, profiled(run)
-    for epoch in range(first, args.epochs):
-        order = run.parts[0][torch.randperm(len(run.parts[0]), generator=run.generator)]
-        console.begin()
-        for step in range(run.steps_per_epoch):
-            start = time.time()
-            views, index = run.batch(order, step)
-            views_s = time.time() - start
-            if done == 0 and run.rank == 0:
-                save_views(run, views)
-            lr = set_lr(optimizer, done, warmup, total, args)
-            with run.autocast():
-                loss = model(views, index)
-            loss.backward()
-            run.freeze(done)
-            optimizer.step()
-            optimizer.zero_grad()
-            done += 1
-            method.after_step(done / total)
-            console.add(loss, views_s)
-            console.line(epoch, done, lr)
-            tick()
-        loss = console.mean_loss(f"epoch {epoch + 1}", lr)
-        facts = run.monitor(run.knn_due(epoch + 1))
-        knn = f"  kNN {100 * facts['knn']:.2f} (held-out)" if "knn" in facts else ""
-        if method.classifies_instances:
-            facts["normalised"] = method.normalised(loss)
-        more = f"  normalised {facts['normalised']:.3f}" if "normalised" in facts else ""
-        more += f"  std {facts['z_std']:.2f}  RankMe {facts['rankme']:.1f}{knn}"
-        console.text(f"epoch {epoch + 1}/{args.epochs}", loss, done, lr, more)
-        for warning in (collapsed(facts, done), plateau(loss, method.chance(args.batch_size), done)):
-            if warning:
-                say(f"warning: {warning}")
-        history.append({"epoch": epoch + 1, "loss": loss, "lr": lr, "seconds": time.time() - console.start} | facts)
-        save_checkpoint(run, epoch + 1, history, [optimizer])
+    model, console = distributed(method), Console(run, total)
+    done = keeper.epoch * run.steps_per_epoch + keeper.step
+    with keeper:
+        for epoch in range(keeper.epoch, args.epochs):
+            start, (order,) = time.time(), keeper.orders(run.parts)
+            console.begin(epoch, keeper.partial, loss=order)
+            for step in range(keeper.step, run.steps_per_epoch):
+                begun = time.time()
+                views, index = run.batch(order, step)
+                views_s = time.time() - begun
+                if done == 0 and run.rank == 0:
+                    with user_errors():
+                        save_views(run, views)
+                lr = set_lr(optimizer, done, warmup, total, args)
+                with run.autocast():
+                    loss = model(views, index)
+                loss.backward()
+                run.after_backward(done)
+                optimizer.step()
+                optimizer.zero_grad()
+                done += 1
+                method.after_step(done / total)
+                console.add(views_s, lr, loss=loss)
+                console.line(done)
+                keeper.after_step(step + 1, console.read)
+                tick()
+            loss = console.read()["loss"].mean().item()
+            facts = run.monitor(run.knn_due(epoch + 1))
+            knn = f"  kNN {100 * facts['knn']:.2f} (held-out)" if "knn" in facts else ""
+            if method.classifies_instances:
+                facts["normalised"] = method.normalised(loss)
+            more = f"  normalised {facts['normalised']:.3f}" if "normalised" in facts else ""
+            more += f"  std {facts['z_std']:.2f}  RankMe {facts['rankme']:.1f}{knn}"
+            console.text(f"epoch {epoch + 1}/{args.epochs}", loss, done, more)
+            warn(run, facts, loss, done)
+            keeper.after_epoch({"epoch": epoch + 1, "loss": loss, "lr": console.lr} | facts | run.resources(start))
+    last = keeper.history[-1]
     if run.rank == 0:
-        save_backbone(
-            run,
-            method.encoder,
-            command,
-            run.output,
-            heads=args.heads,
-            **{k: history[-1][k] for k in ("knn",) if k in history[-1]},
-        )
+        with user_errors():
+            knn = {k: last[k] for k in ("knn",) if k in last}
+            save_backbone(run, method.encoder, command, run.output, heads=args.heads, **knn)
     barrier()
     say(f"wrote {run.output / 'backbone.pth'}; next: torchrun linear_eval.py --weights {run.output / 'backbone.pth'}")
-    return history[-1]
+    return last
 
 
 if __name__ == "__main__":

@@ -40,11 +40,13 @@ import torchvision
 from torch import Tensor, nn
 
 import pretrain
+from checkpoint import Keeper, write_atomic
 from compare import compare, facts_of, prepare, searched, shared_flags, write_arch
 from linear_eval import Parser, is_main, load_backbone, say, user_errors
 from models import (
     BACKBONES,
     BAND,
+    OPS,
     SPACES,
     SearchBackbone,
     count_heads,
@@ -61,18 +63,14 @@ from pretrain import (
     Console,
     Run,
     clock,
-    collapsed,
     command_line,
     distributed,
-    load_checkpoint,
     mean_over_ranks,
     optimizer_of,
-    plateau,
     profiled,
     save_backbone,
-    save_checkpoint,
     set_lr,
-    write_atomic,
+    warn,
     write_bench,
 )
 
@@ -294,11 +292,21 @@ class Search:
         with self.run.autocast():
             loss = self.model(views, index)
         loss.backward()
-        self.run.freeze(done)
+        self.run.after_backward(done)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.method.after_step(progress)
         return loss, views_s
+
+    def dead(self) -> list[str]:
+        """The alphas that have had no gradient in any step since the last call of `signal`, which so stay as they
+        are."""
+        names = [f"{n} {k + 1} {op}" for n, head in self.heads.items() for k in range(len(head.alpha)) for op in OPS]
+        if self.space:
+            for name, alpha in zip(("depth", "inner", "kernel"), self.choices.alphas()):
+                names += [f"stage {s + 1}'s {name} {o + 1}" for s in range(len(alpha)) for o in range(alpha.shape[1])]
+        got = torch.stack(self.gradients).abs().amax(0) > 0
+        return [name for name, moved in zip(names, got.tolist(), strict=True) if not moved]
 
     def signal(self) -> float:
         """The alphas' gradient in units of its noise, a step: root mean square of mean / standard deviation over the
@@ -494,54 +502,57 @@ def memory(run: Run, step) -> int:
 def train(search: Search) -> list[dict]:
     """The loop: a line of history an epoch; goes on from a checkpoint."""
     args, run = search.args, search.run
-    optimizers = [search.optimizer, search.alpha_optimizer]
     with user_errors():
-        first, history = load_checkpoint(run, optimizers)
-    if first:
-        say(f"goes on after epoch {first} of {run.output / 'checkpoint.pth'}")
+        command = command_line("search.py", get_parser(), args)
+        keeper = Keeper(run, [search.optimizer, search.alpha_optimizer], command)
+        tick = profiled(run)
+    if keeper.epoch or keeper.step:
+        say(f"goes on after {keeper} of {keeper.path}")
 
     def look(knn: bool) -> dict:
         method = search.standalone(search.derive(), min(10, args.recalibrate_batches)) if search.space else run.method
         return run.monitor(knn, method)
 
-    if not history:
-        history.append({"epoch": 0} | search.state() | look(args.knn_every > 0))
+    if not keeper.history:
+        keeper.history.append({"epoch": 0} | search.state() | look(args.knn_every > 0))
     warmup = pretrain.warmup_steps(args, run.steps_per_epoch)
-    console, done, lr, tick = Console(run, search.total), first * run.steps_per_epoch, 0.0, profiled(run)
-    for epoch in range(first, run.epochs):
-        orders = [part[torch.randperm(len(part), generator=run.generator)] for part in search.parts]
-        alpha_losses, search.gradients = [], []
-        console.begin()
-        for step in range(run.steps_per_epoch):
-            lr = set_lr(search.optimizer, done, warmup, search.total, args)
-            if done >= search.warmup:
-                alpha_losses.append(search.alpha_step(orders[1], step, done))
-            loss, views_s = search.weight_step(orders[0], step, (done + 1) / search.total, done)
-            done += 1
-            console.add(loss, views_s)
-            console.line(epoch, done, lr)
-            tick()
-        loss = console.mean_loss(f"epoch {epoch + 1}", lr)
-        state, facts = search.state(), look(run.knn_due(epoch + 1))
-        entropy = statistics.mean(e for layers in state["entropy"].values() for e in layers)
-        more = f"  alpha entropy {entropy:.3f}"
-        if len(search.gradients) > 1:
-            facts["alpha_signal"] = search.signal()
-            more += f"  signal {facts['alpha_signal']:.2f}"
-        if search.space:
-            more += f"  E[MACs] {state['expected_macs'] / search.target:.3f} of the target"
-        if "knn" in facts:
-            more += f"  kNN {100 * facts['knn']:.2f} (held-out)"
-        console.text(f"epoch {epoch + 1}/{run.epochs}", loss, done, lr, more)
-        for warning in (collapsed(facts, done), plateau(loss, run.method.chance(args.batch_size), done)):
-            if warning:
-                say(f"warning: {warning}")
-        line = {"epoch": epoch + 1, "loss": loss, "lr": lr}
-        if alpha_losses:
-            line["alpha_loss"] = mean_over_ranks(torch.stack(alpha_losses).mean()).item()
-        history.append(line | facts | state | {"seconds": time.time() - console.start})
-        save_checkpoint(run, epoch + 1, history, optimizers)
-    return history
+    console, done = Console(run, search.total), keeper.epoch * run.steps_per_epoch + keeper.step
+
+    def collected() -> dict[str, Tensor]:
+        gradients = {"gradients": torch.stack(search.gradients)} if search.gradients else {}
+        return console.read() | gradients
+
+    with keeper:
+        for epoch in range(keeper.epoch, run.epochs):
+            start, orders = time.time(), keeper.orders(search.parts)
+            console.begin(epoch, keeper.partial, loss=orders[0], alpha_loss=orders[-1])
+            search.gradients = list(keeper.partial.get("gradients", torch.empty(0)).to(run.device))
+            for step in range(keeper.step, run.steps_per_epoch):
+                lr = set_lr(search.optimizer, done, warmup, search.total, args)
+                alpha_loss = {"alpha_loss": search.alpha_step(orders[1], step, done)} if done >= search.warmup else {}
+                loss, views_s = search.weight_step(orders[0], step, (done + 1) / search.total, done)
+                done += 1
+                console.add(views_s, lr, loss=loss, **alpha_loss)
+                console.line(done)
+                keeper.after_step(step + 1, collected)
+                tick()
+            means = {name: losses.mean().item() for name, losses in console.read().items()}
+            state, facts = search.state(), look(run.knn_due(epoch + 1))
+            entropy = statistics.mean(e for layers in state["entropy"].values() for e in layers)
+            more = f"  alpha entropy {entropy:.3f}"
+            if len(search.gradients) > 1:
+                if dead := search.dead():
+                    say(f"warning: no gradient in this epoch for the alphas of {', '.join(dead)}")
+                facts["alpha_signal"] = search.signal()
+                more += f"  signal {facts['alpha_signal']:.2f}"
+            if search.space:
+                more += f"  E[MACs] {state['expected_macs'] / search.target:.3f} of the target"
+            if "knn" in facts:
+                more += f"  kNN {100 * facts['knn']:.2f} (held-out)"
+            console.text(f"epoch {epoch + 1}/{run.epochs}", means["loss"], done, more)
+            warn(run, facts, means["loss"], done)
+            keeper.after_epoch({"epoch": epoch + 1} | means | facts | state | run.resources(start))
+    return keeper.history
 
 
 def find(search: Search) -> tuple[list[dict], dict, list[int] | None, nn.Module | None]:
@@ -606,7 +617,8 @@ def main(args: argparse.Namespace) -> dict:
         say(f"backbone: {describe(arch)}, {cost / 1e6:.4g} of {target} ({100 * cost / search.target:.1f} %)")
     else:
         found["backbone"] = {"arch": run.arch, "width": args.width, "stem": run.stem}
-    write_results(search, found, history, dims, encoder)
+    with user_errors():
+        write_results(search, found, history, dims, encoder)
     for name, ops in found.get("heads", {}).items():
         say(f"{name}: {' '.join(true_name(o, *io) for o, io in zip(ops, pairwise(dims[name])))}")
     if "knn" in facts and history and "knn" in history[0]:
@@ -620,7 +632,8 @@ def main(args: argparse.Namespace) -> dict:
     flags["output_dir"] = str(run.output.parent / "pretrain")
     say(f"wrote {path}; next:\n{command_line('pretrain.py', pretrain.get_parser(), argparse.Namespace(**flags))}")
     if args.compare:
-        compare(search, path, *compared)
+        with user_errors():
+            compare(search, path, *compared)
     return found
 
 

@@ -1,0 +1,379 @@
+"""What a run leaves on disk, and how it survives: whole files, checkpoints, signals.
+
+    keeper = Keeper(run, optimizers, command)        # goes on from checkpoint.pth, where there is one
+    with keeper:                                     # SIGTERM and SIGINT save, and then stop
+        for epoch in range(keeper.epoch, epochs):
+            orders = keeper.orders(run.parts)
+            for step in range(keeper.step, steps):
+                ...
+                keeper.after_step(step + 1, lambda: {"loss": losses})
+            keeper.after_epoch({"loss": mean})
+
+A run that was stopped anywhere and goes on ends with the uninterrupted run's weights, bit for bit on a CPU.
+"""
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import Tensor
+
+from linear_eval import barrier, read_tensors, say, user_errors
+from losses import shard
+from views import Images, Stream
+
+# flags that change nothing in the result, so a resumed run may have others
+FREE_FLAGS = {
+    "output_dir",
+    "print_every",
+    "workers",
+    "resume",
+    "checkpoint_minutes",
+    "bench",
+    "bench_json",
+    "profile",
+    "resident_gb",
+    "data_root",
+    "device",
+    "compare",
+    "compare_seeds",
+    "compare_epochs",
+    "compare_data",
+    "compare_with",
+}
+
+STATE_KEYS = {"SGD": {"momentum_buffer"}, "AdamW": {"step", "exp_avg", "exp_avg_sq"}, "LARS": {"momentum"}}
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def written(path: Path):
+    """A file to write to, that takes the place of `path` once all of it is on the disk: whatever goes wrong, what was
+    there stays. Raises OSError, which says so."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        first = error if isinstance(error, OSError) else error.__context__
+        why = first.strerror if isinstance(first, OSError) and first.strerror else error
+        if temporary.exists():
+            temporary.unlink()
+        older = " (the one there is as it was)" if path.exists() else ""
+        raise OSError(f"could not write '{path}'{older}: {why}. Make room, and give the same command again") from error
+
+
+def save_atomic(state: dict, path: Path) -> None:
+    """Whole or not at all."""
+    with written(path) as file:
+        torch.save(state, file)
+
+
+def write_atomic(text: str, path: Path) -> None:
+    """Whole or not at all."""
+    with written(path) as file:
+        file.write(text.encode())
+
+
+def lock(folder: Path) -> int:
+    """A handle on a folder that one process can have at a time; gone with the process, however that ends. Raises
+    ValueError where another has it. Where there are no such locks (Windows, some network drives), nothing is held."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise ValueError(f"another process is at work in '{folder}': wait for it, or choose another folder") from error
+    except (ImportError, OSError):
+        pass
+    return handle
+
+
+def start_facts(command: str, device: torch.device) -> dict:
+    """Where, when and by what a run was started; commit: of the scripts' folder, None where it is no clone."""
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    versions = {"python": platform.python_version(), "numpy": np.__version__}
+    versions |= {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    what = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    where = {"host": platform.node(), "device": what, "ranks": dist.get_world_size() if dist.is_initialized() else 1}
+    return {"command": command, "commit": commit, "versions": versions, **where, "time": time.strftime("%F %T%z")}
+
+
+def fingerprint(images: Images) -> list[int | None]:
+    """Of the images and of their order: shape, a checksum of their names, and one over a row of pixels of each, None
+    for a stream."""
+    names = zlib.crc32("\n".join(images.names).encode())
+    if isinstance(images.pixels, Stream):
+        return [*images.pixels.shape, names, None]
+    row = images.pixels[:, :, images.pixels.shape[2] // 2]
+    return [*images.pixels.shape, names, zlib.crc32(row.contiguous().numpy())]
+
+
+# ---- parameters of which every rank has its own rows ----------------------------------------------------------------
+
+
+def all_rows(x: Tensor, n: int) -> Tensor:
+    """(n, ...) on the CPU of every rank's rows, one rank after another."""
+    parts, world = [], dist.get_world_size()
+    for rank in range(world):
+        rows = n * (rank + 1) // world - n * rank // world
+        part = x.clone() if rank == dist.get_rank() else x.new_empty(rows, *x.shape[1:])
+        dist.broadcast(part, rank)
+        parts.append(part.cpu())
+    return torch.cat(parts)
+
+
+def map_sharded(run, optimizers: list, method: dict, states: list[dict], f: Callable[[Tensor], Tensor]) -> None:
+    """f, in place, over what of a method's and its optimisers' states is this rank's rows of something."""
+    if run.world == 1:
+        return
+    sharded = [run.method.get_parameter(name) for name in run.method.sharded]
+    for name in run.method.sharded:
+        method[name] = f(method[name])
+    for optimizer, state in zip(optimizers, states, strict=True):
+        for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            if any(p is own for own in sharded) and i in state:
+                state[i] = {k: f(v) if torch.is_tensor(v) and v.ndim else v for k, v in state[i].items()}
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+GO_ON, SAVE, STOP = range(3)
+
+
+@lru_cache
+def control_group():
+    """Of all ranks, on the CPU: what they agree on there costs a GPU no wait."""
+    return dist.new_group(backend="gloo")
+
+
+class Keeper:
+    """Where a run is, and its checkpoint: read at the start, written after each epoch, after --checkpoint-minutes, and
+    when a signal asks the run to stop.
+
+    `run` is pretrain.Run. All ranks call every method; rank 0 writes. The checkpoint is whole, so a run may go on with
+    another number of ranks. Raises ValueError for a checkpoint of another command, or a damaged one, and touches
+    nothing then.
+    """
+
+    def __init__(self, run, optimizers: Sequence[torch.optim.Optimizer], command: str):
+        self.run, self.optimizers, self.path = run, list(optimizers), run.output / "checkpoint.pth"
+        self.epoch, self.step = 0, 0  # epochs done; steps done of the next one
+        self.history: list[dict] = []  # log.txt's lines, but for the first
+        self.partial: dict[str, Tensor] = {}  # what the script collects over the steps of an epoch
+        self.shuffles: list[Tensor] = []  # the orders of the epoch that `step` is in
+        self.starts: list[dict] = []
+        self.signal: int | None = None
+        self.agreement = None  # (what the ranks ask for, the exchange of it) of the last step
+        # after --max-restarts has restarted us, what is there is our own
+        go_on = run.args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        if go_on and self.path.exists():
+            self.load()
+        elif self.path.exists() and run.rank == 0:
+            self.path.unlink()
+        barrier()
+        self.starts.append(start_facts(command, run.device) | {"after": [self.epoch, self.step]})
+        self.saved = time.monotonic()
+
+    def __str__(self) -> str:
+        return f"epoch {self.epoch}" + f" and {self.step} steps" * (self.step > 0)
+
+    # ---- the loop's side
+
+    def __enter__(self) -> "Keeper":
+        if self.run.rank == 0:
+            with user_errors():
+                self.folder = lock(self.run.output)
+        self.handlers = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        for s, handler in self.handlers.items():
+            signal.signal(s, handler)
+        if self.run.rank == 0:
+            os.close(self.folder)
+        if self.signal and kind is None:  # it came after the last step
+            self.leave()
+
+    def note(self, number: int, frame) -> None:
+        """The signals' handler. torchrun passes on what a terminal has sent us too, so a second one means nothing."""
+        if self.signal is None:  # print is not to be interrupted by itself
+            os.write(2, f"\n{signal.Signals(number).name}: saves after this step and stops\n".encode())
+        self.signal = number
+
+    def orders(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """A shuffle of each part for the epoch; where it was begun before, the same one."""
+        if not self.shuffles:
+            self.shuffles = [p[torch.randperm(len(p), generator=self.run.generator)] for p in parts]
+        return self.shuffles
+
+    def after_step(self, step: int, partial: Callable[[], dict[str, Tensor]]) -> None:
+        """After `step` steps of an epoch: saves where that is due, together with what `partial` gives, and stops where
+        a signal asked for it."""
+        call = self.agreed()
+        if call != GO_ON:
+            self.step, self.partial = step, partial()
+            self.save()
+        if call == STOP:
+            self.leave()
+
+    def after_epoch(self, line: dict) -> None:
+        """line: for log.txt."""
+        self.history.append(line)
+        self.epoch, self.step, self.partial, self.shuffles = self.epoch + 1, 0, {}, []
+        self.save()
+
+    def agreed(self) -> int:
+        """GO_ON, SAVE or STOP, the same on all ranks: what any of them asked for one step ago, or, alone, now."""
+        call = GO_ON
+        if self.agreement:
+            asked, exchange = self.agreement
+            exchange.wait()
+            call = int(asked)
+        minutes = self.run.args.checkpoint_minutes
+        due = minutes and call == GO_ON and self.run.rank == 0 and time.monotonic() - self.saved >= 60 * minutes
+        own = STOP if self.signal else SAVE if due else GO_ON
+        if self.run.world == 1:
+            return own
+        asked = torch.tensor(own)
+        self.agreement = asked, dist.all_reduce(asked, dist.ReduceOp.MAX, group=control_group(), async_op=True)
+        return call
+
+    def leave(self) -> None:
+        """Status 128 + signal, as of a program that the signal has ended: the run is not finished."""
+        barrier()  # rank 0 has written
+        number = self.signal or signal.SIGTERM
+        say(f"stopped by {signal.Signals(number).name}, saved {self.path} after {self}: the same command goes on")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(128 + number)
+
+    # ---- the file's side
+
+    def save(self) -> None:
+        """All that the rest of the run depends on, then log.txt. Weights that are not finite are not saved: they stop
+        the run."""
+        run, self.saved = self.run, time.monotonic()
+        method, states = run.method.state_dict(), [o.state_dict()["state"] for o in self.optimizers]
+        map_sharded(run, self.optimizers, method, states, lambda x: all_rows(x, run.method.n))
+        if run.rank > 0:
+            return
+        bad = [name for name, x in method.items() if x.is_floating_point() and not x.isfinite().all()]
+        with user_errors():
+            if bad:
+                raise ValueError(
+                    f"after {self} {bad[0]} is not finite any more: stopped without saving, so a checkpoint is from "
+                    "before. Try a lower --lr, longer --warmup-epochs or --clip-grad"
+                )
+            facts = {
+                "flags": {k: v for k, v in vars(run.args).items() if k not in FREE_FLAGS},
+                "data": fingerprint(run.images),
+                "network": [run.arch, run.specs],
+                "epoch": self.epoch,
+                "step": self.step,
+                "history": self.history,
+                "starts": self.starts,
+            }
+            text = json.dumps(facts)
+            state = {
+                "facts": text,
+                "crc": zlib.crc32(text.encode()),
+                "method": method,
+                "optimizers": states,
+                "shuffles": self.shuffles,
+                "partial": self.partial,
+                "generator": run.generator.get_state(),
+                "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state() if run.device.type == "cuda" else None,
+            }
+            save_atomic(state, self.path)
+            first = self.starts[0] | ({"resumed": self.starts[1:]} if self.starts[1:] else {})
+            write_atomic("".join(json.dumps(line) + "\n" for line in (first, *self.history)), run.output / "log.txt")
+
+    def load(self) -> None:
+        run, path = self.run, self.path
+        try:
+            state = read_tensors(path)
+            facts = json.loads(state["facts"])
+            if zlib.crc32(state["facts"].encode()) != state["crc"]:
+                raise ValueError("its facts were changed")
+        except Exception as error:
+            raise self.damaged(error) from error
+        flags, network, data = facts["flags"], facts["network"], facts["data"]
+        for flag in sorted(set(flags) | set(vars(run.args)) - FREE_FLAGS):
+            have, want = flags.get(flag), getattr(run.args, flag, None)
+            if have != want:
+                raise ValueError(
+                    f"'{path}' was made with --{flag.replace('_', '-')} {have}, not {want}: choose another "
+                    "--output-dir, or start over with --no-resume"
+                )
+        if network != [run.arch, run.specs]:
+            flag = "heads" if network[0] == run.arch else "arch"
+            raise ValueError(
+                f"'{path}' was made with another network than --{flag} now names: choose another --output-dir"
+            )
+        if any(have != now for have, now in zip(data, fingerprint(run.images)) if None not in (have, now)):
+            raise ValueError(
+                f"'{path}' was made with other images ({data[0]:,}, now {len(run.images.pixels):,}): choose another "
+                "--output-dir"
+            )
+        try:
+            self.restore(state)
+        except Exception as error:  # whatever else can be in a file
+            raise self.damaged(error) from error
+        self.epoch, self.step = facts["epoch"], facts["step"]
+        self.history, self.starts = facts["history"], facts["starts"]
+
+    def damaged(self, error: Exception) -> ValueError:
+        return ValueError(
+            f"'{self.path}' is damaged ({type(error).__name__}): delete it or pass --no-resume to start over, or "
+            "choose another --output-dir"
+        )
+
+    def restore(self, state: dict) -> None:
+        """Tensors where they belong; any exception where one is missing, or is not as it has to be."""
+        run, states = self.run, state["optimizers"]
+        map_sharded(run, self.optimizers, state["method"], states, lambda x: x[slice(*shard(run.method.n))])
+        run.method.load_state_dict(state["method"])
+        for optimizer, saved in zip(self.optimizers, states, strict=True):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            for i, values in saved.items():
+                right = values.keys() == STATE_KEYS[type(optimizer).__name__]
+                if not right or any(v.ndim and v.shape != params[i].shape for v in values.values()):
+                    raise ValueError(f"the optimiser's state of parameter {i}")
+            groups = optimizer.state_dict()["param_groups"]  # which follow from the flags
+            optimizer.load_state_dict({"state": saved, "param_groups": groups})
+        self.shuffles, self.partial = list(state["shuffles"]), dict(state["partial"])
+        parts = [part.sort().values for part in run.parts]
+        if not all(any(x.sort().values.equal(part) for part in parts) for x in self.shuffles):
+            raise ValueError("an order of other images")
+        if not all(torch.is_tensor(x) for x in self.partial.values()):
+            raise ValueError("what was collected over the epoch")
+        run.generator.set_state(state["generator"])
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] is not None and run.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"])

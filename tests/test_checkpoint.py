@@ -1,0 +1,301 @@
+"""What a run survives: signals, kills, a full disk, a vanished folder, damaged files, a loss that is not finite."""
+
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from chaos import chaos
+from conftest import TINY, arguments, load, refused, run
+from PIL import Image
+
+import pretrain
+import search
+from checkpoint import lock, save_atomic, written
+from models import OPS, PRESETS
+from pretrain import Run
+from views import make_shapes
+
+ROOT = Path(__file__).parent.parent
+BOTH = ["--space", "heads", "resnet", "--image-size", "16", "--target-macs", "0.5xresnet18"]
+
+
+def facts(folder):
+    return json.loads(load(folder / "checkpoint.pth")["facts"])
+
+
+def same_run(a, b):
+    """Weights, alphas and queues of two folders are equal to the last bit, and so is the log but for its first line,
+    seconds and memory."""
+    x, y = (load(folder / "checkpoint.pth")["method"] for folder in (a, b))
+    assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+    logs = [[json.loads(line) for line in (f / "log.txt").read_text().splitlines()][1:] for f in (a, b)]
+    for line, other in zip(*logs, strict=True):
+        assert {k: v for k, v in line.items() if k not in ("seconds", "peak_mib")} == {
+            k: v for k, v in other.items() if k not in ("seconds", "peak_mib")
+        }
+
+
+def at_batch(monkeypatch, number, act):
+    """act() before that batch of views, counted from 1."""
+    calls, batch = iter(range(1, 10**6)), Run.batch
+
+    def counted(*args):
+        if next(calls) == number:
+            act()
+        return batch(*args)
+
+    monkeypatch.setattr(Run, "batch", counted)
+
+
+def stop(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of an uninterrupted run."""
+    folders = {}
+
+    def of(script, *more):
+        if (script, more) not in folders:
+            folders[script, more] = tmp_path_factory.mktemp("whole")
+            run(script, folders[script, more], *more)
+        return folders[script, more]
+
+    return of
+
+
+# ---- signals and kills ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "script, more, at", [(pretrain, ["--method", "moco"], 13), (pretrain, ["--method", "diet"], 16), (search, [], 13)]
+)
+def test_a_signal_saves_in_the_middle_of_an_epoch(script, more, at, number, tmp_path, monkeypatch, whole, capsys):
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        at_batch(patch, at, stop(number))
+        run(script, tmp_path, *more)
+    assert end.value.code == 128 + number and signal.getsignal(number) is before
+    assert (
+        f"stopped by {signal.Signals(number).name}, saved {tmp_path / 'checkpoint.pth'} after"
+        in capsys.readouterr().out
+    )
+    saved = facts(tmp_path)
+    assert saved["epoch"] == 1 and 0 < saved["step"] <= 8
+    run(script, tmp_path, *more)
+    assert f"goes on after epoch 1 and {saved['step']} steps" in capsys.readouterr().out
+    same_run(tmp_path, whole(script, *more))
+
+
+def test_a_signal_stops_a_search_of_heads_and_backbone(tmp_path, monkeypatch, whole):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        at_batch(patch, 37, stop(signal.SIGTERM))
+        run(search, tmp_path, *BOTH)
+    assert facts(tmp_path)["step"] > 0 and load(tmp_path / "checkpoint.pth")["partial"]["gradients"].ndim == 2
+    run(search, tmp_path, *BOTH)
+    same_run(tmp_path, whole(search, *BOTH))
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import {script} as script
+from test_checkpoint import at_batch, stop
+class Patch:
+    setattr = staticmethod(setattr)
+at_batch(Patch, {at}, stop(signal.SIGKILL))
+script.main(script.get_parser().parse_args())
+"""
+
+
+@pytest.mark.parametrize("script, more, at, minutes", [(pretrain, ["--method", "moco"], 13, 0), (search, [], 13, 1e-9)])
+def test_a_killed_run_ends_with_the_uninterrupted_runs_weights(script, more, at, minutes, tmp_path, whole):
+    code = KILLED.format(root=str(ROOT), script=script.__name__, at=at)
+    flags = [*TINY, *more, "--output-dir", str(tmp_path), "--checkpoint-minutes", str(minutes)]
+    killed = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    saved = facts(tmp_path)
+    assert saved["epoch"] == 1 and (saved["step"] > 0) == (minutes > 0)
+    run(script, tmp_path, *more)
+    same_run(tmp_path, whole(script, *more))
+    first = json.loads((tmp_path / "log.txt").read_text().splitlines()[0])
+    assert [start["after"] for start in first["resumed"]] == [[1, saved["step"]]]
+
+
+def test_random_kills_of_one_process_and_of_two_ranks_change_nothing(tmp_path):
+    """The short form of tests/chaos.py."""
+    chaos(tmp_path, kills=2, seed=0, runs=["pretrain-moco-2"])
+
+
+def test_a_finished_run_is_not_run_again(pretrained, capsys):
+    before = (pretrained / "checkpoint.pth").stat().st_mtime_ns
+    run(pretrain, pretrained)
+    assert (pretrained / "checkpoint.pth").stat().st_mtime_ns == before and "epoch 1/3" not in capsys.readouterr().out
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path, capsys):
+    handle = lock(tmp_path)
+    message, status = refused(capsys, pretrain, *TINY, "--output-dir", tmp_path)
+    assert "another process is at work" in message and status == 1 and not list(tmp_path.iterdir())
+    os.close(handle)
+    run(pretrain, tmp_path, "--epochs", 1)
+
+
+# ---- the disk -------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "file.pth"
+    path.write_bytes(b"old")
+    why = r"could not write '.*file.pth' \(the one there is as it was\): no space"
+    with pytest.raises(OSError, match=why), written(path) as file:
+        file.write(b"half of the n")
+        raise OSError(28, "no space")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    save_atomic({"a": torch.arange(3)}, path)
+    assert load(path)["a"].tolist() == [0, 1, 2] and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tmp_path, monkeypatch, whole, capsys):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        at_batch(patch, 10, stop(signal.SIGTERM))
+        run(pretrain, tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # less than a checkpoint takes
+        with pytest.raises(SystemExit) as end:
+            run(pretrain, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "could not write" in end.value.code and "File too large" in end.value.code and "\n" not in end.value.code
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    run(pretrain, tmp_path)
+    same_run(tmp_path, whole(pretrain))
+
+
+def test_a_folder_that_vanishes_ends_the_run(tmp_path, monkeypatch):
+    at_batch(monkeypatch, 10, lambda: shutil.rmtree(tmp_path / "run"))
+    with pytest.raises(SystemExit, match=r"could not write '.*checkpoint.pth': No such file or directory"):
+        run(pretrain, tmp_path / "run")
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+def test_a_checkpoint_that_does_not_fit_is_left_alone(pretrained, tmp_path, capsys):
+    for file in pretrained.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    said, status = refused(capsys, pretrain, *TINY, "--output-dir", tmp_path, "--seed", 1)
+    assert "made with --seed 0, not 1: choose another --output-dir" in said and status == 1
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+    whole = (tmp_path / "checkpoint.pth").read_bytes()
+    (tmp_path / "checkpoint.pth").write_bytes(whole[: len(whole) // 2])
+    said, status = refused(capsys, pretrain, *TINY, "--output-dir", tmp_path)
+    assert "is damaged" in said and "--no-resume" in said and status == 1
+    assert (tmp_path / "checkpoint.pth").stat().st_size == len(whole) // 2
+    run(pretrain, tmp_path, "--no-resume")
+    assert facts(tmp_path)["epoch"] == 3
+
+
+def test_other_heads_or_images_under_the_same_name_are_noticed(tmp_path, capsys):
+    heads, images = tmp_path / "arch.json", tmp_path / "images"
+    images.mkdir()
+    for i, image in enumerate(make_shapes(40).pixels):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(images / f"{i}.png")
+    flags = ["--output-dir", tmp_path / "run", "--data", images, "--heads", heads, "--epochs", 1, "--held-out", 0]
+    heads.write_text(json.dumps({"heads": PRESETS["simsiam_cifar10_resnet18"]}))
+    run(pretrain, tmp_path, *flags)
+    heads.write_text(json.dumps({"heads": PRESETS["simsiam_cifar10_resnet50"]}))
+    assert "another network than --heads" in refused(capsys, pretrain, *TINY, *flags)[0]
+    heads.write_text(json.dumps({"heads": PRESETS["simsiam_cifar10_resnet18"]}))
+    (images / "0.png").unlink()
+    assert "made with other images" in refused(capsys, pretrain, *TINY, *flags)[0]
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_batch(tmp_path, monkeypatch):
+    flags = ["--method", "simclr", "--lr", 1e30, "--warmup-epochs", 0, "--print-every", 3]
+    with pytest.raises(SystemExit, match=r"the loss is (nan|inf) at epoch 1, step 2 \(lr .*lower --lr") as end:
+        run(pretrain, tmp_path, *flags)
+    assert "\n" not in end.value.code and not (tmp_path / "checkpoint.pth").exists()
+    bad = json.loads((tmp_path / "not-finite.json").read_text())
+    assert (bad["what"], bad["epoch"], bad["step"]) == ("loss", 1, 2) and math.isfinite(bad["last_finite"])
+    args = arguments(pretrain, tmp_path / "again", *flags)
+    r = Run(args)
+    order = r.parts[0][torch.randperm(len(r.parts[0]), generator=r.generator)]
+    assert bad["rows"] == order[16:32].tolist() and bad["images"] == [str(i) for i in bad["rows"]]
+    assert bad["lr"] == pytest.approx(1e30 * 16 / 256, rel=0.1)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    run(pretrain, tmp_path, "--epochs", 1)
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    after_step = pretrain.METHODS["simsiam"].after_step
+
+    def poison(method, progress):
+        if progress == 1:  # after the last step, so that no loss sees it
+            method.encoder.conv1.weight.data[0, 0, 0, 0] = math.nan
+        after_step(method, progress)
+
+    monkeypatch.setattr(pretrain.METHODS["simsiam"], "after_step", poison)
+    with pytest.raises(SystemExit, match=r"after epoch 1 encoder.conv1.weight is not finite any more"):
+        run(pretrain, tmp_path, "--epochs", 1, "--no-resume")
+    assert not (tmp_path / "checkpoint.pth").exists() and before  # --no-resume has started over
+
+
+def test_gradients_are_clipped_together(tmp_path):
+    r = Run(arguments(pretrain, tmp_path, "--clip-grad", 0.01))
+    r.method(*r.batch(r.parts[0], 0)).backward()
+    grads = [p.grad for p in r.method.parameters() if p.grad is not None]
+    before = [g.double().clone() for g in grads]
+    norm = math.sqrt(sum(g.square().sum().item() for g in before))
+    assert norm > 0.02
+    r.after_backward(10**6)
+    for g, b in zip(grads, before):
+        torch.testing.assert_close(g.double(), b * 0.01 / norm, rtol=1e-4, atol=1e-12)
+    pretrain.clip_gradients(r.method, 1.0)  # nothing to do
+    assert math.sqrt(sum(g.square().sum().item() for g in grads)) == pytest.approx(0.01, rel=1e-4)
+
+
+def test_dead_alphas_are_named(tmp_path):
+    s = search.Search(arguments(search, tmp_path))
+    s.gradients = [torch.ones(70), torch.ones(70)]
+    assert s.dead() == []
+    for g in s.gradients:
+        g[[0, 69]] = 0
+    s.gradients[0][5] = 0
+    assert s.dead() == [f"projector 1 {next(iter(OPS))}", f"predictor 4 {list(OPS)[-1]}"]
+
+
+# ---- the log --------------------------------------------------------------------------------------------------------
+
+
+def test_the_logs_first_line_says_what_made_it(pretrained):
+    first = json.loads((pretrained / "log.txt").read_text().splitlines()[0])
+    assert first["command"].startswith("torchrun pretrain.py --width 0.0625") and first["host"] == platform.node()
+    versions = {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__}
+    assert first["versions"].items() >= versions.items() and "resumed" not in first
+    git = ["git", "-C", ROOT, "rev-parse", "HEAD"]
+    assert first["commit"].removesuffix("-dirty") == subprocess.run(git, capture_output=True, text=True).stdout.strip()
+
+
+def test_memory_does_not_grow_after_the_first_epochs(tmp_path):
+    """The short form of tests/soak.py."""
+    flags = [*TINY, "--max-images", "96", "--epochs", "24", "--output-dir", str(tmp_path)]
+    subprocess.run([sys.executable, ROOT / "pretrain.py", *flags], check=True, capture_output=True)
+    peaks = [json.loads(line)["peak_mib"] for line in (tmp_path / "log.txt").read_text().splitlines()[1:]]
+    assert len(peaks) == 24 and peaks[-1] - peaks[7] < 8
