@@ -12,7 +12,6 @@ test images are looked at once. One table goes to the terminal and to linear_eva
 
 import argparse
 import copy
-import json
 import math
 import os
 import re
@@ -30,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models import ARCHS, ViT, build_backbone, describe
+from models import ARCHS, NUMBER, ViT, build_backbone, describe, load_json
 from views import CROP_AND_FLIP, IMAGENET_MEAN, IMAGENET_STD, Images, MultiCrop, Stream, in_turn, load_images
 
 # ---- what every script needs at its start ---------------------------------------------------------------------------
@@ -180,6 +179,19 @@ def extract(
         dist.all_gather(parts, h)
         h = torch.cat(parts)[: len(rows)]
     return h
+
+
+def decoded(pixels: Tensor | Stream, rows: Tensor) -> Tensor:
+    """Which of the rows (n,) show their own image: not those whose file, on any rank, a stream could not decode."""
+    if not isinstance(pixels, Stream):
+        return torch.ones(len(rows), dtype=torch.bool)
+    broken = torch.zeros(len(pixels), dtype=torch.int32)
+    broken[list(pixels.broken)] = 1
+    if dist.is_initialized():
+        place = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+        broken = broken.to(place)
+        dist.all_reduce(broken, dist.ReduceOp.MAX)
+    return broken.cpu()[rows.cpu()] == 0
 
 
 @torch.no_grad()
@@ -430,9 +442,10 @@ def finetune(
     epochs = epochs or max(60 if len(rows) <= 0.05 * len(train.pixels) else 30, -(-400 // steps))
 
     def accuracy(network, images, which=None):
+        which = torch.arange(len(images.pixels)) if which is None else which
         h = extract(network[0], images.pixels, facts["mean"], facts["std"], device, rows=which, forward=network)
-        labels = images.labels if which is None else images.labels[which]
-        return (h.argmax(1).cpu() == labels).double().mean().item()
+        right = h.argmax(1).cpu() == images.labels[which]
+        return right[decoded(images.pixels, which)].double().mean().item()
 
     def trained(rows, lr):
         return classifier(backbone, facts, train, rows, lr, epochs, device, seed, compiled=compiled)
@@ -465,10 +478,7 @@ def load_backbone(
         raise FileNotFoundError(f"no weights at '{weights}'")
     facts = {"width": 1.0, "stem": "imagenet", "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     if beside.is_file():
-        try:
-            facts |= json.loads(beside.read_text())
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"'{beside}' is not JSON that describes a backbone ({error})") from error
+        facts |= check_facts(load_json(str(beside), BACKBONE_FACTS), f"'{beside}'")
     elif arch is None:
         raise ValueError(f"'{beside}' is missing, so what network is in '{weights}' is not known: name it with --arch")
     facts |= {k: v for k, v in (("arch", arch), ("width", width), ("stem", stem)) if v is not None}
@@ -480,6 +490,42 @@ def load_backbone(
         raise ValueError(f"'{beside}': {error}") from error
     load_weights(backbone, weights, f"{describe(facts['arch'])} x{facts['width']:g} with the {facts['stem']} stem")
     return backbone, facts
+
+
+BACKBONE_FACTS = {  # what a backbone.json may say, and of what type
+    "arch": (str, dict),
+    "width": NUMBER,
+    "stem": str,
+    "mean": list,
+    "std": list,
+    "data": str,
+    "resized_to": (int, type(None)),
+    "method": str,
+    "epochs": int,
+    "seed": int,
+    "command": str,
+    "versions": dict,
+    "heads": str,
+    "knn": NUMBER,
+}
+
+
+def check_facts(facts: dict, source: str) -> dict:
+    """A backbone.json's facts, within what can be; else ValueError, which says what is wrong with those of `source`."""
+    for key, right, wanted in (
+        ("width", lambda x: 0 < x <= 64, "above 0, up to 64"),
+        ("stem", lambda x: x in ("small", "imagenet"), "small or imagenet"),
+        ("resized_to", lambda x: x is None or 8 <= x <= 4096, "8 to 4096 pixels"),
+        ("mean", lambda x: numbers(x, 0), "3 numbers of 0 to 1"),
+        ("std", lambda x: numbers(x, 1e-6), "3 numbers above 0, up to 1"),
+    ):
+        if key in facts and not right(facts[key]):
+            raise ValueError(f"{source}: {key!r} must be {wanted}, not {str(facts[key])[:80]}")
+    return facts
+
+
+def numbers(x: list, least: float) -> bool:
+    return len(x) == 3 and all(isinstance(v, NUMBER) and least <= v <= 1 for v in x)
 
 
 def read_tensors(path: str | Path) -> object:
@@ -510,6 +556,9 @@ def load_weights(backbone: nn.Module, weights: str, name: str) -> None:
     if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
         raise ValueError(f"'{weights}' is not a state dict, of tensors by name")
     state = {k: v for k, v in state.items() if not k.startswith(("fc.", "classifier."))}
+    broken = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+    if broken:
+        raise ValueError(f"'{weights}' holds numbers that are not finite, the first in {broken[0]}")
     expected = backbone.state_dict()
     wrong = [f"{k} is missing" for k in expected if k not in state] + [
         f"{k} is unknown" for k in state if k not in expected
@@ -548,9 +597,11 @@ def measure(
         for images in (train, test)
     )
     views = MultiCrop(CROP_AND_FLIP, train.pixels.shape[-1], mean, std, device)
-    table = []
+    shown, table = decoded(test.pixels, torch.arange(len(h_test))), []
+    h_test, test_labels = h_test[shown.to(device)], test.labels[shown]
     for rows in labelled:
         start, rows = time.time(), torch.arange(len(h)) if rows is None else rows
+        rows = rows[decoded(train.pixels, rows)]
         g, augmented = torch.Generator().manual_seed(args.seed), None
         if args.augment:
 
@@ -561,13 +612,13 @@ def measure(
 
         known, labels = h[rows.to(device)], train.labels[rows]
         bank, query = (x[:, -backbone.feature_dim :] for x in (known, h_test))  # of a ViT the last block's alone
-        row = {"labels": len(rows), "knn": knn_accuracy(bank, labels, query, test.labels, args.knn_k, args.knn_t)}
+        row = {"labels": len(rows), "knn": knn_accuracy(bank, labels, query, test_labels, args.knn_k, args.knn_t)}
         probe = {"epochs": args.epochs, "seed": args.seed, "augmented": augmented}
-        row |= linear_probe(known, labels, h_test, test.labels, **probe)
+        row |= linear_probe(known, labels, h_test, test_labels, **probe)
         smallest = min(labels.bincount(minlength=len(train.classes)).tolist())
         for n in args.shots:
             draws = args.draws, args.seed
-            row[f"{n}-shot"] = few_shot(bank, labels, query, test.labels, n, *draws) if n <= smallest else None
+            row[f"{n}-shot"] = few_shot(bank, labels, query, test_labels, n, *draws) if n <= smallest else None
         if args.finetune:
             how = args.finetune_lr, args.finetune_epochs, args.seed, compiled
             row |= finetune(backbone, facts, train, rows, test, device, *how)

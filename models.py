@@ -314,6 +314,58 @@ class ViT(nn.Module):
 VITS = {"vit_tiny": {"dim": 192, "heads": 3}}
 NETWORKS = {"basic": ResNet, "bottleneck": ResNet, "inverted": MobileNetV2}
 ARCHS = (*BACKBONES, *VITS)
+MOST_PARAMETERS = 2_000_000_000
+
+
+NUMBER = (int, float)
+FOUND = {  # what an arch.json may say, and of what type
+    "space": list,
+    "strategy": str,
+    "method": str,
+    "data": str,
+    "seed": int,
+    "command": str,
+    "versions": dict,
+    "alphas": dict,
+    "heads": dict,
+    "backbone": dict,
+    "held_out_loss": NUMBER,
+    "knn": NUMBER,
+}
+FOUND_BACKBONE = {
+    "arch": (str, dict),
+    "width": NUMBER,
+    "stem": str,
+    "image_size": int,
+    "macs": int,
+    "parameters": int,
+    "target_macs": NUMBER,
+}
+
+
+def check_json(facts: object, known: dict[str, type | tuple], source: str) -> dict:
+    """A JSON object that has no other keys than `known`, of these types; else ValueError, which says what is wrong with
+    that of `source`."""
+    if not isinstance(facts, dict):
+        raise ValueError(f"{source}: a {type(facts).__name__}, where a JSON object should be")
+    for key, value in facts.items():
+        if key not in known:
+            raise ValueError(f"{source}: unknown key {key!r}; known: {', '.join(known)}")
+        if not isinstance(value, known[key]) or isinstance(value, bool):
+            kinds = known[key] if isinstance(known[key], tuple) else (known[key],)
+            wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+            raise ValueError(f"{source}: {key!r} is {type(value).__name__}, not {wanted}")
+    return facts
+
+
+def load_json(path: str, known: dict[str, type | tuple]) -> dict:
+    """A file's JSON object, checked. Raises OSError or ValueError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            facts = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"'{path}' is not JSON ({error})") from error
+    return check_json(facts, known, f"'{path}'")
 
 
 def check_arch(arch: object, source: str = "arch") -> dict:
@@ -337,13 +389,13 @@ def load_arch(source: str) -> str | dict:
     if source in ARCHS:
         return source
     try:
-        with open(source) as file:
-            arch = json.load(file)["backbone"]["arch"]
+        backbone = load_json(source, FOUND).get("backbone", {})
     except OSError as error:
         known = ", ".join(ARCHS)
         raise FileNotFoundError(f"--arch '{source}' is neither a readable file nor one of {known}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"'{source}' is not an arch.json: no JSON object with \"backbone\" in it") from error
+    if "arch" not in check_json(backbone, FOUND_BACKBONE, f"'{source}', backbone"):
+        raise ValueError(f"'{source}' has no backbone with an \"arch\" in it")
+    arch = backbone["arch"]
     return arch if isinstance(arch, str) and arch in ARCHS else check_arch(arch, f"'{source}'")
 
 
@@ -366,7 +418,13 @@ def build_backbone(
         return ViT(dim * heads, heads, stem=stem, drop_path=drop_path), dim * heads
     if drop_path:
         raise ValueError(f"--drop-path {drop_path:g} means nothing to {describe(arch)}: it is for a ViT")
-    arch = BACKBONES[arch] if isinstance(arch, str) else check_arch(arch)
+    if not isinstance(arch, str) or width > 8:  # anyone's numbers: how large would it be?
+        spec = BACKBONES[arch] if isinstance(arch, str) else check_arch(arch)
+        with torch.device("meta"):
+            size = sum(p.numel() for p in NETWORKS[spec["block"]](spec, width, stem).parameters())
+        if size > MOST_PARAMETERS:
+            raise ValueError(f"{describe(arch)} x{width:g} has {size:,} parameters, more than {MOST_PARAMETERS:,}")
+    arch = BACKBONES[arch] if isinstance(arch, str) else arch
     module = NETWORKS[arch["block"]](arch, width, stem)
     return module, module.feature_dim
 
@@ -838,21 +896,21 @@ def load_heads(source: str, expected: Sequence[str]) -> dict[str, list[str]] | N
         heads = PRESETS[source]
     else:
         try:
-            with open(source) as file:
-                heads = json.load(file)["heads"]
+            found = load_json(source, FOUND)
         except OSError as error:
             known = ", ".join(["default", *PRESETS])
             raise FileNotFoundError(f"--heads '{source}' is neither a readable file nor one of {known}") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"'{source}' is not an arch.json: no JSON object with \"heads\" in it") from error
-    if not isinstance(heads, dict) or sorted(heads) != sorted(expected):
-        have = ", ".join(map(str, heads)) if isinstance(heads, dict) else type(heads).__name__
+        if "heads" not in found:
+            raise ValueError(f"'{source}' has no \"heads\" in it")
+        heads = found["heads"]
+    if sorted(heads) != sorted(expected):
         raise ValueError(
-            f"'{source}' holds heads for another method: it has {have}; this one needs {', '.join(expected)}"
+            f"'{source}' holds heads for another method: it has {', '.join(heads)}; this one needs "
+            f"{', '.join(expected)}"
         )
     for head, ops in heads.items():
-        if not isinstance(ops, list) or not ops:
-            raise ValueError(f"'{source}': {head} must be a list of operations")
+        if not isinstance(ops, list) or not 0 < len(ops) <= 64:
+            raise ValueError(f"'{source}': {head} must be a list of 1 to 64 operations")
         unknown = [op for op in ops if not isinstance(op, str) or op not in OPS]
         if unknown:
             raise ValueError(f"'{source}': {head} has the unknown operation {unknown[0]!r}; known: {', '.join(OPS)}")

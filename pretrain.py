@@ -38,6 +38,7 @@ from linear_eval import (
     Parser,
     barrier,
     data_flags,
+    decoded,
     extract,
     knn_accuracy,
     load_data,
@@ -292,8 +293,12 @@ class Run:
 
         if knn and self.images.labelled and len(self.held_out):
             train, labels = torch.cat(self.parts), self.images.labels
-            h, q = features(train), features(self.held_out)
-            facts["knn"] = knn_accuracy(h, labels[train], q, labels[self.held_out], args.knn_k, args.knn_t)
+            sets = []
+            for rows in (train, self.held_out):
+                h = features(rows)
+                shown = decoded(self.pixels, rows)
+                sets += [h[shown.to(h.device)], labels[rows[shown]]]
+            facts["knn"] = knn_accuracy(*sets, args.knn_k, args.knn_t)
         h = features((self.held_out if len(self.held_out) >= 256 else self.parts[0])[:1024])
         method.eval()
         with torch.no_grad():

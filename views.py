@@ -181,8 +181,16 @@ def _folder_items(source, split):
     return files, labels, classes
 
 
+LEAST_EDGE = 8  # px of an image
+
+
 def to_pixels(image: Image.Image, size: int | None = None) -> np.ndarray:
     """A PIL image as uint8 RGB (H, W, 3); with a size, its centre square resized to it, antialiased."""
+    w, h = image.size
+    if min(w, h) < LEAST_EDGE:
+        raise ValueError(f"{w} x {h} pixels: an edge of fewer than {LEAST_EDGE} pixels shows nothing")
+    if w * h > Image.MAX_IMAGE_PIXELS:  # PIL itself refuses what is twice as large
+        raise ValueError(f"{w} x {h} pixels, more than {Image.MAX_IMAGE_PIXELS:,}: a decompression bomb?")
     if size is not None:
         image.draft(None, (size, size))  # a JPEG is decoded at 1/2, 1/4 or 1/8 where that still covers the size
     if image.mode.startswith("I"):  # 16 bits a sample; PIL's own conversion would clip at 255
@@ -200,13 +208,14 @@ class Stream:
     (PIL lets go of Python's lock meanwhile).
 
     `ahead(rows)` begins with rows that will be asked for next, in the same order. In the place of a file that cannot be
-    decoded, which is named on stderr, stands another of the same rows.
+    decoded, which is named on stderr, stands another of the same rows, or a grey square where there is none; `broken`
+    has the rows of these files, as far as they are known.
     """
 
     device = torch.device("cpu")
 
-    def __init__(self, files: Sequence[str], size: int, workers: int | None = None):
-        self.files, self.shape, self.broken = files, (len(files), 3, size, size), set()
+    def __init__(self, files: Sequence[str], size: int, workers: int | None = None, broken: Sequence[int] = ()):
+        self.files, self.shape, self.broken = files, (len(files), 3, size, size), set(broken)
         self.pool = ThreadPoolExecutor(workers or os.cpu_count())
         self.asked: dict[bytes, tuple[Tensor, list[Future]]] = {}
 
@@ -228,9 +237,7 @@ class Stream:
         self.ahead(rows)
         out, tasks = self.asked.pop(rows.numpy().tobytes())
         bad = torch.cat([task.result() for task in tasks])
-        if bad.all():
-            raise ValueError(f"none of {len(rows)} files could be decoded, the first is '{self.files[rows[0]]}'")
-        out[bad] = out[(~bad).nonzero()[0]]
+        out[bad] = 128 if bad.all() else out[(~bad).nonzero()[0]]
         return out
 
     def _decode(self, out: Tensor, rows: Tensor) -> Tensor:
@@ -259,7 +266,8 @@ def in_turn(pixels: Tensor | Stream, batches: Sequence[Tensor]) -> Iterator[Tens
 
 
 class _Decoder(torch.utils.data.Dataset):
-    """Rows -> ([(uint8 (n, H, W, 3), labels, rows) for each size], [what could not be decoded]), for a DataLoader."""
+    """Rows -> ([(uint8 (n, H, W, 3), labels, rows) for each size], [(row, why)] of what could not be decoded),
+    for a DataLoader."""
 
     def __init__(self, items, labels, size):
         self.items, self.labels, self.size = items, labels, size
@@ -280,7 +288,7 @@ class _Decoder(torch.utils.data.Dataset):
                     with Image.open(item) as image:
                         pixels = to_pixels(image, self.size)
             except Exception as error:  # a decoder meets a broken file with any exception there is
-                broken.append(f"{name}: {type(error).__name__}: {error}")
+                broken.append((i, f"{name}: {type(error).__name__}: {error}"))
             else:
                 stack, labels, kept = groups.setdefault(pixels.shape, ([], [], []))
                 stack.append(pixels)
@@ -294,10 +302,10 @@ def _decode(items, labels, names, classes, size, budget_gb, workers, what):
     n, start = len(items), time.time()
     processes = (os.cpu_count() if workers is None else workers) if n >= 2000 else 0
     loader = torch.utils.data.DataLoader(_Decoder(items, labels, size), 256, num_workers=processes, collate_fn=tuple)
-    pixels, kept, found_names, broken = None, [], [], 0
+    pixels, kept, found_names, broken = None, [], [], []
     for groups, errors in loader:
-        broken += len(errors)
-        for error in errors:
+        for row, error in errors:
+            broken.append(row)
             print(f"skipped {error}", file=sys.stderr)
         for images, found, rows in groups:
             h, w = images.shape[1:3]
@@ -305,7 +313,7 @@ def _decode(items, labels, names, classes, size, budget_gb, workers, what):
                 need = n * 3 * h * w / 1e9
                 if need > budget_gb and labels is not None and size is not None:
                     print(f"{what}: {n:,} images, {need:.1f} GB, are decoded as they are needed", file=sys.stderr)
-                    return Images(Stream(items, size, workers), torch.tensor(labels), list(classes), names)
+                    return Images(Stream(items, size, workers, broken), torch.tensor(labels), list(classes), names)
                 if need > budget_gb:
                     raise ValueError(
                         f"{what}: {n:,} images of {w} x {h} take {need:.1f} GB in memory, more than the {budget_gb:g} "
@@ -319,14 +327,14 @@ def _decode(items, labels, names, classes, size, budget_gb, workers, what):
             pixels[len(kept) : len(kept) + len(images)] = images.permute(0, 3, 1, 2)
             kept += found
             found_names += [names[i] for i in rows]
-        seen = len(kept) + broken
+        seen = len(kept) + len(broken)
         if sys.stderr.isatty() or (seen == n and n >= 2000):
             rate, end = seen / (time.time() - start), "\n" if seen == n else ""
             print(f"\r{what}: {seen:,} of {n:,} images, {rate:,.0f}/s ", end=end, file=sys.stderr, flush=True)
     if not kept:
         raise ValueError(f"{what}: none of the {n:,} files could be decoded as an image")
     if broken:
-        print(f"{what}: skipped {broken} of {n:,} files that could not be decoded", file=sys.stderr)
+        print(f"{what}: skipped {len(broken)} of {n:,} files that could not be decoded", file=sys.stderr)
     labels = torch.tensor(kept)
     if classes is None:  # the data set does not name them
         classes = [str(i) for i in range(int(labels.max()) + 1)]
@@ -497,7 +505,8 @@ def adjust(
     for name, p in ("blur", blur), ("solarize", solarize):
         if p and not all(0 <= x <= 1 for x in p):
             raise ValueError(f"{name}: {' '.join(f'{x:g}' for x in p)} must be probabilities")
-    if (n_locals or 0) < 0 or min(global_size or 8, local_size or 8) < 8 or min(balance or [0]) < 0:
+    small = any(size is not None and size < 8 for size in (global_size, local_size))
+    if (n_locals or 0) < 0 or small or min(balance or [0]) < 0:
         raise ValueError("views need 0 or more locals, edges of 8 pixels or more and weights of 0 or more")
     views, first = list(recipe.globals), recipe.globals[0]
     views = (views * 2)[: n_globals or len(views)]

@@ -289,9 +289,11 @@ def test_a_wrong_spec_is_refused_by_name(tmp_path):
     bad = copy.deepcopy(good)
     bad["projector"][2] = "linear_gelu"
     for text, message in [
-        ("{", "is not an arch.json"),
-        ("[]", "is not an arch.json"),
-        ('{"heads": 3}', "it has int"),
+        ("{", "is not JSON"),
+        ("[]", "a list, where a JSON object should be"),
+        ('{"heads": 3}', "'heads' is int, not dict"),
+        ('{"head": {}}', "unknown key 'head'; known: space, strategy"),
+        ('{"method": "moco"}', 'has no "heads" in it'),
         ('{"heads": {"projector": "identity"}}', "must be a list"),
         (json.dumps({"heads": bad}), "unknown operation 'linear_gelu'"),
         ('{"heads": {"projector": [["identity"]]}}', "unknown operation"),
@@ -505,7 +507,8 @@ def test_recalibrated_statistics_are_those_of_the_batches():
 def test_a_wrong_architecture_is_refused_by_what_is_wrong(tmp_path):
     good, path = BACKBONES["resnet18"], tmp_path / "arch.json"
     for arch, message in [
-        ([], 'has "block", "depth", "inner" and "kernel"'),
+        ([], "'arch' is list, not str or dict"),
+        ({}, 'has "block", "depth", "inner" and "kernel"'),
         (good | {"width": 1}, "and nothing else"),
         (good | {"block": "dense"}, "unknown block 'dense'"),
         (good | {"depth": [2, 2, 2]}, '"depth" must be a list of 4 numbers, 1 to 64'),

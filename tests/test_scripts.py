@@ -650,7 +650,7 @@ def test_heads_that_cannot_be_built_are_refused(tmp_path, capsys):
     path = tmp_path / "arch.json"
     heads = {**PRESETS["simsiam_cifar10_resnet18"]}
     for text, message in [
-        ("no json", "is not an arch.json"),
+        ("no json", "is not JSON"),
         (json.dumps({"heads": heads | {"predictor": ["linear_gelu"]}}), "unknown operation 'linear_gelu'"),
         (json.dumps({"heads": {"projector": heads["projector"]}}), "for another method"),
     ]:
@@ -678,7 +678,7 @@ def test_weights_that_do_not_fit_are_refused(pretrained, tmp_path, capsys):
     (tmp_path / "backbone.json").write_text("{")
     assert "is not JSON" in refused(capsys, linear_eval, "--weights", weights)[0]
     (tmp_path / "backbone.json").write_text("[1]")
-    assert "is not JSON that describes" in refused(capsys, linear_eval, "--weights", weights)[0]
+    assert "a list, where a JSON object should be" in refused(capsys, linear_eval, "--weights", weights)[0]
     (tmp_path / "backbone.json").write_text("{}")
     assert 'does not say what "arch"' in refused(capsys, linear_eval, "--weights", weights)[0]
     (tmp_path / "backbone.json").write_text(json.dumps(facts))

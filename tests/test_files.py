@@ -1,0 +1,260 @@
+"""Files from strangers: whatever is in them, no code of theirs runs, nothing ends in a traceback, no file changes."""
+
+import copy
+import json
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, arguments, load, refused, run
+from PIL import Image
+
+import linear_eval
+import pretrain
+import search
+from checkpoint import Keeper
+from linear_eval import load_backbone
+from models import build_backbone, load_arch, load_heads
+from views import load_images, make_shapes
+
+ODD = [None, True, -1, 0, 10**30, 1e308, float("nan"), "", "../../etc/passwd", "\x00", "ü\n", [], {}, [[]], {"": {}}]
+
+
+class Payload:
+    """What runs `touch` when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def leaves(value, at=()):
+    """Paths of all that is in nested dicts and lists, the inner nodes too."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in inside:
+        yield (*at, key)
+        yield from leaves(part, (*at, key))
+
+
+def mutated(value, rng):
+    """A copy of nested dicts and lists with one thing replaced, taken out or added."""
+    value = copy.deepcopy(value)
+    *way, last = rng.choice(list(leaves(value)))
+    parent = value
+    for key in way:
+        parent = parent[key]
+    what = rng.choice(["replace", "replace", "remove", "add", "twice"])
+    if what == "replace":
+        parent[last] = rng.choice(ODD)
+    elif what == "remove":
+        del parent[last]
+    elif isinstance(parent, dict):
+        parent["another"] = rng.choice(ODD)
+    else:
+        parent.extend(copy.deepcopy(parent) if what == "twice" else [rng.choice(ODD)])
+    return value
+
+
+def damaged(data, rng):
+    """Bytes with a few of them changed, some cut off, or some written over."""
+    data = bytearray(data)
+    what, place = rng.choice(["flip", "cut", "over", "insert"]), rng.randrange(len(data))
+    if what == "flip":
+        data[place] ^= 1 << rng.randrange(8)
+    elif what == "cut":
+        del data[place:]
+    elif what == "over":
+        data[place : place + 16] = rng.randbytes(16)
+    else:
+        data[place:place] = rng.randbytes(rng.randint(1, 64))
+    return bytes(data)
+
+
+def accepted(act):
+    """Whether it is; only what user_errors makes one line of may say no."""
+    try:
+        act()
+    except (ValueError, OSError) as error:
+        assert len(str(error)) < 500, error
+        return False
+    return True
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("found")
+    run(search, folder, "--space", "heads", "resnet", "--image-size", 16, "--epochs", 1, "--recalibrate-batches", 1)
+    return folder
+
+
+def test_a_malformed_arch_json_is_refused(found, tmp_path):
+    rng, path, refusals = random.Random(0), tmp_path / "arch.json", 0
+    text = json.dumps({k: v for k, v in json.loads((found / "arch.json").read_text()).items() if k != "alphas"})
+    for i in range(80):
+        data = json.dumps(mutated(json.loads(text), rng)).encode() if i % 4 else damaged(text.encode(), rng)
+        path.write_bytes(data)
+
+        def build():
+            arch, heads = load_arch(str(path)), load_heads(str(path), ["projector", "predictor"])
+            build_backbone(arch, "small", 0.0625)
+            assert arch and heads
+
+        refusals += not accepted(build)
+        assert contents(tmp_path) == {path: data}
+    assert refusals > 50
+    path.write_text("[" * 100_000)
+    assert not accepted(lambda: load_arch(str(path)))
+
+
+def test_a_malformed_backbone_json_is_refused(found, tmp_path):
+    rng, path, refusals = random.Random(0), tmp_path / "backbone.json", 0
+    (tmp_path / "backbone.pth").write_bytes((found / "backbone.pth").read_bytes())
+    text = (found / "backbone.json").read_text()
+    for i in range(70):
+        path.write_bytes(json.dumps(mutated(json.loads(text), rng)).encode() if i % 4 else damaged(text.encode(), rng))
+        before = contents(tmp_path)
+        refusals += not accepted(lambda: load_backbone(str(tmp_path / "backbone.pth")))
+        assert contents(tmp_path) == before
+    assert refusals > 40
+
+
+def test_what_the_scripts_make_of_a_malformed_file_is_one_line(found, tmp_path, capsys):
+    path, weights = tmp_path / "arch.json", tmp_path / "backbone.pth"
+    path.write_text('{"backbone": {"arch": {"block": "basic\\n"}}, "heads": {"projector": [[]], "predictor": []}}')
+    weights.write_bytes((found / "backbone.pth").read_bytes()[:-100])
+    (tmp_path / "backbone.json").write_text((found / "backbone.json").read_text())
+    for script, *flags in (
+        (pretrain, *TINY, "--arch", path, "--output-dir", tmp_path / "run"),
+        (pretrain, *TINY, "--heads", path, "--output-dir", tmp_path / "run"),
+        (linear_eval, "--weights", weights),
+    ):
+        message, status = refused(capsys, script, *flags)
+        assert status == 1 and f"error: '{tmp_path}" in message
+
+
+def test_a_malformed_checkpoint_is_refused_and_left_alone(found, tmp_path, capsys):
+    """By bytes, by structure, and by a pickle that would run a command."""
+    flags = ["--epochs", 2, "--method", "moco", "--output-dir", tmp_path]
+    run(pretrain, tmp_path, *flags)
+    path, rng, refusals = tmp_path / "checkpoint.pth", random.Random(0), 0
+    whole, state = path.read_bytes(), load(path)
+    r = pretrain.Run(arguments(pretrain, tmp_path, *flags))
+    optimizer = pretrain.optimizer_of([*r.method.named_parameters()], r.method, r.args)
+    for i in range(60):
+        if i % 2:
+            path.write_bytes(damaged(whole, rng))
+        else:
+            torch.save(mutated(state, rng), path)
+        before = contents(tmp_path)
+
+        def go_on():
+            keeper = Keeper(r, [optimizer], "")
+            assert (keeper.epoch, keeper.step, len(keeper.history)) == (2, 0, 2)
+
+        refusals += not accepted(go_on)
+        assert contents(tmp_path) == before
+    assert refusals > 40
+    for bad in (Payload(tmp_path / "run"), state | {"facts": Payload(tmp_path / "run")}, [1, 2], 7):
+        for file, act in (
+            (path, go_on),
+            (tmp_path / "backbone.pth", lambda: load_backbone(str(tmp_path / "backbone.pth"))),
+        ):
+            torch.save(bad, file)
+            assert not accepted(act) and not (tmp_path / "run").exists()
+
+
+# ---- images ---------------------------------------------------------------------------------------------------------
+
+
+def break_images(files, rng):
+    """40 files of `files`, broken in ten ways, by name: four of each."""
+    broken = {}
+    for k, way in enumerate(BAD):
+        for file in files[4 * k : 4 * k + 4]:
+            broken.setdefault(way, []).append(file)
+            image = Image.open(file)
+            image.load()
+            data = file.read_bytes()
+            if way == "cut":
+                file.write_bytes(data[: len(data) // 2])
+            elif way == "empty":
+                file.write_bytes(b"")
+            elif way == "text":
+                file.write_text("not an image\n" * 20)
+            elif way == "extension":
+                image.save(file, "PNG")
+            elif way == "16-bit":
+                wide = np.asarray(image.convert("L")).astype(np.uint16) * 257
+                Image.fromarray(wide).save(file, "PNG")
+            elif way == "CMYK":
+                image.convert("CMYK").save(file, "JPEG")
+            elif way == "alpha":
+                image.convert("RGBA").save(file, "PNG")
+            elif way == "animated":
+                image.save(file, "GIF", save_all=True, append_images=[image.rotate(90)])
+            elif way == "1x1":
+                image.resize((1, 1)).save(file, "PNG")
+            elif way == "20000x3":
+                image.resize((20_000, 3)).save(file, "PNG")
+    return broken
+
+
+BAD = {  # way: whether what is in the file can be shown
+    "cut": False,
+    "empty": False,
+    "text": False,
+    "extension": True,
+    "16-bit": True,
+    "CMYK": True,
+    "alpha": True,
+    "animated": True,
+    "1x1": False,
+    "20000x3": False,
+}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_2000_images_of_which_40_are_broken(streamed, tmp_path, capfd):
+    pixels = make_shapes(2000, 24).pixels.permute(0, 2, 3, 1).numpy()
+    files = [tmp_path / "images" / f"{i % 20}" / f"{i}.jpg" for i in range(2000)]
+    for file, image in zip(files, pixels):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(file, quality=95)
+    broken = break_images(random.Random(0).sample(files, 40), random.Random(0))
+    named = {f for way, some in broken.items() if not BAD[way] for f in some}
+    assert len(named) == 20
+    flags = ["--data", tmp_path / "images", "--image-size", 24, "--max-images", 2000, "--epochs", 1]
+    flags += ["--resident-gb", 1e-9] if streamed else []
+    last = run(pretrain, tmp_path / "run", *flags, "--batch-size", 64)
+    said = capfd.readouterr().err
+    skipped = [line for line in said.splitlines() if line.startswith("skipped ")]
+    assert len(skipped) == len(set(skipped)) == 20 and all(any(str(f) in line for line in skipped) for f in named)
+    assert last["loss"] < 0.1 and "an edge of fewer than 8 pixels" in said
+    if not streamed:
+        images = load_images(str(tmp_path / "images"), size=24)
+        assert len(images.pixels) == 1980
+        for way, some in broken.items():
+            for file in some if BAD[way] else ():  # what is shown is the image
+                row = images.names.index(str(file.relative_to(tmp_path / "images")))
+                want = pixels[files.index(file)].astype(float)
+                want = np.repeat(want.mean(2, keepdims=True), 3, 2) if way == "16-bit" else want
+                assert abs(images.pixels[row].permute(1, 2, 0).numpy() - want).mean() < 15, way
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bombs_are_refused_before_they_are_decoded(tmp_path, capfd):
+    for i, image in enumerate(make_shapes(4).pixels):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+    for name, size in (("bomb", (30_000, 30_000)), ("large", (10_000, 10_000))):
+        Image.new("1", size).save(tmp_path / f"{name}.png")  # kilobytes on the disk
+    assert len(load_images(str(tmp_path), size=16).pixels) == 4
+    said = capfd.readouterr().err
+    assert "bomb.png: DecompressionBombError" in said and "large.png: ValueError: 10000 x 10000 pixels" in said
