@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from linear_eval import synced
 from losses import (
     DIET,
     DINO,
@@ -34,8 +36,8 @@ from losses import (
     sinkhorn,
     swav_loss,
 )
-from models import SearchHead
-from pretrain import distributed
+from models import SearchHead, build_backbone, head_dims
+from pretrain import clip_gradients, distributed
 
 
 def unit(x):
@@ -574,11 +576,13 @@ def test_what_is_no_image_is_no_class():
 # ---- two ranks ------------------------------------------------------------------------------------------------------
 
 
-def one_step(method, views, index, wrap):
+def one_step(method, clipped, views, index, wrap):
     """(mean loss over ranks, gradients, buffers after the step)"""
     model = wrap(method)  # kept: without it DDP would be gone before backward
     loss = model(views, index)
     loss.backward()
+    if clipped:
+        clip_gradients(method, 0.01)
     method.after_step(0.5)
     gradients = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
     return loss.detach(), gradients, dict(method.named_buffers())
@@ -587,31 +591,46 @@ def one_step(method, views, index, wrap):
 INDEX = torch.tensor([3, 10, 0, 7, 5, 6, 1, 2])
 
 
+CASES = [*METHODS, *(f"{name}, searched" for name in METHODS if name != "diet"), "diet, clipped"]
+
+
+def case(name):
+    """(method, whether its gradients are clipped)"""
+    method, what = [*name.split(", "), None][:2]
+    heads = {n: SearchHead(head_dims(*space)) for n, space in METHODS[method].heads(8, None).items()}
+    return build(method, heads if what == "searched" else None), what == "clipped"
+
+
 def rank_main(rank, path):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(path["port"])}
     dist.init_process_group("gloo", rank=rank, world_size=2)
     results = {}
-    for name in METHODS:
+    for name in CASES:
         views = [v.chunk(2)[rank] for v in some_views(views=3)]
-        loss, gradients, buffers = one_step(build(name), views, INDEX.chunk(2)[rank], distributed)
+        loss, gradients, buffers = one_step(*case(name), views, INDEX.chunk(2)[rank], distributed)
         dist.all_reduce(loss)
         results[name] = (loss / 2, gradients, buffers)
     torch.save(results, f"{path['folder']}/{rank}.pth")
     dist.destroy_process_group()
 
 
-def test_two_ranks_give_one_process_loss_gradients_and_queue(tmp_path):
-    with __import__("socket").socket() as s:
+def free_port():
+    with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(rank_main, ({"port": port, "folder": str(tmp_path)},), nprocs=2)
+        return s.getsockname()[1]
+
+
+def test_two_ranks_give_one_process_loss_gradients_and_buffers(tmp_path):
+    """Alphas, queues, centre and Sinkhorn's codes included; to 1e-7 in fp64, without BN."""
+    torch.multiprocessing.spawn(rank_main, ({"port": free_port(), "folder": str(tmp_path)},), nprocs=2)
     ranks = [torch.load(tmp_path / f"{r}.pth", weights_only=True) for r in range(2)]
-    for name in METHODS:
-        loss, gradients, buffers = one_step(build(name), some_views(views=3), INDEX, lambda m: m)
-        if name == "diet":  # every rank has its own rows
+    for name in CASES:
+        loss, gradients, buffers = one_step(*case(name), some_views(views=3), INDEX, lambda m: m)
+        if "diet" in name:  # every rank has its own rows
             rows = [rank[name][1].pop("classifier.weight") for rank in ranks]
             assert [len(r) for r in rows] == [5, 6]
             torch.testing.assert_close(torch.cat(rows), gradients.pop("classifier.weight"))
+        assert any(key.endswith("alpha") for key in gradients) == ("searched" in name)
         for rank in ranks:
             torch.testing.assert_close(rank[name][0], loss)
             assert rank[name][1].keys() == gradients.keys() and len(gradients) > 3
@@ -619,3 +638,49 @@ def test_two_ranks_give_one_process_loss_gradients_and_queue(tmp_path):
                 torch.testing.assert_close(rank[name][1][key], gradient, msg=f"{name} {key}")
             for key, buffer in buffers.items():
                 torch.testing.assert_close(rank[name][2][key], buffer, msg=f"{name} {key}")
+
+
+def synced_step(name, views, index, wrap):
+    """one_step of a small ResNet with BN, in fp32 on the first GPU."""
+    torch.manual_seed(0)
+    options = {"n_images": 11} if name in ("diet", "moco") else {}
+    method = METHODS[name](build_backbone("resnet18", "small", 1 / 16)[0], **options)
+    method = synced(method, torch.device("cuda")).to("cuda")
+    loss, gradients, buffers = one_step(method, False, [v.float().cuda() for v in views], index.cuda(), wrap)
+    return loss.cpu(), *({k: v.cpu() for k, v in d.items()} for d in (gradients, buffers))
+
+
+def synced_main(rank, path):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(path["port"])}
+    dist.init_process_group("gloo", rank=rank, world_size=2)  # nccl wants a GPU a rank
+    torch.backends.cudnn.allow_tf32 = False
+    results = {}
+    for name in METHODS:
+        views = [v.chunk(2)[rank] for v in larger_views()]
+        loss, gradients, buffers = synced_step(name, views, INDEX.chunk(2)[rank], distributed)
+        dist.all_reduce(loss)
+        results[name] = (loss / 2, gradients, buffers)
+    torch.save(results, f"{path['folder']}/{rank}.pth")
+    dist.destroy_process_group()
+
+
+def larger_views():
+    g = torch.Generator().manual_seed(3)
+    return [torch.randn(8, 3, 16, 16, generator=g) for _ in range(2)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_two_ranks_with_synced_bn_give_one_process_loss_gradients_and_buffers(tmp_path):
+    torch.backends.cudnn.allow_tf32 = False
+    torch.multiprocessing.spawn(synced_main, ({"port": free_port(), "folder": str(tmp_path)},), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{r}.pth", weights_only=True) for r in range(2)]
+    for name in METHODS:
+        loss, gradients, buffers = synced_step(name, larger_views(), INDEX, lambda m: m)
+        gradients.pop("classifier.weight", None)
+        for rank in ranks:
+            torch.testing.assert_close(rank[name][0], loss, rtol=1e-4, atol=1e-4, msg=name)
+            for key, gradient in gradients.items():
+                error = (rank[name][1][key] - gradient).norm() / gradient.norm().clamp(min=1e-6)
+                assert error < 0.02, f"{name} {key}: {error}"
+            for key, buffer in buffers.items():
+                torch.testing.assert_close(rank[name][2][key], buffer, rtol=1e-3, atol=1e-3, msg=f"{name} {key}")
