@@ -190,12 +190,9 @@ class Keeper:
         self.signal: int | None = None
         self.agreement = None  # (what the ranks ask for, the exchange of it) of the last step
         # after --max-restarts has restarted us, what is there is our own
-        go_on = run.args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        if go_on and self.path.exists():
+        self.go_on = run.args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        if self.go_on and self.path.exists():
             self.load()
-        elif self.path.exists() and run.rank == 0:
-            self.path.unlink()
-        barrier()
         self.starts.append(start_facts(command, run.device) | {"after": [self.epoch, self.step]})
         self.saved = time.monotonic()
 
@@ -208,6 +205,8 @@ class Keeper:
         if self.run.rank == 0:
             with user_errors():
                 self.folder = lock(self.run.output)
+                if not self.go_on:
+                    self.path.unlink(missing_ok=True)
         self.handlers = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 

@@ -372,7 +372,7 @@ def check_arch(arch: object, source: str = "arch") -> dict:
     """An architecture as in BACKBONES; else ValueError, which says what is wrong with that of `source`."""
     if not isinstance(arch, dict) or set(arch) != {"block", "depth", "inner", "kernel"}:
         raise ValueError(f'{source}: an architecture has "block", "depth", "inner" and "kernel", and nothing else')
-    if arch["block"] not in BLOCKS:
+    if not isinstance(arch["block"], str) or arch["block"] not in BLOCKS:
         raise ValueError(f"{source}: unknown block {arch['block']!r}: choose from {', '.join(BLOCKS)}")
     stages = 7 if arch["block"] == "inverted" else 4
     for key, kind, low, high in ("depth", int, 1, 64), ("inner", (int, float), 1 / 64, 64), ("kernel", int, 1, 31):

@@ -489,6 +489,7 @@ class Console:
         self.start, self.views_s, self.epoch, self.orders = time.time(), 0.0, epoch, orders
         self.known = {name: partial[name].tolist() for name in orders if name in partial}
         self.waiting: dict[str, list[Tensor]] = {}
+        self.lrs: list[float] = []  # of the steps whose losses wait
         self.before = self.steps = len(self.known.get("loss", []))
         self.lr = partial["lr"].item() if "lr" in partial else math.nan
 
@@ -497,6 +498,7 @@ class Console:
         for name, loss in losses.items():
             self.waiting.setdefault(name, []).append(loss.detach())
         self.views_s, self.steps, self.lr = self.views_s + views_s, self.steps + 1, lr
+        self.lrs.append(lr)
 
     def read(self) -> dict[str, Tensor]:
         """The losses of the epoch's steps so far, means over ranks; one that is not finite stops the run."""
@@ -505,16 +507,18 @@ class Console:
             new = mean_over_ranks(torch.stack(losses).float()).tolist() if losses else []
             for i, loss in enumerate(new):
                 if not math.isfinite(loss):
-                    self.stop(name, loss, self.steps - len(new) + i, [*known, *new[:i]])
+                    self.stop(name, loss, i - len(new), [*known, *new[:i]])
             known += new
             losses.clear()
+        self.lrs.clear()
         return {name: torch.tensor(x, dtype=torch.float64) for name, x in (self.known | {"lr": self.lr}).items()}
 
-    def stop(self, name: str, loss: float, step: int, before: list[float]) -> None:
-        """Ends the run, as of a wrong command, and leaves what the loss that is not finite was computed on."""
-        run, n = self.run, self.run.args.batch_size
+    def stop(self, name: str, loss: float, back: int, before: list[float]) -> None:
+        """Ends the run, as of a wrong command, and leaves what the loss that is not finite was computed on; back: -1
+        for the last step."""
+        run, n, step, lr = self.run, self.run.args.batch_size, self.steps + back, self.lrs[back]
         rows = self.orders[name][step * n : (step + 1) * n].tolist()
-        facts = {"what": name, "value": str(loss), "epoch": self.epoch + 1, "step": step + 1, "lr": self.lr}
+        facts = {"what": name, "value": str(loss), "epoch": self.epoch + 1, "step": step + 1, "lr": lr}
         facts |= {"last_finite": before[-1] if before else None, "rows": rows}
         facts["images"] = [run.images.names[i] for i in rows]
         with user_errors():
@@ -522,7 +526,7 @@ class Console:
                 write_atomic(json.dumps(facts, indent=2) + "\n", run.output / "not-finite.json")
             barrier()
             raise ValueError(
-                f"the {name.replace('_', ' ')} is {loss} at epoch {self.epoch + 1}, step {step + 1} (lr {self.lr:.3g}, "
+                f"the {name.replace('_', ' ')} is {loss} at epoch {self.epoch + 1}, step {step + 1} (lr {lr:.3g}, "
                 f"the last finite one {facts['last_finite']}): stopped; a checkpoint is from before, the batch is in "
                 f"'{run.output / 'not-finite.json'}'. Try a lower --lr, longer --warmup-epochs or --clip-grad"
             )

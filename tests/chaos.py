@@ -8,6 +8,7 @@ alone, after which torchrun restarts both.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -42,26 +43,33 @@ def start(name: str, folder: Path) -> subprocess.Popen:
     command += ["--output-dir", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(folder.with_suffix(".log"), "a") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
 
-def workers(group: int) -> list[int]:
-    """The processes of a session, its leader first."""
-    out = subprocess.run(["ps", "-o", "pid=", "-s", str(group)], capture_output=True, text=True).stdout
-    return sorted(map(int, out.split()))
+def family(pid: int) -> list[int]:
+    """A process and all below it; torchrun gives each rank a session of its own."""
+    table = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout.split()
+    children: dict[int, list[int]] = {}
+    for child, parent in zip(map(int, table[::2]), map(int, table[1::2])):
+        children.setdefault(parent, []).append(child)
+    found = [pid]
+    for p in found:
+        found += children.get(p, [])
+    return found
 
 
 def kill(process: subprocess.Popen, ranks: int, rng: random.Random) -> str:
-    """Does it, waits for the end where there is one, and says what it did."""
-    number = rng.choice([signal.SIGKILL, signal.SIGTERM])
-    target = rng.choice(["all", "one rank"]) if ranks > 1 else "all"
-    pids = workers(process.pid)
-    if target == "one rank" and len(pids) > 1:
-        os.kill(rng.choice(pids[1:]), number)
-        return f"{number.name} of one rank"
-    os.kill(process.pid, number) if number == signal.SIGTERM else os.killpg(process.pid, number)
-    process.wait()
-    return f"{number.name} of all"
+    """Does it, waits for the end of what has an end, and says what it did."""
+    number, one = rng.choice([signal.SIGKILL, signal.SIGTERM]), ranks > 1 and rng.random() < 0.5
+    first, *others = family(process.pid)
+    everyone = [first, *others] if number == signal.SIGKILL else [first]  # torchrun passes a SIGTERM on
+    targets = [rng.choice(others)] if one and others else everyone
+    for pid in targets:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+    if targets[0] == first:
+        process.wait()
+    return f"{number.name} of {'all' if targets[0] == first else 'one rank'}"
 
 
 def chaos(folder: Path, kills: int, seed: int, runs: list[str], say=lambda text: None) -> int:
@@ -79,11 +87,11 @@ def chaos(folder: Path, kills: int, seed: int, runs: list[str], say=lambda text:
             if done >= kills:
                 return done
             cut, log, deeds = folder / f"{name}-{attempt}", folder / f"{name}-{attempt}.log", []
-            process, most = start(name, cut), rng.randint(1, 4)
+            process, most, starts = start(name, cut), rng.randint(1, 4), 1
             while process.poll() is None or process.returncode:
                 if process.poll() is not None:  # killed, or ended by what happened to it
-                    assert deeds, f"{name} failed by itself: {log.read_text()[-2000:]}"
-                    process = start(name, cut)
+                    assert starts <= len(deeds), f"{name} failed by itself: {log.read_text()[-2000:]}"
+                    process, starts = start(name, cut), starts + 1
                 try:
                     wait = rng.uniform(0, 1.2 * took[name]) if len(deeds) < most else None
                     process.wait(wait)

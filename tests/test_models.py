@@ -511,6 +511,7 @@ def test_a_wrong_architecture_is_refused_by_what_is_wrong(tmp_path):
         ({}, 'has "block", "depth", "inner" and "kernel"'),
         (good | {"width": 1}, "and nothing else"),
         (good | {"block": "dense"}, "unknown block 'dense'"),
+        (good | {"block": []}, r"unknown block \[\]"),
         (good | {"depth": [2, 2, 2]}, '"depth" must be a list of 4 numbers, 1 to 64'),
         (good | {"depth": [2, 2, 0, 2]}, '"depth"'),
         (good | {"depth": [2, 2, True, 2]}, '"depth"'),
