@@ -507,7 +507,6 @@ def test_recalibrated_statistics_are_those_of_the_batches():
 def test_a_wrong_architecture_is_refused_by_what_is_wrong(tmp_path):
     good, path = BACKBONES["resnet18"], tmp_path / "arch.json"
     for arch, message in [
-        ([], "'arch' is list, not str or dict"),
         ({}, 'has "block", "depth", "inner" and "kernel"'),
         (good | {"width": 1}, "and nothing else"),
         (good | {"block": "dense"}, "unknown block 'dense'"),
@@ -528,8 +527,17 @@ def test_a_wrong_architecture_is_refused_by_what_is_wrong(tmp_path):
     path.write_text(json.dumps({"backbone": {"arch": good}}))
     assert load_arch(str(path)) == good and load_arch("resnet18") == "resnet18"
     assert describe(good) == "basic 2x1k3 2x1k3 2x1k3 2x1k3"
-    path.write_text("[]")
-    with pytest.raises(ValueError, match=r"is not an arch\.json"):
-        load_arch(str(path))
+    for text, message in [
+        ("[]", "a list, where a JSON object should be"),
+        ('{"backbone": {"arch": []}}', "'arch' is list, not str or dict"),
+        ('{"backbone": {"width": 1}}', 'no backbone with an "arch" in it'),
+        ('{"backbone": {"arch": "resnet18", "stages": 4}}', "unknown key 'stages'"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_arch(str(path))
+    huge = good | {"depth": [64] * 4, "inner": [64] * 4, "kernel": [31] * 4}
+    with pytest.raises(ValueError, match=r"parameters, more than 2,000,000,000"):
+        build_backbone(huge)
     with pytest.raises(FileNotFoundError, match="neither a readable file nor one of resnet18"):
         load_arch("resnet19")
