@@ -289,6 +289,13 @@ def mlp(*dims: int, bn: bool = True, activation: type[nn.Module] = nn.ReLU) -> n
     return nn.Sequential(*layers, nn.Linear(dims[-2], dims[-1]))
 
 
+def fitting_queue(size: int, n_images: int) -> int:
+    """The size of a queue. Raises ValueError where it is larger than the data."""
+    if size > max(16, n_images):
+        raise ValueError(f"a queue of {size} is larger than the {n_images} images: one would meet itself in it")
+    return size
+
+
 def no_projector(heads: dict[str, nn.Module] | None, out_dim: int | None) -> nn.Module:
     """What stands in place of a projector where z is h. Raises ValueError for heads or dimensions of one."""
     if heads or out_dim:
@@ -482,11 +489,7 @@ class MoCo(Method):
         else:
             self.projector = nn.Sequential(heads["projector"], nn.Linear(f, d)) if heads else mlp(f, f, d, bn=False)
         self.momentum_encoder, self.momentum_projector = momentum_copy(encoder), momentum_copy(self.projector)
-        size = queue_size or min(65_536, 2 ** max(4, (n_images // 8).bit_length() - 1))
-        if queue_size and queue_size > n_images:
-            raise ValueError(
-                f"a queue of {queue_size} keys is larger than the {n_images} images: a key would meet itself"
-            )
+        size = fitting_queue(queue_size or min(65_536, 2 ** max(4, (n_images // 8).bit_length() - 1)), n_images)
         self.register_buffer("queue", F.normalize(torch.randn(size, d), dim=1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
         self.keys: Tensor | None = None
@@ -554,7 +557,8 @@ class SwAV(Method):
         self.projector = heads["projector"] if heads else mlp(f, wide(f, 4096), d)
         self.prototypes = nn.Linear(d, prototypes or max(2, min(3000, n_images // 10)), bias=False)
         nn.init.normal_(self.prototypes.weight).data.copy_(F.normalize(self.prototypes.weight.data, dim=1))
-        self.register_buffer("queue", torch.zeros(2, queue_size or min(3840, max(1, n_images // 8)), d))
+        size = fitting_queue(queue_size or min(3840, max(1, n_images // 8)), n_images)
+        self.register_buffer("queue", torch.zeros(2, size, d))
         self.register_buffer("filled", torch.zeros((), dtype=torch.long))
         self.register_buffer("queue_counts", torch.zeros(()))  # 1 once it does
         self.embeddings: Tensor | None = None

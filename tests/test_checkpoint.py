@@ -241,6 +241,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_batch(tmp_path, 
     assert bad["lr"] == pytest.approx(1e30 * 16 / 256 * (1 + math.cos(math.pi / 24)) / 2)
 
 
+def test_a_deterministic_run_is_the_same_run_and_says_what_cannot_be(tmp_path, whole):
+    run(pretrain, tmp_path, "--deterministic")
+    assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+    a, b = (load(folder / "backbone.pth") for folder in (tmp_path, whole(pretrain)))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    Run(arguments(pretrain, tmp_path))
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     run(pretrain, tmp_path, "--epochs", 1)
     before = (tmp_path / "checkpoint.pth").read_bytes()

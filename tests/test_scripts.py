@@ -638,6 +638,10 @@ def test_a_wrong_command_is_told_in_one_line(script, tmp_path, capsys):
         (["--recipe", "diet"], "--method simsiam compares two views of an image, and the recipe has one", 1),
         (["--projector", "none", "--out-dim", 64], "without a projector", 1),
         (["--method", "moco", "--queue-size", 10**6], "larger than the", 1),
+        (["--method", "swav", "--queue-size", 10**6], "larger than the", 1),
+        (["--clip-grad", 0], "--clip-grad 0.0: must be above 0", 1),
+        (["--checkpoint-minutes", -1], "--checkpoint-minutes -1.0: must be above 0, or 0 for never", 1),
+        (["--profile", "--max-images", 150, "--held-out", 0, "--epochs", 2], "and this run has", 1),
         (["--output-dir", tmp_path / "file"], "File exists", 1),
         (["--output-dir", "/proc/run"], "/proc/run", 1),
     ]:
