@@ -140,6 +140,18 @@ def test_what_the_scripts_make_of_a_malformed_file_is_one_line(found, tmp_path, 
         assert status == 1 and f"error: '{tmp_path}" in message
 
 
+def test_one_bit_of_a_weight_is_noticed(found, tmp_path):
+    data, path = bytearray((found / "backbone.pth").read_bytes()), tmp_path / "backbone.pth"
+    (tmp_path / "backbone.json").write_text((found / "backbone.json").read_text())
+    weight = load(found / "backbone.pth")["layer4.0.conv1.weight"].numpy().tobytes()
+    place = bytes(data).index(weight) + len(weight) // 2
+    data[place] ^= 1  # still a number, and finite
+    path.write_bytes(data)
+    assert torch.load(path, weights_only=True)["layer4.0.conv1.weight"].isfinite().all()  # torch takes it
+    with pytest.raises(ValueError, match="damaged"):
+        load_backbone(str(path))
+
+
 def test_a_malformed_checkpoint_is_refused_and_left_alone(found, tmp_path, capsys):
     """By bytes, by structure, and by a pickle that would run a command."""
     flags = ["--epochs", 2, "--method", "moco", "--output-dir", tmp_path]

@@ -1,6 +1,7 @@
 """kNN, probe, few-shot and fine-tuning against references, and the table that linear_eval.py makes of them."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from torch import nn
 import linear_eval
 from linear_eval import (
     balanced_rows,
+    decoded,
     extract,
     few_shot,
+    get_parser,
     knn_accuracy,
     linear_probe,
     listed_rows,
@@ -244,3 +247,22 @@ def test_wrong_measurements_are_told_in_one_line(pretrained, tmp_path, capsys):
     assert not list((tmp_path / "out").glob("*"))
     with pytest.raises(ValueError, match="3 shots: the smallest class has 2"):
         linear_eval.few_shot(torch.randn(5, 4), torch.tensor([0, 0, 0, 1, 1]), torch.randn(2, 4), torch.arange(2), 3)
+
+
+def test_files_that_a_stream_could_not_decode_are_not_measured(tmp_path):
+    for i, image in enumerate(make_shapes(120, 16).pixels):
+        place = tmp_path / ("train" if i < 80 else "test") / str(i % 2)
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{i}.png")
+    train, test = (load_images(str(tmp_path), split, 16, budget_gb=1e-9) for split in ("train", "test"))
+    for file in (*train.pixels.files[10:20], *test.pixels.files[:4]):
+        Path(file).write_text("no image")
+    assert decoded(train.pixels, torch.arange(80)).all()  # nobody has looked yet
+    backbone, _ = build_backbone("resnet18", "small", 1 / 32)
+    flags = ["--weights", "", "--epochs", "1", "--knn-k", "5", "--no-compile", "--shots", "35"]
+    facts = {"mean": (0.5,) * 3, "std": (0.2,) * 3}
+    row = measure(backbone, facts, train, test, torch.device("cpu"), get_parser().parse_args(flags))[0]
+    assert row["labels"] == 70 and row["35-shot"] is None  # one class has 30 left
+    assert (36 * row["linear"]).is_integer() and (36 * row["knn"]).is_integer()
+    assert (~decoded(train.pixels, torch.arange(80))).nonzero()[:, 0].tolist() == list(range(10, 20))
+    assert decoded(test.pixels, torch.tensor([3, 4])).tolist() == [False, True]
