@@ -134,9 +134,9 @@ def test_a_killed_run_ends_with_the_uninterrupted_runs_weights(script, more, at,
     assert [start["after"] for start in first["resumed"]] == [[1, saved["step"]]]
 
 
-def test_random_kills_of_one_process_and_of_two_ranks_change_nothing(tmp_path):
+def test_a_random_kill_of_two_ranks_changes_nothing(tmp_path):
     """The short form of tests/chaos.py."""
-    chaos(tmp_path, kills=2, seed=0, runs=["pretrain-moco-2"])
+    chaos(tmp_path, kills=1, seed=0, runs=["pretrain-moco-2"])
 
 
 def test_a_finished_run_is_not_run_again(pretrained, capsys):

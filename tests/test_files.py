@@ -174,7 +174,8 @@ def test_a_malformed_checkpoint_is_refused_and_left_alone(found, tmp_path, capsy
         refusals += not accepted(go_on)
         assert contents(tmp_path) == before
     assert refusals > 40
-    for bad in (Payload(tmp_path / "run"), state | {"facts": Payload(tmp_path / "run")}, [1, 2], 7):
+    other = state | {"facts": state["facts"].replace('"epoch": 2', '"epoch": 1')}
+    for bad in (Payload(tmp_path / "run"), state | {"facts": Payload(tmp_path / "run")}, other, [1, 2], 7):
         for file, act in (
             (path, go_on),
             (tmp_path / "backbone.pth", lambda: load_backbone(str(tmp_path / "backbone.pth"))),
