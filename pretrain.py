@@ -188,6 +188,8 @@ class Run:
                 f"{args.batch_size}: lower --batch-size{', --held-out' * (args.held_out > 0)} or give more images"
             )
         self.steps_per_epoch = shortest // args.batch_size
+        if args.profile and self.epochs * self.steps_per_epoch < 6:
+            raise ValueError(f"--profile traces steps 4 to 6, and this run has {self.epochs * self.steps_per_epoch}")
         self.places = torch.full((len(self.images.pixels),), -1)  # of each image among those that are trained on
         self.places[torch.cat(self.parts)] = torch.arange(sum(map(len, self.parts)))
         streamed = isinstance(self.images.pixels, Stream)
@@ -703,8 +705,6 @@ def profiled(run: Run) -> Callable[[], None]:
     ui.perfetto.dev."""
     if not run.args.profile or run.rank > 0:
         return lambda: None
-    if run.epochs * run.steps_per_epoch < 6:
-        raise ValueError(f"--profile traces steps 4 to 6, and this run has {run.epochs * run.steps_per_epoch}")
 
     def write(profiler):
         profiler.export_chrome_trace(str(run.output / "trace.json"))
@@ -716,33 +716,10 @@ def profiled(run: Run) -> Callable[[], None]:
     return profiler.step
 
 
-def main(args: argparse.Namespace) -> dict[str, float]:
-    with user_errors():
-        run = Run(args)
-        method = run.method
-        optimizer = optimizer_of([(n, p) for n, p in method.named_parameters() if p.requires_grad], method, args)
-        command = command_line("pretrain.py", get_parser(), args)
-        keeper = None if args.bench else Keeper(run, [optimizer], command)
-        tick = profiled(run)
-    total = args.epochs * run.steps_per_epoch
-    warmup = warmup_steps(args, run.steps_per_epoch)
-    say(
-        f"{args.method}, {describe(run.arch)} x{args.width:g} ({sum(p.numel() for p in method.encoder.parameters()):,} "
-        f"parameters), heads {args.heads}, {len(run.parts[0]):,} images of {run.size} px ({len(run.held_out):,} "
-        f"held out), {run.world} x {run.device.type}"
-    )
-    peak = optimizer.param_groups[0]["peak"]
-    base = peak * 256 / args.batch_size
-    say(f"batch {args.batch_size} over all ranks, base lr {base:g} x {args.batch_size}/256 = {peak:g}")
-    if args.bench:
-        figures = bench(run, optimizer)
-        write_bench(run, figures, command)
-        return figures
-    if keeper.epoch or keeper.step:
-        say(f"goes on after {keeper} of {keeper.path}")
-    if args.knn_every and not run.images.labelled:
-        say("no labels: the monitor gives std and RankMe, but no kNN")
-
+def train(run: Run, optimizer: torch.optim.Optimizer, keeper: Keeper) -> list[dict]:
+    """The loop: a line of history an epoch; goes on from where the keeper is."""
+    args, method, total = run.args, run.method, run.epochs * run.steps_per_epoch
+    warmup, tick = warmup_steps(args, run.steps_per_epoch), profiled(run)
     model, console = distributed(method), Console(run, total)
     done = keeper.epoch * run.steps_per_epoch + keeper.step
     with keeper:
@@ -779,7 +756,34 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             console.text(f"epoch {epoch + 1}/{args.epochs}", loss, done, more)
             warn(run, facts, loss, done)
             keeper.after_epoch({"epoch": epoch + 1, "loss": loss, "lr": console.lr} | facts | run.resources(start))
-    last = keeper.history[-1]
+    return keeper.history
+
+
+def main(args: argparse.Namespace) -> dict[str, float]:
+    with user_errors():
+        run = Run(args)
+        method = run.method
+        optimizer = optimizer_of([(n, p) for n, p in method.named_parameters() if p.requires_grad], method, args)
+        command = command_line("pretrain.py", get_parser(), args)
+        keeper = None if args.bench else Keeper(run, [optimizer], command)
+    say(
+        f"{args.method}, {describe(run.arch)} x{args.width:g} ({sum(p.numel() for p in method.encoder.parameters()):,} "
+        f"parameters), heads {args.heads}, {len(run.parts[0]):,} images of {run.size} px ({len(run.held_out):,} "
+        f"held out), {run.world} x {run.device.type}"
+    )
+    peak = optimizer.param_groups[0]["peak"]
+    base = peak * 256 / args.batch_size
+    say(f"batch {args.batch_size} over all ranks, base lr {base:g} x {args.batch_size}/256 = {peak:g}")
+    if args.bench:
+        figures = bench(run, optimizer)
+        write_bench(run, figures, command)
+        return figures
+    if keeper.epoch or keeper.step:
+        say(f"goes on after {keeper} of {keeper.path}")
+    if args.knn_every and not run.images.labelled:
+        say("no labels: the monitor gives std and RankMe, but no kNN")
+
+    last = train(run, optimizer, keeper)[-1]
     if run.rank == 0:
         with user_errors():
             knn = {k: last[k] for k in ("knn",) if k in last}

@@ -505,7 +505,6 @@ def train(search: Search) -> list[dict]:
     with user_errors():
         command = command_line("search.py", get_parser(), args)
         keeper = Keeper(run, [search.optimizer, search.alpha_optimizer], command)
-        tick = profiled(run)
     if keeper.epoch or keeper.step:
         say(f"goes on after {keeper} of {keeper.path}")
 
@@ -515,7 +514,7 @@ def train(search: Search) -> list[dict]:
 
     if not keeper.history:
         keeper.history.append({"epoch": 0} | search.state() | look(args.knn_every > 0))
-    warmup = pretrain.warmup_steps(args, run.steps_per_epoch)
+    warmup, tick = pretrain.warmup_steps(args, run.steps_per_epoch), profiled(run)
     console, done = Console(run, search.total), keeper.epoch * run.steps_per_epoch + keeper.step
 
     def collected() -> dict[str, Tensor]:
