@@ -1,4 +1,5 @@
-"""Trains for an hour and says whether its memory grows after the first epoch.
+"""Trains for an hour and says whether its memory grows. The peak of the first epochs still moves by an activation or two
+(the allocator's blocks settle); after a tenth of the run it has to stay.
 
 python tests/soak.py
 python tests/soak.py --minutes 5 --script search.py --flags --space resnet --method simclr
@@ -31,6 +32,7 @@ if __name__ == "__main__":
         process.wait()
         lines = [json.loads(line) for line in (Path(folder) / "log.txt").read_text().splitlines()[1:]]
     peaks = [line["peak_mib"] for line in lines if "peak_mib" in line]
+    tenth, half = len(peaks) // 10, len(peaks) // 2
     print(f"{args.minutes:g} minutes, {len(peaks)} epochs: peak memory {peaks[0]:,.1f} MiB after the first, ", end="")
-    print(f"{peaks[len(peaks) // 2]:,.1f} after half of them, {peaks[-1]:,.1f} after the last")
-    sys.exit(peaks[-1] > 1.02 * peaks[0])
+    print(f"{peaks[tenth]:,.1f} after a tenth, {peaks[half]:,.1f} after half of them, {peaks[-1]:,.1f} after the last")
+    sys.exit(peaks[-1] > 1.01 * peaks[tenth])
