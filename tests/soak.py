@@ -1,8 +1,8 @@
 """Trains for an hour and says whether its memory grows. The peak of the first epochs still moves by an activation or
 two (the blocks of the allocator settle); after a tenth of the run it has to stay.
 
-python tests/soak.py
-python tests/soak.py --minutes 5 --script search.py --flags --space resnet --method simclr
+    python tests/soak.py
+    python tests/soak.py --minutes 5 --script search.py --flags --space resnet --method simclr
 """
 
 import argparse
