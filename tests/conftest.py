@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks this small lose by more, and pytest.ini starts two processes
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
