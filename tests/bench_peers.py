@@ -10,12 +10,12 @@ and us take turns; a figure is the median over rounds of the ratio within a roun
 2. SwAV's 2 x 224 + 6 x 96 px of 256 px images against lightly's transform, on one thread, CPU time; and the part of it
    on bytes alone, crop and resize, which is all that a GPU could leave to a CPU
 3. a whole SimSiam step, ResNet18 of a quarter of the width, batch 128: views, network, loss, optimiser, as pretrain.py
-   does it, eager and compiled, against the same network in lightly's way: its transform and loss, a DataLoader with two
-   workers, a forward pass for each view
+   does it, eager, compiled, and compiled in bf16, against the same network in lightly's way: its transform and loss, a
+   DataLoader with two workers, a forward pass for each view, eager, fp32; whole epochs, so that no worker decodes ahead
+   while the others are timed
 """
 
 import argparse
-import itertools
 import os
 import subprocess
 import sys
@@ -56,14 +56,6 @@ class Transformed(Dataset):
 
     def __getitem__(self, i):
         return self.transform(self.images[i])
-
-
-def endless(images: list, transform: Callable, batch: int):
-    """Batches of a shuffled DataLoader with two workers that stay."""
-    loader = DataLoader(
-        Transformed(images, transform), batch, True, num_workers=2, drop_last=True, persistent_workers=True
-    )
-    return itertools.chain.from_iterable(itertools.repeat(loader))
 
 
 def small_views(batch: int = 512, batches: int = 8, rounds: int = 7) -> None:
@@ -132,23 +124,21 @@ def multi_crop(batch: int = 32, rounds: int = 5) -> None:
         )
 
 
-def whole_step(batch: int = 128, steps: int = 20, rounds: int = 3) -> None:
+def whole_step(batch: int = 128, steps: int = 30, rounds: int = 5) -> None:
     from lightly.loss import NegativeCosineSimilarity
     from lightly.transforms import SimSiamTransform
 
     torch.set_num_threads(os.cpu_count())
-    flags = f"--data shapes --batch-size {batch} --max-images 4000 --output-dir runs/bench_peers".split()
-    parsed = {
-        name: pretrain.get_parser().parse_args([*flags, "--bench", *more])
-        for name, more in (("eager", []), ("compiled", ["--compile"]))
-    }
-    peer = [to_pil_image(p) for p in make_shapes(4000).pixels]
+    count = batch * steps
+    flags = f"--data shapes --max-images {count} --held-out 0 --batch-size {batch} --output-dir runs/bench_peers"
+    peer = [to_pil_image(p) for p in make_shapes(count).pixels]
     theirs = SimSiam(build_backbone("resnet18", "small", 0.25)[0])
     optimizer = torch.optim.SGD(theirs.parameters(), 0.03, momentum=0.9, weight_decay=5e-4)
-    criterion, batches = NegativeCosineSimilarity(), endless(peer, SimSiamTransform(32, gaussian_blur=0.0), batch)
+    criterion, transformed = NegativeCosineSimilarity(), Transformed(peer, SimSiamTransform(32, gaussian_blur=0.0))
+    loader = DataLoader(transformed, batch, shuffle=True, num_workers=2, persistent_workers=True)
 
     def their_steps():
-        for x0, x1 in itertools.islice(batches, steps):
+        for x0, x1 in loader:
             z0, z1 = (theirs.projector(theirs.encoder(x)) for x in (x0, x1))
             p0, p1 = (theirs.predictor(z) for z in (z0, z1))
             loss = 0.5 * (criterion(z0.detach(), p1) + criterion(z1.detach(), p0))
@@ -156,21 +146,34 @@ def whole_step(batch: int = 128, steps: int = 20, rounds: int = 3) -> None:
             loss.backward()
             optimizer.step()
 
-    for name, args in parsed.items():
+    def our_steps(*more: str) -> Callable[[], None]:
+        args = pretrain.get_parser().parse_args([*flags.split(), "--bench", *more])
         run = pretrain.Run(args)
         ours = pretrain.optimizer_of(list(run.method.named_parameters()), run.method, args)
-        order = run.parts[0]
 
-        def our_steps(run=run, ours=ours, order=order):
+        def take():
             for step in range(steps):
-                images, index = run.batch(order, step % run.steps_per_epoch)
-                run.method(images, index).backward()
+                images, index = run.batch(run.parts[0], step)
+                with run.autocast():
+                    loss = run.method(images, index)
+                loss.backward()
                 ours.step()
                 ours.zero_grad()
                 run.method.after_step(0.0)
 
-        print(f"\na SimSiam step, ResNet18 x0.25, batch {batch}, {os.cpu_count()} cores: {name}")
-        race("images a second", batch * steps, time.perf_counter, rounds, ours=our_steps, lightly=their_steps)
+        return take
+
+    print(f"\na SimSiam step, ResNet18 x0.25, batch {batch}, {os.cpu_count()} cores")
+    race(
+        "images a second",
+        count,
+        time.perf_counter,
+        rounds,
+        eager=our_steps(),
+        compiled=our_steps("--compile"),
+        bf16=our_steps("--compile", "--amp"),
+        lightly=their_steps,
+    )
 
 
 if __name__ == "__main__":

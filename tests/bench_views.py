@@ -57,8 +57,8 @@ class Views(Dataset):
         return [transform(self.images[i]) for transform in self.transforms]
 
 
-def race(unit: str, count: int, clock: Callable, rounds: int, **makers: Callable) -> float:
-    """The first maker's rate over the second's, median over rounds in which they take turns."""
+def race(unit: str, count: int, clock: Callable, rounds: int, **makers: Callable) -> None:
+    """Prints the makers' rates and each one's ratio to the last's: medians over rounds in which they take turns."""
     rates: dict[str, list[float]] = {name: [] for name in makers}
     for i in range(rounds + 1):
         for name, make in makers.items():
@@ -68,17 +68,17 @@ def race(unit: str, count: int, clock: Callable, rounds: int, **makers: Callable
                 rates[name].append(count / (clock() - start))
     for name, values in rates.items():
         print(f"{name:12} {statistics.median(values):8,.0f} {unit} ({min(values):,.0f} to {max(values):,.0f})")
-    ratio = statistics.median(a / b for a, b in zip(*rates.values()))
-    print(f"ratio {ratio:.2f}")
-    return ratio
+    *others, last = rates
+    for name in others:
+        print(f"{name} / {last}: {statistics.median(a / b for a, b in zip(rates[name], rates[last])):.2f}")
 
 
-def small(batch: int = 256, rounds: int = 15) -> float:
+def small(batch: int = 256, rounds: int = 15) -> None:
     torch.set_num_threads(1)
     pixels, crop, generator = make_shapes(batch).pixels, MultiCrop("simsiam", 32), torch.Generator().manual_seed(0)
     peer = Views([to_pil_image(p) for p in pixels], crop.views)
     print("two SimSiam views of 32 px, one thread")
-    return race(
+    race(
         "views a CPU-second",
         2 * batch,
         time.process_time,
@@ -88,14 +88,14 @@ def small(batch: int = 256, rounds: int = 15) -> float:
     )
 
 
-def multi_crop(batch: int = 32, batches: int = 6, rounds: int = 5) -> float:
+def multi_crop(batch: int = 32, batches: int = 6, rounds: int = 5) -> None:
     cores = os.cpu_count()
     torch.set_num_threads(cores)
     pixels, crop, generator = make_shapes(batch, 256).pixels, MultiCrop("swav", 224), torch.Generator().manual_seed(0)
     peer = Views([to_pil_image(p) for p in pixels] * batches, crop.views)
     loader = iter_forever(DataLoader(peer, batch, num_workers=cores, persistent_workers=True))
     print(f"\nSwAV's 2 x 224 + 6 x 96 px of 256 px images, {cores} cores")
-    return race(
+    race(
         "images a second",
         batch * batches,
         time.perf_counter,
