@@ -105,7 +105,7 @@ def load_images(
         items = torch.utils.data.Subset(items, keep) if labels is None else [items[i] for i in keep]
         labels = labels and [labels[i] for i in keep]
         names = [names[i] for i in keep]
-    return _decode(items, labels, names, classes, size, budget_gb, workers, f"{source}/{split}")
+    return _decode(items, labels, names, classes, size, budget_gb, workers, f"{source} ({split})")
 
 
 def channel_stats(pixels: "Tensor | Stream") -> tuple[tuple[float, ...], tuple[float, ...]]:
