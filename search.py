@@ -31,6 +31,7 @@ import math
 import re
 import statistics
 import time
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -138,9 +139,15 @@ def parse_target(text: str, width: float, stem: str, size: int) -> float:
 
 
 def alpha_gradients(
-    method: nn.Module, views: list[Tensor], index: Tensor, alphas: list[Tensor], weights: list[Tensor]
+    method: nn.Module,
+    views: list[Tensor],
+    index: Tensor,
+    alphas: list[Tensor],
+    weights: list[Tensor],
+    autocast: AbstractContextManager,
 ) -> tuple[Tensor, list[Tensor]]:
-    """(loss, its gradient to each alpha) of one batch, first order; weights and buffers stay as they are.
+    """(loss, its gradient to each alpha) of one batch, first order; weights and buffers stay as they are. autocast: of
+    the forward pass alone; a backward pass takes each operation's precision from it.
 
     With the weights held constant nothing below the first choice needs a graph: where heads alone are searched, the
     encoder runs forward only. The gradients are those of a full backward to the last bit.
@@ -151,7 +158,8 @@ def alpha_gradients(
         a.requires_grad_(True)
     before = [b.clone() for b in method.buffers()]
     try:
-        loss = method(views, index)
+        with autocast:
+            loss = method(views, index)
         return loss.detach(), list(torch.autograd.grad(loss, alphas))
     finally:
         with torch.no_grad():
@@ -272,8 +280,8 @@ class Search:
             self.meet_target()
         views, index = self.run.batch(order, step)
         self.sample(max(done, self.warmup), alphas=True)
-        with self.run.autocast():
-            loss, gradients = alpha_gradients(self.method, views, index, self.alphas, self.weights)
+        parts = self.alphas, self.weights
+        loss, gradients = alpha_gradients(self.method, views, index, *parts, self.run.autocast())
         for alpha, gradient in zip(self.alphas, gradients):
             alpha.grad = mean_over_ranks(gradient)
         self.gradients.append(torch.cat([alpha.grad.flatten() for alpha in self.alphas]))
@@ -435,7 +443,8 @@ def bench(search: Search, steps: int = 15, warm_up: int = 3) -> dict:
 
         def largest(step):
             with run.autocast():
-                plain(*run.batch(orders[0], step)).backward()
+                loss = plain(*run.batch(orders[0], step))
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
@@ -469,7 +478,8 @@ def bench(search: Search, steps: int = 15, warm_up: int = 3) -> dict:
         search.sample(search.warmup, alphas=True)
         return of(views, index)
 
-    cheap = gradients(lambda v, i: alpha_gradients(search.method, v, i, search.alphas, search.weights)[1])
+    parts = search.alphas, search.weights
+    cheap = gradients(lambda v, i: alpha_gradients(search.method, v, i, *parts, nullcontext())[1])
     for a in search.alphas:
         a.requires_grad_(True)
     full = gradients(lambda v, i: torch.autograd.grad(search.method(v, i), [*search.alphas, *search.weights]))

@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import xml.etree.ElementTree
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ def test_an_alpha_step_moves_alphas_alone_and_a_weight_step_never(method, tmp_pa
     s = Search(arguments(search, tmp_path, "--method", method))
     views, index = s.run.batch(s.run.parts[1], 0)
     before = copy.deepcopy(s.method.state_dict())
-    _, cheap = alpha_gradients(s.method, views, index, s.alphas, s.weights)
+    _, cheap = alpha_gradients(s.method, views, index, s.alphas, s.weights, nullcontext())
     for a in s.alphas:
         a.requires_grad_(True)
     full = torch.autograd.grad(s.method(views, index), [*s.alphas, *s.weights])
@@ -66,6 +67,22 @@ def test_an_alpha_step_moves_alphas_alone_and_a_weight_step_never(method, tmp_pa
     assert changed(lambda: s.alpha_step(s.run.parts[1], 0)) == alphas
     moved = changed(lambda: s.weight_step(s.run.parts[0], 0, 0.5))
     assert moved and not moved & alphas and "encoder.conv1.weight" in moved and "encoder.bn1.running_mean" in moved
+
+
+@pytest.mark.parametrize("more", [["--method", "simclr"], ["--method", "diet", "--space", "resnet"]])
+def test_in_bf16_alphas_get_the_gradient_of_a_backward_outside_autocast(more, tmp_path):
+    s = Search(arguments(search, tmp_path, "--amp", *more))
+    views, index = s.run.batch(s.run.parts[0], 0)
+    state = s.run.generator.get_state()
+    s.sample(s.warmup, alphas=True)
+    _, cheap = alpha_gradients(s.method, views, index, s.alphas, s.weights, s.run.autocast())
+    for a in s.alphas:
+        a.requires_grad_(True)
+    s.run.generator.set_state(state)  # the same gates
+    s.sample(s.warmup, alphas=True)
+    with s.run.autocast():
+        loss = s.method(views, index)
+    assert all(torch.equal(a, b) for a, b in zip(cheap, torch.autograd.grad(loss, s.alphas)))
 
 
 def test_the_halves_are_disjoint_and_as_large_as_the_papers():
