@@ -280,8 +280,7 @@ class Search:
             self.meet_target()
         views, index = self.run.batch(order, step)
         self.sample(max(done, self.warmup), alphas=True)
-        parts = self.alphas, self.weights
-        loss, gradients = alpha_gradients(self.method, views, index, *parts, self.run.autocast())
+        loss, gradients = alpha_gradients(self.method, views, index, self.alphas, self.weights, self.run.autocast())
         for alpha, gradient in zip(self.alphas, gradients):
             alpha.grad = mean_over_ranks(gradient)
         self.gradients.append(torch.cat([alpha.grad.flatten() for alpha in self.alphas]))
@@ -478,8 +477,8 @@ def bench(search: Search, steps: int = 15, warm_up: int = 3) -> dict:
         search.sample(search.warmup, alphas=True)
         return of(views, index)
 
-    parts = search.alphas, search.weights
-    cheap = gradients(lambda v, i: alpha_gradients(search.method, v, i, *parts, nullcontext())[1])
+    parts = search.alphas, search.weights, nullcontext()
+    cheap = gradients(lambda v, i: alpha_gradients(search.method, v, i, *parts)[1])
     for a in search.alphas:
         a.requires_grad_(True)
     full = gradients(lambda v, i: torch.autograd.grad(search.method(v, i), [*search.alphas, *search.weights]))
