@@ -320,7 +320,7 @@ class Keeper:
             facts = json.loads(state["facts"])
             if zlib.crc32(state["facts"].encode()) != state["crc"]:
                 raise ValueError("its facts were changed")
-        except Exception as error:
+        except Exception as error:  # a damaged file fails in zipfile, pickle, json or torch
             raise self.damaged(error) from error
         flags, network, data = facts["flags"], facts["network"], facts["data"]
         for flag in sorted(set(flags) | set(vars(run.args)) - FREE_FLAGS):
