@@ -3,8 +3,7 @@
     keeper = Keeper(run, optimizers, command)        # goes on from checkpoint.pth, where there is one
     with keeper:                                     # SIGTERM and SIGINT save, and then stop
         for epoch in range(keeper.epoch, epochs):
-            orders = keeper.orders(run.parts)
-            for step in range(keeper.step, steps):
+            for step in range(keeper.step, steps):   # a batch is a function of the seed and these
                 ...
                 keeper.after_step(step + 1, lambda: {"loss": losses})
             keeper.after_epoch({"loss": mean})
@@ -61,15 +60,16 @@ STATE_KEYS = {"SGD": {"momentum_buffer"}, "AdamW": {"step", "exp_avg", "exp_avg_
 
 
 @contextmanager
-def written(path: Path):
-    """A file to write to, that takes the place of `path` once all of it is on the disk: whatever goes wrong, what was
-    there stays. Raises OSError, which says so."""
+def written(path: Path, sync: bool = True):
+    """A file to write to, that takes the place of `path` once it is whole (and, unless `sync` is off, on the disk):
+    whatever goes wrong, what was there stays. Raises OSError, which says so."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         first = error if isinstance(error, OSError) else error.__context__
@@ -86,9 +86,9 @@ def save_atomic(state: dict, path: Path) -> None:
         torch.save(state, file)
 
 
-def write_atomic(text: str, path: Path) -> None:
+def write_atomic(text: str, path: Path, sync: bool = True) -> None:
     """Whole or not at all."""
-    with written(path) as file:
+    with written(path, sync) as file:
         file.write(text.encode())
 
 
@@ -172,8 +172,8 @@ def control_group():
 
 
 class Keeper:
-    """Where a run is, and its checkpoint: read at the start, written after each epoch, after --checkpoint-minutes, and
-    when a signal asks the run to stop.
+    """Where a run is, and its checkpoint: read at the start, written every --checkpoint-minutes, at the end, and when a
+    signal asks the run to stop. log.txt is written after each epoch, whatever the checkpoint knows.
 
     `run` is pretrain.Run. All ranks call every method; rank 0 writes. The checkpoint is whole, so a run may go on with
     another number of ranks. Raises ValueError for a checkpoint of another command, or a damaged one, and touches
@@ -185,7 +185,6 @@ class Keeper:
         self.epoch, self.step = 0, 0  # epochs done; steps done of the next one
         self.history: list[dict] = []  # log.txt's lines, but for the first
         self.partial: dict[str, Tensor] = {}  # what the script collects over the steps of an epoch
-        self.shuffles: list[Tensor] = []  # the orders of the epoch that `step` is in
         self.starts: list[dict] = []
         self.signal: int | None = None
         self.agreement = None  # (what the ranks ask for, the exchange of it) of the last step
@@ -224,12 +223,6 @@ class Keeper:
             os.write(2, f"\n{signal.Signals(number).name}: saves after this step and stops\n".encode())
         self.signal = number
 
-    def orders(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """A shuffle of each part for the epoch; where it was begun before, the same one."""
-        if not self.shuffles:
-            self.shuffles = [p[torch.randperm(len(p), generator=self.run.generator)] for p in parts]
-        return self.shuffles
-
     def after_step(self, step: int, partial: Callable[[], dict[str, Tensor]]) -> None:
         """After `step` steps of an epoch: saves where that is due, together with what `partial` gives, and stops where
         a signal asked for it."""
@@ -243,8 +236,14 @@ class Keeper:
     def after_epoch(self, line: dict) -> None:
         """line: for log.txt."""
         self.history.append(line)
-        self.epoch, self.step, self.partial, self.shuffles = self.epoch + 1, 0, {}, []
-        self.save()
+        self.epoch, self.step, self.partial = self.epoch + 1, 0, {}
+        if self.epoch == self.run.epochs:
+            self.save()
+        if self.run.rank == 0:
+            first = self.starts[0] | ({"resumed": self.starts[1:]} if self.starts[1:] else {})
+            lines = "".join(json.dumps(line) + "\n" for line in (first, *self.history))
+            with user_errors():
+                write_atomic(lines, self.run.output / "log.txt", sync=False)
 
     def agreed(self) -> int:
         """GO_ON, SAVE or STOP, the same on all ranks: what any of them asked for one step ago, or, alone, now."""
@@ -274,18 +273,20 @@ class Keeper:
     # ---- the file's side
 
     def save(self) -> None:
-        """All that the rest of the run depends on, then log.txt. Weights that are not finite are not saved: they stop
-        the run."""
+        """All that the rest of the run depends on. Weights that are not finite are not saved: they stop the run."""
         run, self.saved = self.run, time.monotonic()
         method, states = run.method.state_dict(), [o.state_dict()["state"] for o in self.optimizers]
         map_sharded(run, self.optimizers, method, states, lambda x: all_rows(x, run.method.n))
         if run.rank > 0:
             return
-        bad = [name for name, x in method.items() if x.is_floating_point() and not x.isfinite().all()]
+        floats = {name: x for name, x in method.items() if x.is_floating_point()}
+        finite = [x.isfinite().all().to(run.device) for x in floats.values()]
+        finite = torch.stack(finite).tolist()  # one wait for a GPU, not one a tensor
         with user_errors():
-            if bad:
+            if not all(finite):
+                bad = list(floats)[finite.index(False)]
                 raise ValueError(
-                    f"after {self} {bad[0]} is not finite any more: stopped without saving, so a checkpoint is from "
+                    f"after {self} {bad} is not finite any more: stopped without saving, so a checkpoint is from "
                     "before. Try a lower --lr, longer --warmup-epochs or --clip-grad"
                 )
             facts = {
@@ -303,15 +304,11 @@ class Keeper:
                 "crc": zlib.crc32(text.encode()),
                 "method": method,
                 "optimizers": states,
-                "shuffles": self.shuffles,
                 "partial": self.partial,
-                "generator": run.generator.get_state(),
                 "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state() if run.device.type == "cuda" else None,
             }
             save_atomic(state, self.path)
-            first = self.starts[0] | ({"resumed": self.starts[1:]} if self.starts[1:] else {})
-            write_atomic("".join(json.dumps(line) + "\n" for line in (first, *self.history)), run.output / "log.txt")
 
     def load(self) -> None:
         run, path = self.run, self.path
@@ -366,13 +363,9 @@ class Keeper:
                     raise ValueError(f"the optimiser's state of parameter {i}")
             groups = optimizer.state_dict()["param_groups"]  # which follow from the flags
             optimizer.load_state_dict({"state": saved, "param_groups": groups})
-        self.shuffles, self.partial = list(state["shuffles"]), dict(state["partial"])
-        parts = [part.sort().values for part in run.parts]
-        if not all(any(x.sort().values.equal(part) for part in parts) for x in self.shuffles):
-            raise ValueError("an order of other images")
+        self.partial = dict(state["partial"])
         if not all(torch.is_tensor(x) for x in self.partial.values()):
             raise ValueError("what was collected over the epoch")
-        run.generator.set_state(state["generator"])
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and run.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"])

@@ -106,7 +106,8 @@ def compare(search, arch: Path, data: dict[str, list[Images]], more: dict[str, s
         for name, spec in candidates.items():
             output = folder / f"{re.sub('[^a-z0-9.]+', '-', name)}-seed{seed}"
             say(f"\n{name}, seed {seed}: {output}")
-            end = pretrain.main(argparse.Namespace(**flags | spec | {"output_dir": str(output), "seed": seed}))
+            again = argparse.Namespace(**flags | spec | {"output_dir": str(output), "seed": seed})
+            end = pretrain.main(again, run.images)
             ends[name].append(end)
             results[name].append(scores(output / "backbone.pth"))
     costs = {}

@@ -10,6 +10,10 @@ Everything that has to be chosen (learning rates, the probe's weight decay) is c
 test images are looked at once. One table goes to the terminal and to linear_eval-<data>.md beside the weights.
 """
 
+import launch  # noqa: F401  # ahead of torch: it says how threads wait
+
+# isort: split
+
 import argparse
 import copy
 import math
@@ -23,13 +27,14 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models import ARCHS, NUMBER, ViT, build_backbone, describe, load_json
+from models import ARCHS, NUMBER, ViT, build_backbone, describe, load_json, to_device
 from views import CROP_AND_FLIP, IMAGENET_MEAN, IMAGENET_STD, Images, MultiCrop, Stream, in_turn, load_images
 
 # ---- what every script needs at its start ---------------------------------------------------------------------------
@@ -389,31 +394,32 @@ def classifier(
 ) -> nn.Module:
     """A copy of the backbone with a linear classifier, all of it trained on some rows: crops and flips, SGD with
     Nesterov momentum, no weight decay, cosine (2210.02808). The classifier starts at 0 and has 10 times the rate."""
-    g, world = torch.Generator().manual_seed(seed), dist.get_world_size() if dist.is_initialized() else 1
+    rng, world = np.random.default_rng(seed), dist.get_world_size() if dist.is_initialized() else 1
     head = nn.Linear(backbone.feature_dim, len(images.classes))
     nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
     network = synced(nn.Sequential(copy.deepcopy(backbone), head).to(device), device).train()
     if compiled:
+        torch._dynamo.reset()
         network.compile()
     model = DistributedDataParallel(network) if world > 1 else network
     views = MultiCrop(CROP_AND_FLIP, images.pixels.shape[-1], facts["mean"], facts["std"], device)
     groups = [{"params": part.parameters(), "lr": scale * lr} for part, scale in zip(network, (1, 10))]
-    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=device.type == "cuda" or None)
     batch = min(batch_size, len(rows))
     steps = len(rows) // batch
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
     for _ in range(epochs):
-        order = rows[torch.randperm(len(rows), generator=g)]
+        order = rows[torch.from_numpy(rng.permutation(len(rows)))]
         for step in range(steps):
             index = order[step * batch : (step + 1) * batch]
-            parameters = views.sample(batch, *images.pixels.shape[2:], g)
+            parameters = views.sample(batch, *images.pixels.shape[2:], rng)
             if world > 1:  # every rank has its share of the same batch
                 mine = torch.arange(dist.get_rank(), max(batch, world), world) % batch
-                index, parameters = index[mine], [{k: v[mine] for k, v in p.items()} for p in parameters]
-            x = views.render(images.pixels[index].to(device), parameters)[0]
+                index, parameters = index[mine], parameters[:, mine]
+            x = views.render(to_device(images.pixels[index], device), to_device(parameters, device))[0]
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 logits = model(x.contiguous(memory_format=memory_format(device)))
-            F.cross_entropy(logits.float(), images.labels[index].to(device)).backward()
+            F.cross_entropy(logits.float(), to_device(images.labels[index], device)).backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -589,6 +595,7 @@ def measure(
     mean, std, training = facts["mean"], facts["std"], backbone.training
     backbone = backbone.to(device, memory_format=memory_format(device)).eval()
     compiled = device.type == "cuda" if args.compile is None else args.compile
+    torch._dynamo.reset()  # a process compiles eight networks of one class at most, and then runs eager
     if compiled:
         backbone.compile()
     forward = partial(backbone.last_blocks, n=args.vit_blocks) if isinstance(backbone, ViT) else backbone
@@ -602,13 +609,13 @@ def measure(
     for rows in labelled:
         start, rows = time.time(), torch.arange(len(h)) if rows is None else rows
         rows = rows[decoded(train.pixels, rows)]
-        g, augmented = torch.Generator().manual_seed(args.seed), None
+        rng, augmented = np.random.default_rng(args.seed), None
         if args.augment:
 
             @torch.no_grad()
-            def augmented(some, rows=rows, g=g):
+            def augmented(some, rows=rows, rng=rng):
                 chunks = rows[some].split(args.batch_size)
-                return torch.cat([forward(views(train.pixels[r].to(device), g)[0]).float() for r in chunks])
+                return torch.cat([forward(views(train.pixels[r].to(device), rng)[0]).float() for r in chunks])
 
         known, labels = h[rows.to(device)], train.labels[rows]
         bank, query = (x[:, -backbone.feature_dim :] for x in (known, h_test))  # of a ViT the last block's alone

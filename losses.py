@@ -1,6 +1,7 @@
 """Self-supervised losses, and the methods that hold what each needs: heads, momentum networks, a queue.
 
-Losses are pure functions, computed in fp32 and normalised by the tensor's own N. A method is a module,
+Losses are pure functions, computed in fp32 whatever autocast is on and normalised by the tensor's own N. A method is a
+module,
 
     method(views, index) -> scalar loss          views: list of (B, 3, S, S); index (B,): which of the N training images
     method.after_step(progress)                  after the optimiser's step; progress in 0..1 of the run
@@ -26,6 +27,8 @@ ones.
 
 import copy
 import math
+from collections.abc import Callable
+from functools import wraps
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -45,12 +48,30 @@ def full(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def no_autocast(x: Tensor) -> torch.autocast:
+    """A context in which operations on x's device keep their inputs' precision."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def in_fp32(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The loss with autocast off: it would round the products inside to bf16, after `full` has widened what goes in."""
+
+    @wraps(loss)
+    def wrapped(x: Tensor, *args, **kwargs) -> Tensor:
+        with no_autocast(x):
+            return loss(x, *args, **kwargs)
+
+    return wrapped
+
+
+@in_fp32
 def neg_cosine(p: Tensor, z: Tensor) -> Tensor:
     """Mean of -cos(p_n, z_n) over (N, D); z is a target and carries no gradient. SimSiam, 2011.10566 eq. 1-2."""
     assert p.shape == z.shape
     return -F.cosine_similarity(full(p), full(z.detach()), dim=1).mean()
 
 
+@in_fp32
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
     """SimCLR's loss (2002.05709 eq. 1) over two views (N, D) of N images: mean over the 2N anchors.
 
@@ -68,6 +89,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
     return F.cross_entropy(logits, (own + n) % (2 * n) + rank * 2 * n)
 
 
+@in_fp32
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.1) -> Tensor:
     """MoCo's loss (1911.05722 eq. 1): query q (N, D), its positive key k (N, D), negatives queue (K, D).
 
@@ -81,6 +103,7 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.1) -> T
 
 
 @torch.no_grad()
+@in_fp32
 def sinkhorn(
     scores: Tensor,
     epsilon: float = 0.05,
@@ -113,12 +136,14 @@ def reduced(x: Tensor, operation: "dist.ReduceOp" = dist.ReduceOp.SUM) -> Tensor
     return x
 
 
+@in_fp32
 def swav_loss(scores: Tensor, codes: Tensor, temperature: float = 0.1) -> Tensor:
     """Cross-entropy of codes (N, K) and the softmax of another view's scores (N, K). 2006.09882 eq. 2."""
     assert scores.shape == codes.shape
     return -(codes.detach() * F.log_softmax(full(scores) / temperature, 1)).sum(1).mean()
 
 
+@in_fp32
 def dino_loss(
     student: Tensor,
     teacher: Tensor,
@@ -132,6 +157,7 @@ def dino_loss(
     return -(target * F.log_softmax(full(student) / student_temperature, 1)).sum(1).mean()
 
 
+@in_fp32
 def diet_loss(
     h: Tensor, weight: Tensor, index: Tensor, smoothing: float = 0.8, n: int | None = None, chunk: int | None = None
 ) -> Tensor:
@@ -149,8 +175,7 @@ def diet_loss(
     total = n or len(weight)
     if index.device.type == "cpu" and not ((index >= 0) & (index < total)).all():
         raise IndexError(f"an image's index must be 0 to {total - 1}: {index.tolist()}")
-    with torch.autocast(h.device.type, enabled=False):
-        return _Diet.apply(full(h), full(weight), index, smoothing, total, chunk)
+    return _Diet.apply(full(h), full(weight), index, smoothing, total, chunk)
 
 
 def shard(n: int) -> tuple[int, int]:
@@ -192,6 +217,11 @@ class _Diet(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
+        with no_autocast(gradient):  # torch.compile traces this under the autocast of the forward pass
+            return _Diet.gradients(ctx, gradient)
+
+    @staticmethod
+    def gradients(ctx, gradient):
         everyone, weight, place, mine, lse = ctx.saved_tensors
         smoothing, total, chunk, world, own = ctx.facts
         to_h, to_weight = torch.zeros_like(everyone), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
@@ -199,7 +229,7 @@ class _Diet(torch.autograd.Function):
             rows = weight[start : start + chunk]
             p = (everyone @ rows.T).sub_(lse[:, None]).exp_().sub_(smoothing / total)
             here = mine & (place >= start) & (place < start + len(rows))
-            p.scatter_add_(1, (place - start).clamp(0, len(rows) - 1), here * p.new_tensor(smoothing - 1))
+            p.scatter_add_(1, (place - start).clamp(0, len(rows) - 1), here.to(p.dtype) * (smoothing - 1))
             p.mul_(gradient / own)
             to_h.addmm_(p, rows)
             if to_weight is not None:
@@ -246,14 +276,25 @@ class HeadSpace(NamedTuple):
     o: int
 
 
-def encode(encoder: nn.Module, views: list[Tensor]) -> Tensor:
-    """All views through the encoder, those of one resolution in one call: (V B, F), in the views' order."""
+def encode(encoder: nn.Module, views: list[Tensor], apart: bool = False) -> Tensor:
+    """All views through the encoder, those of one resolution in one call, or each `apart`: (V B, F), in the views'
+    order."""
     h, start = [], 0
     for end in range(1, len(views) + 1):
-        if end == len(views) or views[end].shape != views[start].shape:
+        if apart or end == len(views) or views[end].shape != views[start].shape:
             h.append(encoder(torch.cat(views[start:end])))
             start = end
     return torch.cat(h) if len(h) > 1 else h[0]
+
+
+def in_parts(module: nn.Module, x: Tensor, n: int) -> Tensor:
+    """(n B, F) through a module as n batches, each with BN statistics of its own."""
+    return torch.cat([module(part) for part in x.chunk(n)]) if n > 1 else module(x)
+
+
+def embed(encoder: nn.Module, head: nn.Module, views: list[Tensor], apart: bool) -> Tensor:
+    """Views through the encoder and a head, each view apart or not: (V B, D), in the views' order."""
+    return in_parts(head, encode(encoder, views, apart), len(views) if apart else 1)
 
 
 def balanced(gg: list[Tensor], gl: list[Tensor], weights: tuple[float, float] | None) -> Tensor:
@@ -331,11 +372,17 @@ class Method(nn.Module):
     optimizer, lr, weight_decay = "sgd", 0.12, 5e-4  # defaults; lr at batch 256
     constant_lr: tuple[str, ...] = ()  # parameters, by the start of their name, whose learning rate stays
     balance: tuple[float, float] | None = None  # lambda_gg, lambda_gl
+    separate_views = True  # two views are two batches to BN, see `apart`
     classifies_instances = False  # whether every training image is a class, and so has weights of its own
     sharded: tuple[str, ...] = ()  # parameters of which every rank holds its own rows
 
     def forward(self, views: list[Tensor], index: Tensor | None = None) -> Tensor:
         return self.loss(*self.outputs(views, index))
+
+    def apart(self, views: list[Tensor]) -> bool:
+        """Whether each view is a batch of its own to BN: two views are, in methods whose authors have it so. Of more,
+        those of one resolution are one batch to the encoder, and all of them to a head, as in 2210.02808."""
+        return self.separate_views and len(views) == 2
 
     def after_step(self, progress: float) -> None:
         """After the optimiser's step; progress in 0..1 of the run."""
@@ -349,9 +396,9 @@ class Method(nn.Module):
 class SimSiam(Method):
     """2011.10566: loss 1/2 [-cos(p1, sg z2) - cos(p2, sg z1)]; the predictor's learning rate stays constant.
 
-    Deviation: both views go through the network as one batch, so BN sees them together. out_dim D is 4 F up to 2048,
-    as for ResNet18; the predictor's hidden layer has D / 4. To ask what they add: projector "none" predicts features,
-    teacher "ema" takes the targets from a momentum network (as BYOL, 2006.07733, does).
+    out_dim D is 4 F up to 2048, as for ResNet18; the predictor's hidden layer has D / 4. To ask what they add:
+    projector "none" predicts features, teacher "ema" takes the targets from a momentum network (as BYOL, 2006.07733,
+    does).
     """
 
     recipe = "simsiam"
@@ -389,13 +436,15 @@ class SimSiam(Method):
 
     def outputs(self, views: list[Tensor], index: Tensor | None = None) -> tuple[Tensor, ...]:
         """p of every view, then z of the two globals, each (B, D)."""
-        z = self.projector(encode(self.encoder, views))  # (V B, F) -> (V B, D)
+        apart = self.apart(views)
+        z = embed(self.encoder, self.projector, views, apart)  # (V B, D)
+        p = in_parts(self.predictor, z, len(views) if apart else 1)
         if self.teacher == "ema":
             with torch.no_grad():
-                targets = self.momentum_projector(encode(self.momentum_encoder, views[:2])).chunk(2)
+                targets = embed(self.momentum_encoder, self.momentum_projector, views[:2], apart).chunk(2)
         else:
             targets = z.detach().chunk(len(views))[:2]
-        return *self.predictor(z).chunk(len(views)), *targets
+        return *p.chunk(len(views)), *targets
 
     def loss(self, *outputs: Tensor) -> Tensor:
         return paired(neg_cosine, outputs[-2:], outputs[:-2], self.balance)
@@ -437,7 +486,8 @@ class SimCLR(Method):
             self.projector = heads["projector"] if heads else mlp(f, f, out_dim or 128)
 
     def outputs(self, views: list[Tensor], index: Tensor | None = None) -> tuple[Tensor, ...]:
-        return self.projector(encode(self.encoder, views)).chunk(len(views))  # (V B, D) -> V times (B, D)
+        z = embed(self.encoder, self.projector, views, self.apart(views))
+        return z.chunk(len(views))  # (V B, D) -> V times (B, D)
 
     def loss(self, *z: Tensor) -> Tensor:
         def term(a, b):
@@ -497,10 +547,11 @@ class MoCo(Method):
     def outputs(self, views: list[Tensor], index: Tensor | None = None) -> tuple[Tensor, ...]:
         """q of every view that is a query, then the keys, each (B, D)."""
         queries = views if self.keyed == 2 else views[1:]
-        q = self.projector(encode(self.encoder, queries))
+        apart = self.apart(views)
+        q = embed(self.encoder, self.projector, queries, apart)
         with torch.no_grad():
-            k = encode(self.momentum_encoder, views[: self.keyed])
-            k = F.normalize(full(self.momentum_projector(k)), dim=1)
+            k = embed(self.momentum_encoder, self.momentum_projector, views[: self.keyed], apart)
+            k = F.normalize(full(k), dim=1)
         return *q.chunk(len(queries)), *k.chunk(self.keyed)
 
     def loss(self, *outputs: Tensor) -> Tensor:
@@ -569,12 +620,15 @@ class SwAV(Method):
 
     def outputs(self, views: list[Tensor], index: Tensor | None = None) -> tuple[Tensor, ...]:
         """Scores (B, K) of every view, then the embeddings (B, D) of the two globals, of unit length."""
-        z = F.normalize(full(self.projector(encode(self.encoder, views))), dim=1)
-        return *self.prototypes(z).chunk(len(views)), *z.detach().chunk(len(views))[:2]
+        z = F.normalize(full(embed(self.encoder, self.projector, views, self.apart(views))), dim=1)
+        with no_autocast(z):
+            scores = self.prototypes(z)
+        return *scores.chunk(len(views)), *z.detach().chunk(len(views))[:2]
 
     def loss(self, *outputs: Tensor) -> Tensor:
         scores, self.embeddings = outputs[:-2], torch.stack(outputs[-2:])
-        old = self.queue.to(self.prototypes.weight.dtype) @ self.prototypes.weight.detach().T  # (2, Q, K)
+        with no_autocast(self.queue):
+            old = self.queue.to(self.prototypes.weight.dtype) @ self.prototypes.weight.detach().T  # (2, Q, K)
         codes = [sinkhorn(s.detach(), queue=q, weight=self.queue_counts) for s, q in zip(scores, old)]
         return paired(lambda s, c: swav_loss(s, c, self.temperature), codes, scores, self.balance)
 
@@ -644,11 +698,14 @@ class DINO(Method):
 
     def outputs(self, views: list[Tensor], index: Tensor | None = None) -> tuple[Tensor, ...]:
         """(B, K) of the student for every view, then of the teacher for the two globals."""
-        z = self.projector(encode(self.encoder, views))
-        student = self.last_layer(F.normalize(z, dim=1, eps=1e-6))
+        apart = self.apart(views)
+        z = embed(self.encoder, self.projector, views, apart)
         with torch.no_grad():
-            z = self.momentum_projector(encode(self.momentum_encoder, views[:2]))
-            teacher = self.momentum_last_layer(F.normalize(z, dim=1, eps=1e-6))
+            t = embed(self.momentum_encoder, self.momentum_projector, views[:2], apart)
+        with no_autocast(z):  # products of K things, to a temperature of .04: bf16 is too coarse
+            student = self.last_layer(F.normalize(full(z), dim=1, eps=1e-6))
+            with torch.no_grad():
+                teacher = self.momentum_last_layer(F.normalize(full(t), dim=1, eps=1e-6))
         return *student.chunk(len(views)), *teacher.chunk(2)
 
     def loss(self, *outputs: Tensor) -> Tensor:

@@ -23,13 +23,19 @@ from functools import lru_cache, partial
 from itertools import chain, pairwise, product
 from typing import ClassVar, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.utils import skip_init
 from torchvision.models import mobilenetv2, resnet, vision_transformer
 from torchvision.ops import Conv2dNormActivation, StochasticDepth
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor there; to a GPU from pinned memory, for which the host does not wait."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
 
 # ---- backbones ------------------------------------------------------------------------------------------------------
 
@@ -495,7 +501,7 @@ class Choices(nn.Module):
         self.depth_alpha, self.inner_alpha, self.kernel_alpha = (
             nn.Parameter(torch.zeros(len(space.stages), len(options))) for options in space[2:]
         )
-        self.set(self.largest)
+        self.set_largest()
 
     def __deepcopy__(self, memo):
         return self
@@ -507,27 +513,38 @@ class Choices(nn.Module):
     def alphas(self) -> list[nn.Parameter]:
         return [self.depth_alpha, self.inner_alpha, self.kernel_alpha]
 
-    def sample(self, tau: float, generator: torch.Generator) -> None:
+    def sample(self, tau: float, rng: np.random.Generator) -> None:
         """Gates from a Gumbel softmax of temperature tau, hard, with straight-through gradients where alphas have any.
 
-        The noise comes from the CPU, so that ranks and devices sample the same.
+        The noise comes from the host, in one copy, so that ranks and devices sample the same.
         """
-        self.gates = []
-        for alpha in self.alphas():
-            noise = -torch.empty(alpha.shape).exponential_(generator=generator).log()
-            soft = ((alpha + noise.to(alpha.device)) / tau).softmax(1)
+        alphas = self.alphas()
+        noise = rng.gumbel(size=(len(alphas[0]), sum(a.shape[1] for a in alphas)))
+        noise = to_device(torch.from_numpy(noise).to(alphas[0].dtype), alphas[0].device)
+        self.gates, self.known = [], None
+        for alpha, own in zip(alphas, noise.split([a.shape[1] for a in alphas], 1)):
+            soft = ((alpha + own) / tau).softmax(1)
             hard = F.one_hot(soft.argmax(1), soft.shape[1]).to(soft.dtype)
             self.gates.append(hard + (soft - soft.detach()) if alpha.requires_grad else hard)
 
     def set(self, choice: Sequence[int]) -> None:
         """Gates of one option a stage."""
         options = torch.unravel_index(torch.tensor(choice), [a.shape[1] for a in self.alphas()])
-        self.gates = [F.one_hot(o.to(a.device), a.shape[1]).to(a) for o, a in zip(options, self.alphas())]
+        self.gates = [F.one_hot(o, a.shape[1]).to(a) for o, a in zip(options, self.alphas())]
+        self.known = list(choice)
+
+    def set_largest(self) -> None:
+        """Gates of the largest network; unlike `set` it copies nothing to a GPU."""
+        last = [torch.arange(a.shape[1], device=a.device) == a.shape[1] - 1 for a in self.alphas()]
+        self.gates = [one.to(a).expand_as(a) for one, a in zip(last, self.alphas())]
+        self.known = self.largest
 
     def choice(self) -> list[int]:
-        """The options that the gates hold now, as Space.arch takes them."""
-        d, r, k = (gate.argmax(1) for gate in self.gates)
-        return ((d * self.inner_alpha.shape[1] + r) * self.kernel_alpha.shape[1] + k).tolist()
+        """The options that the gates hold now, as Space.arch takes them; of sampled ones it waits for the device."""
+        if self.known is None:
+            d, r, k = (gate.argmax(1) for gate in self.gates)
+            self.known = ((d * self.inner_alpha.shape[1] + r) * self.kernel_alpha.shape[1] + k).tolist()
+        return self.known
 
     def log_probabilities(self) -> Tensor:
         """(S, O): of every option, the sum over its depth, inner width and kernel, which are independent."""
@@ -535,9 +552,10 @@ class Choices(nn.Module):
         return (d[:, :, None, None] + r[:, None, :, None] + k[:, None, None, :]).flatten(1)
 
     def expected_macs(self, base: int, table: Tensor) -> Tensor:
-        """E[MACs] under the alphas, in closed form and differentiable; (base, table) from Space.costs."""
+        """E[MACs] under the alphas, in closed form and differentiable; (base, table) from Space.costs, on the alphas'
+        device."""
         p = self.log_probabilities().exp()
-        return base + (p * table.to(p)).sum()
+        return base + (p * table).sum()
 
 
 class SearchBackbone(nn.Module):
@@ -546,13 +564,14 @@ class SearchBackbone(nn.Module):
     A kernel is the centre of the largest; inner channels are the first ones, masked where the next convolution takes
     them in, that is after BN and activation; a block that depth leaves out has its last BN at zero. So the masked
     network costs what the largest costs, every option gets a gradient, and what is left out changes nothing: the
-    network cut out of the weights gives the same numbers. Gates without gradient run that cut, at its own cost, unless
-    `masked` asks for masks always, whose shapes never change, as a compiler wants it.
+    network cut out of the weights gives the same numbers but for the order of sums. Gates with gradients run the
+    masked network, whose shapes never change, as a compiler wants it; gates without run the cut, at its own cost, and
+    blocks that it leaves out have no gradient, so that no optimiser moves them.
     """
 
-    def __init__(self, space: Space, width: float = 1.0, stem: str = "imagenet", masked: bool = False):
+    def __init__(self, space: Space, width: float = 1.0, stem: str = "imagenet"):
         super().__init__()
-        self.space, self.width, self.stem, self.masked = space, width, stem, masked
+        self.space, self.width, self.stem = space, width, stem
         self.choices = Choices(space)
         arch = space.arch(self.choices.largest)
         self.largest, self.feature_dim = build_backbone(arch, stem, width)
@@ -594,15 +613,19 @@ class SearchBackbone(nn.Module):
         return out
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.masked or self.choices.gates[0].requires_grad:
+        if self.choices.gates[0].requires_grad:
             return functional_call(self.largest, self.masked_weights(), x)
-        network, _ = _skeleton(self.space, tuple(self.choices.choice()), self.stem, self.width)
+        network, _ = self.skeleton(self.choices.choice())
         network.train(self.training)
         return functional_call(network, self.slices(self.choices.choice()), x)
 
+    def skeleton(self, choice: Sequence[int]) -> tuple[nn.Module, dict[str, str]]:
+        synced = any(isinstance(m, nn.SyncBatchNorm) for m in self.largest.modules())
+        return _skeleton(self.space, tuple(choice), self.stem, self.width, synced)
+
     def slices(self, choice: Sequence[int]) -> dict[str, Tensor]:
         """Views of the largest network's parameters and buffers that make up a network of the space, by its names."""
-        network, names = _skeleton(self.space, tuple(choice), self.stem, self.width)
+        network, names = self.skeleton(choice)
         full = dict(chain(self.largest.named_parameters(), self.largest.named_buffers()))
         out = {}
         for name, small in chain(network.named_parameters(), network.named_buffers()):
@@ -628,8 +651,10 @@ def _meta_block(block: str, place: Place, n: int) -> nn.Module:
 
 
 @lru_cache(maxsize=256)
-def _skeleton(space: Space, choice: tuple[int, ...], stem: str, width: float) -> tuple[nn.Module, dict[str, str]]:
-    """(network without memory, its names -> those of the same things in the largest network).
+def _skeleton(
+    space: Space, choice: tuple[int, ...], stem: str, width: float, synced: bool
+) -> tuple[nn.Module, dict[str, str]]:
+    """(network without memory, its names -> those of the same things in the largest network); synced: BN over ranks.
 
     A search visits a new network nearly every step, so blocks, which take long to make, are kept for the next.
     """
@@ -641,7 +666,7 @@ def _skeleton(space: Space, choice: tuple[int, ...], stem: str, width: float) ->
     for name, _ in chain(small.named_parameters(), small.named_buffers()):
         head = ".".join(name.split(".")[:2])
         names[name] = renamed.get(head, head) + name[len(head) :]
-    return small, names
+    return (nn.SyncBatchNorm.convert_sync_batchnorm(small) if synced else small), names
 
 
 def derive(scores: Tensor, base: int, table: Tensor, target: float) -> list[int]:
@@ -689,14 +714,20 @@ def recalibrate(module: nn.Module, batches: Iterable, forward: Callable | None =
     forward: what takes a batch, by default the module itself.
     """
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta, training = [m.momentum for m in norms], module.training
+    momenta, training, seen = [m.momentum for m in norms], module.training, dict.fromkeys(norms, 0)
+
+    def count(m, _):  # a plain average; with momentum None a BN reads its count of batches back from a GPU each time
+        seen[m] += 1
+        m.momentum = 1 / seen[m]
+
+    hooks = [m.register_forward_pre_hook(count) for m in norms]
     for m in norms:
         m.reset_running_stats()
-        m.momentum = None  # a plain average
     module.train()
     for batch in batches:
         (forward or module)(batch)
-    for m, momentum in zip(norms, momenta):
+    for m, hook, momentum in zip(norms, hooks, momenta):
+        hook.remove()
         m.momentum = momentum
     return module.train(training)
 
@@ -781,48 +812,6 @@ def build_head(spec: Sequence[str], dims: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*(OPS[name](i, o) for name, i, o in zip(spec, dims, dims[1:])))
 
 
-def _flat(module: nn.Module) -> list[nn.Module]:
-    return [m for child in module for m in _flat(child)] if isinstance(module, nn.Sequential) else [module]
-
-
-class MixedLayer(nn.Module):
-    """sum_k weights_k op_k(x) over all of OPS, (B, i) -> (B, o).
-
-    Linears that begin an operation are one, several times as wide, and so is the BN behind them: the same numbers as
-    one by one, in one product. What comes after that is an operation's tail.
-    """
-
-    def __init__(self, i: int, o: int):
-        super().__init__()
-        begins: dict[tuple, list] = {}  # by what an operation begins with: (its place in OPS, Linear, BN)
-        self.tails = nn.ModuleList()
-        for k, op in enumerate(OPS.values()):
-            parts = _flat(op(i, o))
-            linear, norm = [*parts, None, None][:2]
-            if shared := type(linear) is nn.Linear:
-                norm = norm if repr(norm) == repr(nn.BatchNorm1d(o)) else None
-                kind = linear.out_features, linear.bias is None, norm is None
-                begins.setdefault(kind, []).append((k, linear, norm))
-            self.tails.append(nn.Sequential(*parts[shared + (shared and norm is not None) :]))
-        self.places = [[k for k, _, _ in group] for group in begins.values()]
-        self.stems = nn.ModuleList(self.join(*list(zip(*group))[1:]) for group in begins.values())
-
-    @staticmethod
-    def join(linears: Sequence[nn.Linear], norms: Sequence[nn.BatchNorm1d | None]) -> nn.Sequential:
-        """One Linear with the rows of all, and one BN, if they have any."""
-        i, o, bias = linears[0].in_features, sum(x.out_features for x in linears), linears[0].bias is not None
-        wide = skip_init(nn.Linear, i, o, bias)
-        wide.load_state_dict({key: torch.cat([x.state_dict()[key] for x in linears]) for key in wide.state_dict()})
-        return nn.Sequential(wide, *([nn.BatchNorm1d(wide.out_features)] if norms[0] else []))
-
-    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        inputs = [x] * len(self.tails)
-        for places, stem in zip(self.places, self.stems):
-            for k, part in zip(places, stem(x).chunk(len(places), 1)):
-                inputs[k] = part
-        return sum(weight * tail(h) for weight, tail, h in zip(weights, self.tails, inputs))
-
-
 class SearchHead(nn.Module):
     """Every layer is y = sum_k softmax(alpha_l)_k op_k(x) over all of OPS (2302.00059); alpha (L, 7) starts at zero."""
 
@@ -830,11 +819,11 @@ class SearchHead(nn.Module):
         super().__init__()
         self.dims = list(dims)
         self.alpha = nn.Parameter(torch.zeros(len(dims) - 1, len(OPS)))
-        self.layers = nn.ModuleList(MixedLayer(i, o) for i, o in pairwise(dims))
+        self.layers = nn.ModuleList(nn.ModuleList(op(i, o) for op in OPS.values()) for i, o in pairwise(dims))
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer, weights in zip(self.layers, self.alpha.softmax(1)):
-            x = layer(x, weights)
+    def forward(self, x: Tensor) -> Tensor:  # to join the Linears of a layer in one product was no faster
+        for ops, weights in zip(self.layers, self.alpha.softmax(1)):
+            x = sum(weight * op(x) for weight, op in zip(weights, ops))
         return x
 
     def discretise(self) -> list[str]:

@@ -12,6 +12,10 @@ again goes on from it, to the same weights) and at the end backbone.pth with bac
 torchvision's own model loads, and what it is.
 """
 
+import launch  # noqa: F401  # ahead of torch: it says how threads wait
+
+# isort: split
+
 import argparse
 import inspect
 import json
@@ -22,9 +26,12 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
@@ -56,14 +63,16 @@ from models import (
     SearchBackbone,
     SearchHead,
     Space,
+    ViT,
     build_backbone,
     build_head,
     describe,
     head_dims,
     load_arch,
     load_heads,
+    to_device,
 )
-from views import RECIPES, MultiCrop, Stream, adjust, channel_stats, in_turn
+from views import RECIPES, Images, MultiCrop, Stream, adjust, channel_stats, in_turn
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
@@ -108,21 +117,37 @@ def training_flags(parser: Parser) -> None:
     group.add_argument("--batch-size", type=int, default=64, help="images a step, over all ranks together")
     group.add_argument("--optimizer", choices=["sgd", "adamw", "lars"], default=None, help="None is the method's")
     group.add_argument("--lr", type=float, default=None, help="at batch size 256, scaled with it; None is the method's")
-    group.add_argument("--final-lr", type=float, default=0.0, help="at batch size 256, scaled as --lr")
+    group.add_argument(
+        "--final-lr", type=float, default=None, help="at batch size 256, scaled as --lr; None: 0, or a ViT's"
+    )
     group.add_argument("--weight-decay", type=float, default=None, help="None is the method's, or the optimiser's")
-    group.add_argument("--final-weight-decay", type=float, default=None, help="by a cosine; None: it stays")
-    group.add_argument("--warmup-epochs", type=float, default=None, help="None is a tenth of all, 10 at the most")
+    group.add_argument(
+        "--final-weight-decay", type=float, default=None, help="by a cosine; None: it stays, but .4 for a ViT"
+    )
+    group.add_argument("--warmup-epochs", type=float, default=None, help="None: 10, a tenth of the run at most; sgd 0")
     group.add_argument("--clip-grad", type=float, default=None, help="largest norm of all gradients; None is no limit")
     group.add_argument("--held-out", type=float, default=0.1, help="share of the training images kept for the monitor")
-    group.add_argument("--knn-every", type=int, default=5, help="epochs between the monitor's kNN figures; 0 is never")
+    group.add_argument(
+        "--knn-every", type=int, default=5, help="epochs between the monitor's figures; 0: the end alone"
+    )
     group.add_argument("--knn-k", type=int, default=200, help="neighbours of the monitor")
     group.add_argument("--knn-t", type=float, default=0.1, help="temperature of the monitor's votes")
-    group.add_argument("--amp", action=on_off, default=None, help="bf16 autocast; None is on CUDA alone")
+    group.add_argument(
+        "--amp", action=on_off, default=None, help="bf16 autocast; None: where the device has units for it"
+    )
     group.add_argument("--compile", action=on_off, default=None, help="torch.compile; None is on CUDA alone")
-    group.add_argument("--sync-bn", action=on_off, default=True, help="BN over all ranks, on several GPUs")
+    group.add_argument(
+        "--compile-mode",
+        choices=["default", "reduce-overhead"],
+        default="default",
+        help="the latter, by CUDA graphs, for small networks",
+    )
+    group.add_argument(
+        "--sync-bn", action=on_off, default=None, help="BN over several GPUs; None: below 64 images on each"
+    )
     group.add_argument("--print-every", type=int, default=50, help="steps between lines on the console")
     group.add_argument("--resume", action=on_off, default=True, help="go on from a checkpoint of this command")
-    group.add_argument("--checkpoint-minutes", type=float, default=30.0, help="between those in an epoch; 0: none")
+    group.add_argument("--checkpoint-minutes", type=float, default=5.0, help="between checkpoints; 0: at the end alone")
     group.add_argument("--bench", action="store_true", help="time the parts of a step and stop; leaves no run behind")
     group.add_argument("--bench-json", default=None, metavar="FILE", help="what --bench says goes there too")
     group.add_argument("--profile", action="store_true", help="write a trace of steps 4 to 6 to the output folder")
@@ -137,6 +162,18 @@ def get_parser() -> Parser:
     return parser
 
 
+# Numbers are drawn from (--seed, what for, step): a run's batch depends on these alone, so it resumes from its step.
+WEIGHTS, ALPHAS, GATES, HELD_OUT, RECALIBRATION = range(5)
+
+
+def bf16_pays(device: torch.device) -> bool:
+    """Whether the device has units for bf16 products, so that autocast is faster: a GPU, or a CPU with AMX or
+    AVX512-BF16 (1.4 and 1.6 times as fast a step of ResNet18 x.125 and x.25 on one core of an AMD EPYC 9004)."""
+    if device.type != "cpu":
+        return device.type == "cuda"
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
 # ---- what both loops need -------------------------------------------------------------------------------------------
 
 
@@ -144,10 +181,15 @@ class Run:
     """Everything that flags decide before the first step: process, images, views, network. Checks all of it first."""
 
     def __init__(
-        self, args: argparse.Namespace, search_heads: bool = False, space: Space | None = None, parts: int = 1
+        self,
+        args: argparse.Namespace,
+        search_heads: bool = False,
+        space: Space | None = None,
+        parts: int = 1,
+        images: Images | None = None,
     ):
         """search_heads: mixtures in place of --heads; space: its largest network in place of --arch; parts: into how
-        many the training images are cut."""
+        many the training images are cut; images: what the flags of the data name, if it is loaded already."""
         for flag in ("epochs", "batch_size", "width", "print_every"):
             if getattr(args, flag) <= 0:
                 raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be above 0")
@@ -168,7 +210,10 @@ class Run:
                 f"--batch-size {args.batch_size} is the total over ranks and does not divide by {self.world} of them"
             )
         cuda = self.device.type == "cuda"
-        self.amp, self.compile = (cuda if flag is None else flag for flag in (args.amp, args.compile))
+        self.amp = bf16_pays(self.device) if args.amp is None else args.amp
+        self.compile = cuda if args.compile is None else args.compile
+        torch._dynamo.reset()  # a process compiles eight networks of one class at most, and then runs eager
+        torch.backends.cudnn.benchmark = cuda and space is None and not args.deterministic  # shapes are always the same
         self.arch = space.handcrafted if space else load_arch(args.arch)
         self.epochs, self.output = args.epochs, Path(args.output_dir)
         if not args.bench:
@@ -177,9 +222,8 @@ class Run:
                 raise PermissionError(f"cannot write to --output-dir '{self.output}'")
 
         torch.manual_seed(args.seed)
-        self.generator = torch.Generator().manual_seed(args.seed)  # of orders and views, the same on every rank
         self.method_class = METHODS[args.method]
-        self.images = load_data(args, args.data, "train")
+        self.images = images or load_data(args, args.data, "train")
         self.held_out, *self.parts = split_images(len(self.images.pixels), args.held_out, parts)
         shortest = min(len(p) for p in self.parts)
         if shortest < args.batch_size:
@@ -190,8 +234,9 @@ class Run:
         self.steps_per_epoch = shortest // args.batch_size
         if args.profile and self.epochs * self.steps_per_epoch < 6:
             raise ValueError(f"--profile traces steps 4 to 6, and this run has {self.epochs * self.steps_per_epoch}")
-        self.places = torch.full((len(self.images.pixels),), -1)  # of each image among those that are trained on
-        self.places[torch.cat(self.parts)] = torch.arange(sum(map(len, self.parts)))
+        places = torch.full((len(self.images.pixels),), -1)  # of each image among those that are trained on
+        places[torch.cat(self.parts)] = torch.arange(sum(map(len, self.parts)))
+        self.places = places.to(self.device)
         streamed = isinstance(self.images.pixels, Stream)
         self.pixels = self.images.pixels if streamed else self.images.pixels.to(self.device)
         self.size = self.pixels.shape[-1]
@@ -208,19 +253,22 @@ class Run:
             )
         self.views = MultiCrop(recipe, self.size, self.mean, self.std, self.device)
         method = self.build_method(search_heads, space)
-        method = synced(method, self.device) if args.sync_bn else method
+        small_share = args.batch_size // self.world < 64
+        method = synced(method, self.device) if args.sync_bn or (args.sync_bn is None and small_share) else method
         self.method = method.to(self.device, memory_format=memory_format(self.device))
         self.method.balance = self.views.balance
+        self.drawn: dict[tuple[int, int], Future] = {}  # parameters of the steps to come, see `parameters`
+        self.drawer = ThreadPoolExecutor(1)
         if self.compile:
-            self.method.compile()
-            self.views.render = torch.compile(self.views.render, dynamic=False)
+            self.views.compile()
+            if space is None:  # else sampled networks differ from step to step; search.py compiles the masked one
+                self.method.compile(**self.compile_options())
 
     def build_method(self, search_heads: bool, space: Space | None) -> nn.Module:
         """The method with its encoder and heads: searchable, or those that flags name."""
         args = self.args
         if space:
-            synced_bn = args.sync_bn and self.world > 1 and self.device.type == "cuda"  # slices' BN is not
-            encoder = SearchBackbone(space, args.width, self.stem, masked=self.compile or synced_bn)
+            encoder = SearchBackbone(space, args.width, self.stem)
         else:
             drop_path = 0.1 * (describe(self.arch) in VITS) if args.drop_path is None else args.drop_path
             encoder, _ = build_backbone(self.arch, self.stem, args.width, drop_path)
@@ -266,27 +314,55 @@ class Run:
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16) if self.amp else nullcontext()
 
-    def batch(self, order: Tensor, step: int, generator: torch.Generator | None = None) -> tuple[list[Tensor], Tensor]:
-        """(views, index) of this rank's share of a batch; all draw for all of it: one or many see the same views.
+    def compile_options(self) -> dict:
+        return {"mode": self.args.compile_mode} if self.args.compile_mode != "default" else {}
 
-        order: rows of the images; index: their places among those trained on, -1 for the others. generator: of the
-        views; None is the run's own.
+    def shuffled(self, rows: Tensor, epoch: int, stream: int = WEIGHTS) -> Tensor:
+        """The rows in the order of an epoch: a function of the seed and these."""
+        rng = np.random.default_rng((self.args.seed, stream, epoch, 0))  # four numbers: no step has the same
+        return rows[torch.from_numpy(rng.permutation(len(rows)))]
+
+    def parameters(self, seed: tuple[int, ...]) -> Tensor:
+        """This rank's share (V, B, P) of what a step's views are rendered from, on the device; all draw for all ranks,
+        so that one or many see the same views. On a GPU the next step's are drawn by a thread while this one runs."""
+
+        def draw(seed: tuple[int, ...]) -> Tensor:
+            parameters = self.views.sample(self.args.batch_size, *self.pixels.shape[2:], np.random.default_rng(seed))
+            share = parameters[:, self.share()].contiguous()
+            return share.pin_memory() if self.device.type == "cuda" else share
+
+        waiting = self.drawn.pop(seed, None)
+        parameters = waiting.result() if waiting else draw(seed)
+        if self.device.type == "cuda":
+            following = *seed[:-1], seed[-1] + 1
+            self.drawn = {k: v for k, v in self.drawn.items() if k[:-1] != seed[:-1]}
+            self.drawn[following] = self.drawer.submit(draw, following)
+        return parameters.to(self.device, non_blocking=True)
+
+    def share(self) -> slice:
+        """This rank's places in a batch."""
+        b = self.args.batch_size // self.world
+        return slice(self.rank * b, (self.rank + 1) * b)
+
+    def batch(self, order: Tensor, step: int, seed: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
+        """(views, index) of this rank's share of a batch.
+
+        order: rows of the images; step: which batch of these; index: their places among those trained on, -1 for the
+        others. seed: of the views, the step that counts up last.
         """
-        n, b = self.args.batch_size, self.args.batch_size // self.world
-        parameters = self.views.sample(n, *self.pixels.shape[2:], generator or self.generator)
-        mine = slice(self.rank * b, (self.rank + 1) * b)
-        rows, following = (order[s * n : (s + 1) * n][mine] for s in (step, step + 1))
-        index = self.places[rows].to(self.device, non_blocking=True)
+        n = self.args.batch_size
+        parameters = self.parameters(seed)
+        rows, following = (order[s * n : (s + 1) * n][self.share()] for s in (step, step + 1))
+        there = to_device(rows, self.device)
         if isinstance(self.pixels, Stream):
-            pixels = next(in_turn(self.pixels, [rows, following])).to(self.device, non_blocking=True)
+            pixels = to_device(next(in_turn(self.pixels, [rows, following])), self.device)
         else:
-            pixels = self.pixels[rows.to(self.device, non_blocking=True)]
-        with torch.no_grad():  # always, so that one compiled form serves training and the monitor
-            views = self.views.render(pixels, [{k: v[mine] for k, v in p.items()} for p in parameters])
-        return [v.contiguous(memory_format=memory_format(self.device)) for v in views], index
+            pixels = self.pixels[there]
+        views = self.views.render(pixels, parameters)
+        return [v.contiguous(memory_format=memory_format(self.device)) for v in views], self.places[there]
 
     def monitor(self, knn: bool, method: nn.Module | None = None) -> dict[str, float]:
-        """Of the method now: std of z and RankMe of h; and, if asked for, loss and kNN accuracy on held-out training
+        """Of the method now: std of z and RankMe of h; and, if asked for, kNN accuracy and loss on held-out training
         images."""
         args, method, facts = self.args, method or self.method, {}
 
@@ -314,12 +390,13 @@ class Run:
         """{"held_out_loss": its mean over views of the held-out images, always the same ones, in eval mode}; {} where
         these do not fill a batch. A method that classifies instances knows no others: there it is of views that it has
         not seen, of as many training images."""
-        generator, losses = torch.Generator().manual_seed(0), []
+        losses = []
         images = self.parts[0][: len(self.held_out)] if method.classifies_instances else self.held_out
         method.eval()
         for step in range(len(images) // self.args.batch_size):
+            views, index = self.batch(images, step, (0, HELD_OUT, step))
             with self.autocast():
-                losses.append(method.loss(*method.outputs(*self.batch(images, step, generator))))
+                losses.append(method.loss(*method.outputs(views, index)))
         method.train()
         return {"held_out_loss": mean_over_ranks(torch.stack(losses).mean()).item()} if losses else {}
 
@@ -327,10 +404,10 @@ class Run:
         """Seconds since `start`, and the most memory so far, in MiB: of the GPU, else of this process."""
         return {"seconds": time.time() - start, "peak_mib": peak_memory(self.device) / 2**20}
 
-    def knn_due(self, epoch: int) -> bool:
+    def monitor_due(self, epoch: int) -> bool:
         """After `epoch` epochs."""
         every = self.args.knn_every
-        return bool(every) and (epoch % every == 0 or epoch == self.epochs)
+        return epoch == self.epochs or (every > 0 and epoch % every == 0)
 
 
 def clip_gradients(method: nn.Module, most: float) -> None:
@@ -373,7 +450,7 @@ def collapsed(facts: dict[str, float], steps: int) -> str | None:
 
     Before some 100 of them BN's running statistics, with which the monitor sees z, still are those of the start.
     """
-    if steps >= 100 and (facts["z_std"] < 0.05 or facts["rankme"] < 1.5):
+    if steps >= 100 and "z_std" in facts and (facts["z_std"] < 0.05 or facts["rankme"] < 1.5):
         return (
             f"the embedding has collapsed: std x sqrt(D) is {facts['z_std']:.3f} (healthy: about 1), RankMe "
             f"{facts['rankme']:.1f}. Every image gets nearly the same vector, whatever the loss says; try a lower "
@@ -422,19 +499,43 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_add_(params, momenta, alpha=-group["lr"])
 
 
+class Settings(NamedTuple):
+    """How a method is optimised; learning rates at batch size 256."""
+
+    optimizer: str
+    lr: float
+    weight_decay: float
+    final_lr: float = 0.0
+    final_weight_decay: float | None = None  # None: it stays
+
+
+# A ViT by SGD does not learn: 2e-3 at batch 1024 and .04 to .4, 2104.14294 and 2210.02808
+OF_A_VIT = Settings("adamw", 5e-4, 0.04, 2.5e-6, 0.4)
+OTHERS = {"sgd": (0.12, 5e-4), "adamw": (1e-3, 0.05), "lars": (0.48, 1e-6)}  # where --optimizer is not the method's
+
+
+def settings_of(method: nn.Module, args: argparse.Namespace) -> Settings:
+    """What the flags say, else the method's own, or, in place of SGD, what ViTs are trained by."""
+    settings = Settings(method.optimizer, method.lr, method.weight_decay)
+    if isinstance(method.encoder, ViT) and settings.optimizer == "sgd":
+        settings = OF_A_VIT
+    if args.optimizer and args.optimizer != settings.optimizer:
+        settings = Settings(args.optimizer, *OTHERS[args.optimizer])
+    flags = {name: getattr(args, name) for name in Settings._fields[1:]}
+    return settings._replace(**{name: value for name, value in flags.items() if value is not None})
+
+
 def optimizer_of(
     named: list[tuple[str, nn.Parameter]], method: nn.Module, args: argparse.Namespace
 ) -> torch.optim.Optimizer:
-    """SGD with momentum .9, AdamW or LARS, with the method's own lr and weight decay if it is the method's optimiser.
+    """SGD with momentum .9, AdamW or LARS, by `settings_of`.
 
     Groups: parameters of the method whose learning rate stays (SimSiam's predictor); for AdamW and LARS tensors of one
     dimension, which do not decay; for LARS depthwise kernels, which do not either.
     """
-    optimizer = args.optimizer or method.optimizer
-    defaults = {"sgd": (0.12, 5e-4), "adamw": (1e-3, 0.05), "lars": (0.48, 1e-6)}
-    defaults[method.optimizer] = method.lr, method.weight_decay
-    lr, decay = (d if v is None else v for v, d in zip((args.lr, args.weight_decay), defaults[optimizer]))
-    lr *= args.batch_size / 256
+    optimizer, lr, decay, final_lr, final_decay = settings_of(method, args)
+    scale = args.batch_size / 256
+    lr *= scale
     groups: dict[tuple, dict] = {}
     for name, p in named:
         kind = "1-D" if p.ndim < 2 else "depthwise" if p.ndim == 4 and p.shape[1] == 1 < p.shape[0] else "normal"
@@ -443,10 +544,14 @@ def optimizer_of(
         if optimizer == "lars":
             group["scale"] = kind != "1-D"
         groups.setdefault(tuple(group.values()), group | {"params": []})["params"].append(p)
-    parts = [g | {"peak": lr, "weight_decay": decay * g["decays"]} for g in groups.values()]
+    ends = {"peak": lr, "final_lr": final_lr * scale, "first_decay": decay, "final_decay": final_decay}
+    parts = [g | ends | {"weight_decay": decay * g["decays"]} for g in groups.values()]
     kind = named[0][1].device.type
     if optimizer == "sgd":
-        return torch.optim.SGD(parts, lr, momentum=0.9, fused=kind == "cuda" or None)
+        sgd = torch.optim.SGD(parts, lr, momentum=0.9, fused=kind == "cuda" or None)
+        for _, p in named:  # fused SGD fails where some have one and others do not; .9 x 0 + g is g
+            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return sgd
     # on a CPU too: else DIET's classifier would need its size in temporaries, twice
     return LARS(parts, lr) if optimizer == "lars" else torch.optim.AdamW(parts, lr, fused=kind != "mps")
 
@@ -459,24 +564,41 @@ def distributed(method: nn.Module, **options) -> nn.Module:
     return DistributedDataParallel(method, **options)
 
 
-def warmup_steps(args: argparse.Namespace, steps_per_epoch: int) -> int:
-    epochs = min(10, args.epochs / 10) if args.warmup_epochs is None else args.warmup_epochs
-    return round(epochs * steps_per_epoch)
+def warmup_steps(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> int:
+    """By default none of SGD, with which published CIFAR runs start at full rate: it would cost a short run a tenth."""
+    epochs = 0 if isinstance(optimizer, torch.optim.SGD) else min(10, args.epochs / 10)
+    return round((epochs if args.warmup_epochs is None else args.warmup_epochs) * steps_per_epoch)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, step: int, warmup: int, total: int, args: argparse.Namespace) -> float:
-    """Linear warm-up, then cosine to --final-lr, where the group's lr is not constant; weight decay by a cosine over
-    the whole run, where it has an end. Returns the first group's lr."""
+def set_lr(optimizer: torch.optim.Optimizer, step: int, warmup: int, total: int) -> float:
+    """Linear warm-up, then a cosine to the group's final_lr, where its lr is not constant; weight decay by a cosine
+    over the whole run, where it has an end. Returns the first group's lr."""
     cosine, whole = (0.5 * (1 + math.cos(math.pi * (step - s) / max(1, total - s))) for s in (warmup, 0))
-    final = args.final_lr * args.batch_size / 256
     for group in optimizer.param_groups:
-        ramp = (step + 1) / warmup if step < warmup else None
-        lr = group["peak"] * ramp if ramp else final + (group["peak"] - final) * cosine
-        group["lr"] = group["peak"] if group["constant"] else lr
-        if args.final_weight_decay is not None and group["decays"]:
-            first = group.setdefault("first_decay", group["weight_decay"])
-            group["weight_decay"] = args.final_weight_decay + (first - args.final_weight_decay) * whole
+        peak, final, last_decay = group["peak"], group["final_lr"], group["final_decay"]
+        if not group["constant"]:
+            group["lr"] = peak * (step + 1) / warmup if step < warmup else final + (peak - final) * cosine
+        if last_decay is not None and group["decays"]:
+            group["weight_decay"] = last_decay + (group["first_decay"] - last_decay) * whole
     return optimizer.param_groups[0]["lr"]
+
+
+def announce(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """The learning rate on the console, and where it may not be the right one."""
+    peak = optimizer.param_groups[0]["peak"]
+    base = peak * 256 / args.batch_size
+    say(f"batch {args.batch_size} over all ranks, base lr {base:g} x {args.batch_size}/256 = {peak:g}")
+    if args.lr is None and steps < 1000:
+        say(
+            f"these are {steps:,} steps, and published learning rates are for longer runs: a larger --lr may learn more"
+        )
+
+
+def in_words(facts: dict[str, float]) -> str:
+    """What a line on the console says of an epoch's figures."""
+    formats = {"normalised": "normalised {:.3f}", "z_std": "std {:.2f}", "rankme": "RankMe {:.1f}"}
+    shown = ["  " + text.format(facts[name]) for name, text in formats.items() if name in facts]
+    return "".join(shown) + (f"  kNN {100 * facts['knn']:.2f} (held-out)" if "knn" in facts else "")
 
 
 class Console:
@@ -650,13 +772,15 @@ def bench(run: Run, optimizer: torch.optim.Optimizer, steps: int = 20, warm_up: 
     network is the bare forward and backward of encoder and heads; loss is the mathematics on their outputs, both ways.
     """
     before = peak_memory(run.device)
-    method, order = (run.method, run.parts[0][torch.randperm(len(run.parts[0]), generator=run.generator)])
-    outputs, criterion = ((torch.compile(f) if run.compile else f) for f in (method.outputs, method.loss))
+    method, order = run.method, run.shuffled(run.parts[0], 0)
+    options = run.compile_options()
+    outputs, criterion = ((torch.compile(f, **options) if run.compile else f) for f in (method.outputs, method.loss))
     seconds: dict[str, list[float]] = {"views": [], "network": [], "loss": [], "optimiser": []}
+    drawing: list[float] = []
 
     for step in range(warm_up + steps):
         t0 = clock(run.device)
-        views, index = run.batch(order, step % run.steps_per_epoch)
+        views, index = run.batch(order, step % run.steps_per_epoch, (run.args.seed, WEIGHTS, step))
         t1 = clock(run.device)
         with run.autocast():
             out = outputs(views, index)
@@ -674,6 +798,9 @@ def bench(run: Run, optimizer: torch.optim.Optimizer, steps: int = 20, warm_up: 
         if step >= warm_up:
             for part, t in zip(seconds, (t1 - t0, t2 - t1 + t4 - t3, t3 - t2, t5 - t4)):
                 seconds[part].append(t)
+        t0 = time.perf_counter()  # what the host does for it, without a wait
+        run.parameters((run.args.seed, HELD_OUT, 2 * step))
+        drawing.append(time.perf_counter() - t0)
     median = {part: sorted(t)[len(t) // 2] for part, t in seconds.items()}
     total, peak = sum(median.values()), peak_memory(run.device)
     flop, most = step_flop(run, views, index), product_peak(run)
@@ -681,12 +808,20 @@ def bench(run: Run, optimizer: torch.optim.Optimizer, steps: int = 20, warm_up: 
     added = total / median["network"] - 1
     say(f"{run.args.batch_size / total:,.0f} images/s: {share}")
     say(f"views, loss and optimiser add {100 * added:.1f} % to the network's own forward and backward")
+    host = sorted(drawing)[len(drawing) // 2]
+    say(f"of the views {1e3 * host:.2f} ms are the host's, to draw their parameters and hand them over")
     say(
         f"{flop / 1e9:,.1f} GFLOP a step on each rank, {flop / total / 1e12:.3f} TFLOP/s, "
         f"{100 * flop / total / most:.1f} % of a matrix product's {most / 1e12:.3f}"
     )
     say(f"peak memory {peak / 2**20:,.0f} MiB, {before / 2**20:,.0f} before the first step")
-    figures = {"images_per_s": run.args.batch_size / total, "seconds": median, "added": added, "flop": flop}
+    figures = {
+        "images_per_s": run.args.batch_size / total,
+        "seconds": median,
+        "added": added,
+        "flop": flop,
+        "host": host,
+    }
     figures |= {"flop_per_s": flop / total, "product_flop_per_s": most, "memory": peak, "memory_before": before}
     return figures
 
@@ -719,21 +854,21 @@ def profiled(run: Run) -> Callable[[], None]:
 def train(run: Run, optimizer: torch.optim.Optimizer, keeper: Keeper) -> list[dict]:
     """The loop: a line of history an epoch; goes on from where the keeper is."""
     args, method, total = run.args, run.method, run.epochs * run.steps_per_epoch
-    warmup, tick = warmup_steps(args, run.steps_per_epoch), profiled(run)
+    warmup, tick = warmup_steps(args, optimizer, run.steps_per_epoch), profiled(run)
     model, console = distributed(method), Console(run, total)
     done = keeper.epoch * run.steps_per_epoch + keeper.step
     with keeper:
         for epoch in range(keeper.epoch, args.epochs):
-            start, (order,) = time.time(), keeper.orders(run.parts)
+            start, order = time.time(), run.shuffled(run.parts[0], epoch)
             console.begin(epoch, keeper.partial, loss=order)
             for step in range(keeper.step, run.steps_per_epoch):
                 begun = time.time()
-                views, index = run.batch(order, step)
+                views, index = run.batch(order, step, (args.seed, WEIGHTS, done))
                 views_s = time.time() - begun
                 if done == 0 and run.rank == 0:
                     with user_errors():
                         save_views(run, views)
-                lr = set_lr(optimizer, done, warmup, total, args)
+                lr = set_lr(optimizer, done, warmup, total)
                 with run.autocast():
                     loss = model(views, index)
                 loss.backward()
@@ -747,21 +882,19 @@ def train(run: Run, optimizer: torch.optim.Optimizer, keeper: Keeper) -> list[di
                 keeper.after_step(step + 1, console.read)
                 tick()
             loss = console.read()["loss"].mean().item()
-            facts = run.monitor(run.knn_due(epoch + 1))
-            knn = f"  kNN {100 * facts['knn']:.2f} (held-out)" if "knn" in facts else ""
+            facts = run.monitor(args.knn_every > 0) if run.monitor_due(epoch + 1) else {}
             if method.classifies_instances:
                 facts["normalised"] = method.normalised(loss)
-            more = f"  normalised {facts['normalised']:.3f}" if "normalised" in facts else ""
-            more += f"  std {facts['z_std']:.2f}  RankMe {facts['rankme']:.1f}{knn}"
-            console.text(f"epoch {epoch + 1}/{args.epochs}", loss, done, more)
+            console.text(f"epoch {epoch + 1}/{args.epochs}", loss, done, in_words(facts))
             warn(run, facts, loss, done)
             keeper.after_epoch({"epoch": epoch + 1, "loss": loss, "lr": console.lr} | facts | run.resources(start))
     return keeper.history
 
 
-def main(args: argparse.Namespace) -> dict[str, float]:
+def main(args: argparse.Namespace, images: Images | None = None) -> dict[str, float]:
+    """Returns the last line of the log. images: what the flags of the data name, if it is loaded already."""
     with user_errors():
-        run = Run(args)
+        run = Run(args, images=images)
         method = run.method
         optimizer = optimizer_of([(n, p) for n, p in method.named_parameters() if p.requires_grad], method, args)
         command = command_line("pretrain.py", get_parser(), args)
@@ -769,11 +902,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     say(
         f"{args.method}, {describe(run.arch)} x{args.width:g} ({sum(p.numel() for p in method.encoder.parameters()):,} "
         f"parameters), heads {args.heads}, {len(run.parts[0]):,} images of {run.size} px ({len(run.held_out):,} "
-        f"held out), {run.world} x {run.device.type}"
+        f"held out), {run.world} x {run.device.type}{', bf16' * run.amp}{', compiled' * run.compile}"
     )
-    peak = optimizer.param_groups[0]["peak"]
-    base = peak * 256 / args.batch_size
-    say(f"batch {args.batch_size} over all ranks, base lr {base:g} x {args.batch_size}/256 = {peak:g}")
+    announce(args, optimizer, run.epochs * run.steps_per_epoch)
     if args.bench:
         figures = bench(run, optimizer)
         write_bench(run, figures, command)

@@ -25,16 +25,21 @@ The output folder gets log.txt (a JSON line an epoch: alphas and what they choos
 the weights that it inherits, BN recalibrated.
 """
 
+import launch  # noqa: F401  # ahead of torch: it says how threads wait
+
+# isort: split
+
 import argparse
 import copy
 import math
 import re
 import statistics
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
@@ -61,11 +66,17 @@ from models import (
 )
 from pictures import draw_backbone, draw_heads
 from pretrain import (
+    ALPHAS,
+    GATES,
+    RECALIBRATION,
+    WEIGHTS,
     Console,
     Run,
+    announce,
     clock,
     command_line,
     distributed,
+    in_words,
     mean_over_ranks,
     optimizer_of,
     profiled,
@@ -139,18 +150,14 @@ def parse_target(text: str, width: float, stem: str, size: int) -> float:
 
 
 def alpha_gradients(
-    method: nn.Module,
-    views: list[Tensor],
-    index: Tensor,
-    alphas: list[Tensor],
-    weights: list[Tensor],
-    autocast: AbstractContextManager,
+    method: nn.Module, model: Callable, views: list[Tensor], index: Tensor, alphas: list[Tensor], weights: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """(loss, its gradient to each alpha) of one batch, first order; weights and buffers stay as they are. autocast: of
-    the forward pass alone; a backward pass takes each operation's precision from it.
+    """(loss, its gradient to each alpha) of one batch, first order; weights and buffers of the method stay as they are.
+    model: what gives the loss, the method or its compiled form.
 
-    With the weights held constant nothing below the first choice needs a graph: where heads alone are searched, the
-    encoder runs forward only. The gradients are those of a full backward to the last bit.
+    In fp32: in bf16 these gradients are 6 to 20 % off, and one had the opposite sign. With the weights held constant
+    nothing below the first choice needs a graph: where heads alone are searched, the encoder runs forward only. The
+    gradients are those of a full backward to the last bit.
     """
     for p in weights:
         p.requires_grad_(False)
@@ -158,8 +165,7 @@ def alpha_gradients(
         a.requires_grad_(True)
     before = [b.clone() for b in method.buffers()]
     try:
-        with autocast:
-            loss = method(views, index)
+        loss = model(views, index)
         return loss.detach(), list(torch.autograd.grad(loss, alphas))
     finally:
         with torch.no_grad():
@@ -196,6 +202,7 @@ class Search:
         if self.space:
             where = args.width, self.run.stem, self.run.size
             self.base, self.table = self.space.costs(*where)
+            self.device_table = self.table.float().to(self.run.device)
             self.target = parse_target(args.target_macs or self.space.handcrafted, *where)
             derive(self.choices.log_probabilities(), self.base, self.table, self.target)  # raises: nothing meets it
             if not learns:
@@ -204,7 +211,6 @@ class Search:
         named = [(n, p) for n, p in self.method.named_parameters() if p.requires_grad and not n.endswith("alpha")]
         self.weights = [p for _, p in named]
         self.optimizer = optimizer_of(named, self.method, args)
-        self.base_lr = self.optimizer.param_groups[0]["peak"] * 256 / args.batch_size
         steps, lr = max(1, self.total - self.warmup), args.arch_lr
         groups = []
         if self.heads:
@@ -220,6 +226,9 @@ class Search:
         self.gradients: list[Tensor] = []  # of the loss to all alphas, one for each alpha step since `signal`
         # a sampled network leaves weights without gradients
         self.model = distributed(self.method, find_unused_parameters=bool(self.space))
+        # where a backbone is searched alphas see the masked network, whose shapes stay, and weights the sampled one
+        compiled = self.space and self.run.compile
+        self.alpha_model = torch.compile(self.method, **self.run.compile_options()) if compiled else self.method
 
     # ---- steps
 
@@ -230,11 +239,12 @@ class Search:
         for alpha in self.alphas:
             alpha.requires_grad_(alphas)
         if step < self.warmup and step % 2:
-            self.choices.set(self.choices.largest)
+            self.choices.set_largest()
         else:
             first, last = self.args.tau
             progress = (step - self.warmup) / max(1, self.total - self.warmup)
-            self.choices.sample(first * (last / first) ** max(0.0, progress), self.run.generator)
+            rng = np.random.default_rng((self.args.seed, GATES, int(alphas), step))
+            self.choices.sample(first * (last / first) ** max(0.0, progress), rng)
 
     def cost_gradients(self) -> list[Tensor]:
         """Of |E[MACs] / target - 1| to the backbone's alphas, at cost_weight times the norm of their own gradients.
@@ -246,7 +256,7 @@ class Search:
         alphas = self.choices.alphas()
         for alpha in alphas:
             alpha.requires_grad_(True)
-        cost = (self.choices.expected_macs(self.base, self.table) / self.target - 1).abs()
+        cost = (self.choices.expected_macs(self.base, self.device_table) / self.target - 1).abs()
         gradients = torch.autograd.grad(cost, alphas)
         for alpha in alphas:
             alpha.requires_grad_(False)
@@ -263,7 +273,7 @@ class Search:
         for _ in range(100):
             for alpha in alphas:
                 alpha.requires_grad_(True)
-            expected = self.choices.expected_macs(self.base, self.table) / self.target
+            expected = self.choices.expected_macs(self.base, self.device_table) / self.target
             gradients = torch.autograd.grad(expected, alphas)
             for alpha in alphas:
                 alpha.requires_grad_(False)
@@ -278,9 +288,10 @@ class Search:
         """step: of the epoch, which says what batch; done: of the search, which says what temperature."""
         if self.space and done <= self.warmup:
             self.meet_target()
-        views, index = self.run.batch(order, step)
+        views, index = self.run.batch(order, step, (self.args.seed, ALPHAS, done))
         self.sample(max(done, self.warmup), alphas=True)
-        loss, gradients = alpha_gradients(self.method, views, index, self.alphas, self.weights, self.run.autocast())
+        parts = self.method, self.alpha_model, views, index, self.alphas, self.weights
+        loss, gradients = alpha_gradients(*parts)
         for alpha, gradient in zip(self.alphas, gradients):
             alpha.grad = mean_over_ranks(gradient)
         self.gradients.append(torch.cat([alpha.grad.flatten() for alpha in self.alphas]))
@@ -293,7 +304,7 @@ class Search:
 
     def weight_step(self, order: Tensor, step: int, progress: float, done: int = 0) -> tuple[Tensor, float]:
         start = time.time()
-        views, index = self.run.batch(order, step)
+        views, index = self.run.batch(order, step, (self.args.seed, WEIGHTS, done))
         views_s = time.time() - start
         self.sample(done, alphas=False)
         with self.run.autocast():
@@ -338,7 +349,7 @@ class Search:
                 p = alpha.detach().double().softmax(1)
                 state["alphas"][name] = p.tolist()
                 state["entropy"][name] = (torch.special.entr(p).sum(1) / math.log(p.shape[1])).tolist()
-            state["expected_macs"] = self.choices.expected_macs(self.base, self.table).item()
+            state["expected_macs"] = self.choices.expected_macs(self.base, self.device_table).item()
             state["arch"] = self.space.arch(self.derive())
         return state
 
@@ -354,10 +365,14 @@ class Search:
         for name, child in twin.named_children():
             if isinstance(child, SearchBackbone):
                 setattr(twin, name, child.cut(choice))
-        order, generator = self.run.parts[0], torch.Generator().manual_seed(self.args.seed)
-        batches = (self.run.batch(order, i % self.run.steps_per_epoch, generator) for i in range(batches))
-        with self.run.autocast():
-            return recalibrate(twin, batches, lambda batch: twin.outputs(*batch))
+        order, seed = self.run.parts[0], (self.args.seed, RECALIBRATION)
+        batches = (self.run.batch(order, i % self.run.steps_per_epoch, (*seed, i)) for i in range(batches))
+
+        def forward(batch: tuple[list[Tensor], Tensor]) -> None:
+            with self.run.autocast():
+                twin.outputs(*batch)
+
+        return recalibrate(twin, batches, forward)
 
     # ---- baselines of the same cost
 
@@ -376,7 +391,7 @@ class Search:
             )
         steps = args.epochs * (len(run.parts[0]) // self.halves // args.batch_size)
         warmup = (0.25 if args.arch_warmup is None else args.arch_warmup) * steps
-        largest, mean = self.macs(self.choices.largest), self.choices.expected_macs(self.base, self.table).item()
+        largest, mean = self.macs(self.choices.largest), self.choices.expected_macs(self.base, self.device_table).item()
         both = (mean + largest) / 2
         budget = warmup * both + (steps - warmup) * (largest + (mean + self.target) / 2)
         if args.strategy == "random":
@@ -415,7 +430,7 @@ def random_search(search: Search) -> tuple[dict, list[int], nn.Module]:
         path = folder.with_suffix(".json")
         write_arch(path, {"backbone": {"arch": search.space.arch(choice)}})
         flags = {"arch": str(path), "epochs": run.epochs, "knn_every": run.epochs, "output_dir": str(folder)}
-        facts = pretrain.main(argparse.Namespace(**shared_flags(search.args) | flags))
+        facts = pretrain.main(argparse.Namespace(**shared_flags(search.args) | flags), run.images)
         say(f"candidate {k + 1}/{search.candidates}: held-out loss {facts['held_out_loss']:.4f}")
         if facts["held_out_loss"] < best[0]:
             best = facts["held_out_loss"], facts, choice, str(folder / "backbone.pth")
@@ -428,26 +443,22 @@ def random_search(search: Search) -> tuple[dict, list[int], nn.Module]:
 def bench(search: Search, steps: int = 15, warm_up: int = 3) -> dict:
     """What an iteration (alpha and weight step) costs, and its ratio: of heads to the weight step alone, of a backbone
     to a plain step of the largest network, for which time and memory are given. Prints and returns them."""
-    run, orders = search.run, [p[torch.randperm(len(p), generator=search.run.generator)] for p in search.parts]
-    variants = {"alpha step": lambda step: search.alpha_step(orders[1], step, search.warmup)}
-    variants["weight step"] = lambda step: search.weight_step(orders[0], step, 0.0, search.warmup)
+    run, orders = search.run, [search.run.shuffled(p, 0, stream) for stream, p in enumerate(search.parts)]
+    variants = {"alpha step": lambda step: search.alpha_step(orders[1], step, search.warmup + step)}
+    variants["weight step"] = lambda step: search.weight_step(orders[0], step, 0.0, search.warmup + step)
     if search.space:
         plain = search.standalone(search.choices.largest, 1)
         optimizer = optimizer_of(list(plain.named_parameters()), plain, run.args)
 
-        def masked(step):
-            search.method.encoder.masked = True
-            search.weight_step(orders[0], step, 0.0, search.warmup)
-            search.method.encoder.masked = run.compile
-
         def largest(step):
+            views, index = run.batch(orders[0], step, (search.args.seed, WEIGHTS, step))
             with run.autocast():
-                loss = plain(*run.batch(orders[0], step))
+                loss = plain(views, index)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
-        variants |= {"weight step, masked": masked, "plain step of the largest": largest}
+        variants["plain step of the largest"] = largest
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for step in range(warm_up + steps):
         for name, variant in variants.items():
@@ -465,23 +476,13 @@ def bench(search: Search, steps: int = 15, warm_up: int = 3) -> dict:
     iteration = took["alpha step"], took["weight step"]
     ratio = sum(iteration) / took[base]
     say(f"an iteration is {ratio:.3f} times a {base}" + (" network" if search.space else ""))
-    if search.space:
-        name = "weight step, masked"
-        say(f"{name}: {took[name] / took[base]:.3f} times in time, {held[name] / held[base]:.3f} in memory")
-
-    state = run.generator.get_state()
-
-    def gradients(of):
-        run.generator.set_state(state)  # the same views and gates
-        views, index = run.batch(orders[1], 0)
-        search.sample(search.warmup, alphas=True)
-        return of(views, index)
-
-    parts = search.alphas, search.weights, nullcontext()
-    cheap = gradients(lambda v, i: alpha_gradients(search.method, v, i, *parts)[1])
+    views, index = run.batch(orders[1], 0, (search.args.seed, ALPHAS, 0))
+    search.sample(search.warmup, alphas=True)
+    _, cheap = alpha_gradients(search.method, search.method, views, index, search.alphas, search.weights)
+    search.sample(search.warmup, alphas=True)  # the same gates
     for a in search.alphas:
         a.requires_grad_(True)
-    full = gradients(lambda v, i: torch.autograd.grad(search.method(v, i), [*search.alphas, *search.weights]))
+    full = torch.autograd.grad(search.method(views, index), [*search.alphas, *search.weights])
     worst = max((a - b).abs().max().item() for a, b in zip(cheap, full))
     say(f"alpha gradients beside those of a full backward: largest difference {worst:.3g}")
     return {"seconds": took, "memory": held, "ratio": ratio, "images_per_s": run.args.batch_size / sum(iteration)}
@@ -523,7 +524,7 @@ def train(search: Search) -> list[dict]:
 
     if not keeper.history:
         keeper.history.append({"epoch": 0} | search.state() | look(args.knn_every > 0))
-    warmup, tick = pretrain.warmup_steps(args, run.steps_per_epoch), profiled(run)
+    warmup, tick = pretrain.warmup_steps(args, search.optimizer, run.steps_per_epoch), profiled(run)
     console, done = Console(run, search.total), keeper.epoch * run.steps_per_epoch + keeper.step
 
     def collected() -> dict[str, Tensor]:
@@ -532,11 +533,12 @@ def train(search: Search) -> list[dict]:
 
     with keeper:
         for epoch in range(keeper.epoch, run.epochs):
-            start, orders = time.time(), keeper.orders(search.parts)
+            start = time.time()
+            orders = [run.shuffled(part, epoch, stream) for stream, part in enumerate(search.parts)]
             console.begin(epoch, keeper.partial, loss=orders[0], alpha_loss=orders[-1])
             search.gradients = list(keeper.partial.get("gradients", torch.empty(0)).to(run.device))
             for step in range(keeper.step, run.steps_per_epoch):
-                lr = set_lr(search.optimizer, done, warmup, search.total, args)
+                lr = set_lr(search.optimizer, done, warmup, search.total)
                 alpha_loss = {"alpha_loss": search.alpha_step(orders[1], step, done)} if done >= search.warmup else {}
                 loss, views_s = search.weight_step(orders[0], step, (done + 1) / search.total, done)
                 done += 1
@@ -545,7 +547,7 @@ def train(search: Search) -> list[dict]:
                 keeper.after_step(step + 1, collected)
                 tick()
             means = {name: losses.mean().item() for name, losses in console.read().items()}
-            state, facts = search.state(), look(run.knn_due(epoch + 1))
+            state, facts = search.state(), look(args.knn_every > 0) if run.monitor_due(epoch + 1) else {}
             entropy = statistics.mean(e for layers in state["entropy"].values() for e in layers)
             more = f"  alpha entropy {entropy:.3f}"
             if len(search.gradients) > 1:
@@ -555,9 +557,7 @@ def train(search: Search) -> list[dict]:
                 more += f"  signal {facts['alpha_signal']:.2f}"
             if search.space:
                 more += f"  E[MACs] {state['expected_macs'] / search.target:.3f} of the target"
-            if "knn" in facts:
-                more += f"  kNN {100 * facts['knn']:.2f} (held-out)"
-            console.text(f"epoch {epoch + 1}/{run.epochs}", means["loss"], done, more)
+            console.text(f"epoch {epoch + 1}/{run.epochs}", means["loss"], done, more + in_words(facts))
             warn(run, facts, means["loss"], done)
             keeper.after_epoch({"epoch": epoch + 1} | means | facts | state | run.resources(start))
     return keeper.history
@@ -588,6 +588,7 @@ def main(args: argparse.Namespace) -> dict:
     say(
         f"{args.method}, {' and '.join(args.space)}, x{args.width:g}, {' + '.join(f'{len(p):,}' for p in run.parts)} "
         f"images of {run.size} px ({len(run.held_out):,} held out), {run.world} x {run.device.type}"
+        f"{', bf16' * run.amp}{', compiled' * run.compile}"
     )
     if search.heads:
         names, kinds, functions = (math.prod(c) for c in zip(*map(count_heads, dims.values())))
@@ -599,9 +600,9 @@ def main(args: argparse.Namespace) -> dict:
             f"{len(search.space.options) ** len(search.space.stages):,} backbones of {search.base / 1e6:.4g} to "
             f"{most:.4g} MMACs; the target is {target}"
         )
-    lrs = " and ".join(f"{group['lr']:.2g}" for group in search.alpha_optimizer.param_groups)
-    alphas = f", alpha lr {lrs}" if args.strategy == "gradient" else ""
-    say(f"base lr {search.base_lr:g} x {args.batch_size}/256{alphas}")
+    announce(args, search.optimizer, search.total)
+    if args.strategy == "gradient":
+        say("alpha lr " + " and ".join(f"{group['lr']:.2g}" for group in search.alpha_optimizer.param_groups))
     if args.bench:
         write_bench(run, bench(search), command_line("search.py", get_parser(), args))
         return {}

@@ -4,9 +4,10 @@ load_images(source, split)   one uint8 tensor (N, 3, H, W): made in memory, a to
                              files that do not fit a Stream, which decodes them as they are needed
 MultiCrop(recipe, size)      uint8 batch -> list of float views; each image has its own parameters, from a generator
 
-Drawing (`sample`) and computing (`render`) are apart: the same parameters give the same views on a CPU, on a GPU,
-eager or compiled, and a slice of them is one rank's share. The order is crop, flip, colour jitter, grey, blur,
-solarize, normalise, each as torchvision's functional operation on a float image does it.
+Drawing (`sample`, in numpy) and computing (`render`) are apart: all parameters of all views are one tensor, so one copy
+to a GPU; the same ones give the same views on a CPU, on a GPU, eager or compiled, and a slice of them is one rank's
+share. The order is crop, flip, colour jitter, grey, blur, solarize, normalise, each as torchvision's functional
+operation on a float image does it.
 """
 
 import itertools
@@ -425,6 +426,7 @@ class Recipe(NamedTuple):
     locals: tuple[View, ...] = ()
     balance: tuple[float, float] | None = None  # lambda_gg, lambda_gl; None is the mean over all pairs of views
     blur_above: int = 64  # px of the globals: the published recipes for small images have no blur
+    locals_above: int = 0  # and in the baselines no local views either, which are of 12 px for 32
 
 
 def multi_crop(
@@ -436,7 +438,8 @@ def multi_crop(
     blur: tuple[float, float, float] = (1.0, 0.1, 0.5),
     solarize: tuple[float, float, float] = (0.0, 0.2, 0.0),
 ) -> Recipe:
-    """Two global views of [boundary, 1] of the area and n local ones of [.05, boundary], 2210.02808.
+    """Two global views of [boundary, 1] of the area and n local ones of [.05, boundary], 2210.02808. With a balance,
+    as SSLight's have one, the locals stay at any size.
 
     share: of a local view's edge in a global one's; blur and solarize: of the first global, the second, the locals.
     """
@@ -444,7 +447,8 @@ def multi_crop(
         View(bicubic=True, jitter=jitter, blur=b, solarize=s) for b, s in zip(blur, solarize, strict=True)
     )
     local = local._replace(scale=(0.05, boundary), share=share)
-    return Recipe(tuple(v._replace(scale=(boundary, 1.0)) for v in (first, second)), (local,) * n, balance)
+    both = tuple(v._replace(scale=(boundary, 1.0)) for v in (first, second))
+    return Recipe(both, (local,) * n, balance, locals_above=0 if balance else 64)
 
 
 _simclr = View(scale=(0.08, 1.0))
@@ -489,8 +493,9 @@ def adjust(
 ) -> Recipe:
     """The recipe with some knobs turned; None leaves one as it is. boundary s sets both scales, [s, 1] and [.05, s].
 
-    blur and solarize have three probabilities: of the first global view, the second, and the locals. A recipe without
-    locals gets them, if n_locals asks for some, from its first global view: areas below that one's, 3/7 of its edge.
+    blur and solarize have three probabilities: of the first global view, the second, and the locals. Asked for by name,
+    blur and locals are there at any size. A recipe without locals gets them from its first global view: areas below
+    that one's, 3/7 of its edge.
     Raises ValueError for what cannot be.
     """
     if boundary is not None:
@@ -523,7 +528,32 @@ def adjust(
     local = local._replace(size=local_size or local.size)
     n = len(recipe.locals) if n_locals is None else n_locals
     balance = tuple(balance) if balance else recipe.balance
-    return Recipe(tuple(views), (local,) * n, balance, 0 if blur else recipe.blur_above)
+    blur_above, locals_above = 0 if blur else recipe.blur_above, 0 if n_locals else recipe.locals_above
+    return Recipe(tuple(views), (local,) * n, balance, blur_above, locals_above)
+
+
+# What is drawn for a view of an image, and how many numbers each is
+PARAMETERS = {
+    "box": 4,  # top, left, height, width of the crop
+    "flip": 1,  # 0 or 1, as are grey and solarize
+    "factor": 3,  # of brightness, contrast, saturation; 1 for none
+    "order": 3,  # of the three
+    "hue": 1,  # a shift in turns; 0 for none
+    "hue_after": 1,  # that many of the three
+    "grey": 1,
+    "sigma": 1,  # of the blur, in pixels; 0 for none
+    "solarize": 1,
+    "erased": 4,  # a box like the crop's, but in pixels of the view; empty for none
+}
+_FIRST = dict(zip(PARAMETERS, itertools.accumulate([0, *PARAMETERS.values()])))
+_ORDERS = np.array(list(itertools.permutations(range(3))), np.float32)
+
+
+def named(parameters: Tensor) -> dict[str, Tensor]:
+    """(n, P) -> {name: (n,) or (n, k)}, as PARAMETERS has them; what is 0 or 1 as bool."""
+    p = {name: parameters[:, _FIRST[name] : _FIRST[name] + k] for name, k in PARAMETERS.items()}
+    p |= {name: p[name][:, 0] for name, k in PARAMETERS.items() if k == 1}
+    return p | {name: p[name] > 0.5 for name in ("flip", "grey", "solarize")}
 
 
 class MultiCrop:
@@ -537,83 +567,120 @@ class MultiCrop:
                 size=v.size or (size if v.share == 1 else max(8, 4 * round(v.share * size / 4))),
                 blur=v.blur if size > recipe.blur_above else 0.0,
             )
-            for v in (*recipe.globals, *recipe.locals)
+            for v in (*recipe.globals, *(recipe.locals if size > recipe.locals_above else ()))
         ]
         self.n_globals, self.balance = len(recipe.globals), recipe.balance
         self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
+        self._render = self._render_all
 
-    def __call__(self, pixels: Tensor, generator: torch.Generator) -> list[Tensor]:
-        return self.render(pixels, self.sample(len(pixels), *pixels.shape[2:], generator))
+    def __call__(self, pixels: Tensor, rng: np.random.Generator) -> list[Tensor]:
+        parameters = self.sample(len(pixels), *pixels.shape[2:], rng)
+        return self.render(pixels, parameters.to(pixels.device))
 
-    def sample(self, n: int, height: int, width: int, generator: torch.Generator) -> list[dict[str, Tensor]]:
-        """One dict of tensors a view, each (n, ...), on the generator's device."""
-        return [sample_view(v, n, height, width, generator) for v in self.views]
+    def sample(self, n: int, height: int, width: int, rng: np.random.Generator) -> Tensor:
+        """(V, n, P) on the CPU: what PARAMETERS lists, for every view of n images."""
+        return torch.from_numpy(sample_views(self.views, n, height, width, rng))
 
-    def render(self, pixels: Tensor, parameters: list[dict[str, Tensor]]) -> list[Tensor]:
-        """Pure: the same pixels and parameters give the same views."""
+    def render(self, pixels: Tensor, parameters: Tensor) -> list[Tensor]:
+        """Pure: the same pixels (n, 3, H, W) and parameters (V, n, P) give the same views; in fp32 whatever autocast is
+        on, which would round their colours to bf16."""
+        with torch.autocast(pixels.device.type, enabled=False), torch.no_grad():
+            return self._render(pixels, parameters)
+
+    def compile(self) -> None:
+        self._render = torch.compile(self._render_all, dynamic=False)
+
+    def _render_all(self, pixels: Tensor, parameters: Tensor) -> list[Tensor]:
         out = []
-        for view, p in zip(self.views, parameters, strict=True):
-            p = {k: t.to(pixels.device, non_blocking=True) for k, t in p.items()}
+        for view, p in zip(self.views, map(named, parameters.unbind()), strict=True):
             x = render_view(pixels, p, view.size, view.bicubic, view.reach).sub_(self.mean).div_(self.std)
-            out.append(erase(x, p["erased"]) if "erased" in p else x)
+            out.append(erase(x, p["erased"]) if view.erase else x)
         return out
 
 
-def sample_view(view: View, n: int, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Parameters of one view of n images, distributed as in torchvision's transforms.
+def sample_views(views: Sequence[View], n: int, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    """Parameters (V, n, P) of views of n images, distributed as in torchvision's transforms."""
+    limits = _limits(tuple(views), height * width)
+    u = rng.random((16, len(views), n), np.float32)
+    out = np.zeros((len(views), n, sum(PARAMETERS.values())), np.float32)
+    p = {name: out[..., _FIRST[name] : _FIRST[name] + k] for name, k in PARAMETERS.items()}
 
-    box (n, 4) top, left, height, width of the crop; flip (n,) bool; factor (n, 3) of brightness, contrast,
-    saturation, 1 for none; order (n, 3) of the three; hue (n,) shift in turns, 0 for none; hue_after (n,) that many
-    of the three; grey, solarize (n,) bool; sigma (n,) of the blur in pixels, 0 for none; where the recipe erases also
-    erased (n, 4), a box like the crop's but in pixels of the view, empty for none.
-    """
-    u = torch.rand(n, 36, generator=generator, device=generator.device)
-    area = (
-        height * width * (view.scale[0] + u[:, :10] * (view.scale[1] - view.scale[0]))
-    )  # ten tries, the first legal one counts
-    low, high = (math.log(r) for r in view.ratio)
-    aspect = torch.exp(low + u[:, 10:20] * (high - low))
-    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-    legal = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    first = legal.to(torch.uint8).argmax(1, keepdim=True)
-    w, h = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0]
-    top, left = (u[:, 20] * (height - h + 1)).floor(), (u[:, 21] * (width - w + 1)).floor()
-    # none legal: the largest central crop of a legal shape
-    whole_w, whole_h = (min(width, round(height * view.ratio[1])), min(height, round(width / view.ratio[0])))
-    whole = torch.tensor(
-        [(height - whole_h) // 2, (width - whole_w) // 2, whole_h, whole_w], device=u.device, dtype=u.dtype
-    )
-    box = torch.where(legal.any(1, keepdim=True), torch.stack([top, left, h, w], 1), whole)
+    sample_boxes(views, limits, u[:4], height, width, rng, p["box"])
+    on = u[4:9] < limits["chance"]
+    for name, row in zip(("flip", "grey", "solarize"), on):
+        p[name][..., 0] = row
+    change = (2 * u[9:13] - 1) * (limits["jitter"] * on[3])  # (4, V, n)
+    p["factor"][:] = np.maximum(1 + change[:3], 0).transpose(1, 2, 0)
+    p["hue"][..., 0] = change[3]
+    place = (u[13] * 24).astype(np.int64)  # one of the 24 orders of four operations
+    p["order"][:] = _ORDERS[place >> 2]
+    p["hue_after"][..., 0] = place & 3
+    low, high = limits["sigma"]
+    p["sigma"][..., 0] = (low + u[14] * (high - low)) * on[4]
+    for view, boxes, due in zip(views, p["erased"], u[15]):
+        if view.erase:
+            boxes[:] = sample_erased(view.size, n, rng) * (due < view.erase)[:, None]
+    return out
 
-    jittered = u[:, 22] < view.jitter_p
-    strength = torch.tensor(view.jitter, device=u.device)
-    factor = 1 + (2 * u[:, 23:26] - 1) * strength[:3]
-    blurred = u[:, 33] < view.blur
-    erased = {"erased": sample_erased(view, n, generator)} if view.erase else {}
-    return erased | {
-        "box": box,
-        "flip": u[:, 26] < view.flip,
-        "factor": torch.where(jittered[:, None], factor.clamp(min=0), 1.0),
-        "hue": torch.where(jittered, (2 * u[:, 27] - 1) * strength[3], 0.0),
-        "order": u[:, 28:31].argsort(1),
-        "hue_after": (u[:, 31] * 4).long(),
-        "grey": u[:, 32] < view.grey,
-        "sigma": torch.where(blurred, view.sigma[0] + u[:, 34] * (view.sigma[1] - view.sigma[0]), 0.0),
-        "solarize": u[:, 35] < view.solarize,
+
+@lru_cache
+def _limits(views: tuple[View, ...], area: int) -> dict[str, np.ndarray]:
+    """What the views' numbers are drawn between, (k, V, 1) each; area of the images, in pixels."""
+    limits = {
+        "chance": [(v.flip, v.grey, v.solarize, v.jitter_p, v.blur) for v in views],
+        "jitter": [v.jitter for v in views],
+        "sigma": [v.sigma for v in views],
+        "area": [(v.scale[0] * area, v.scale[1] * area) for v in views],
+        "log_ratio": np.log([v.ratio for v in views]),
     }
+    return {name: np.array(rows, np.float32).T[..., None] for name, rows in limits.items()}
 
 
-def sample_erased(view: View, n: int, generator: torch.Generator) -> Tensor:
-    """(n, 4) boxes as torchvision's RandomErasing draws them: ten tries, the first that fits counts."""
-    u = torch.rand(n, 23, generator=generator, device=generator.device)
-    area, side = view.size**2 * (0.02 + u[:, :10] * 0.31), view.size
-    aspect = torch.exp(math.log(0.3) + u[:, 10:20] * math.log(3.3 / 0.3))
-    h, w = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+def sample_boxes(
+    views: Sequence[View],
+    limits: dict[str, np.ndarray],
+    u: np.ndarray,
+    height: int,
+    width: int,
+    rng: np.random.Generator,
+    out: np.ndarray,
+) -> None:
+    """Fills out (V, n, 4) with crops as RandomResizedCrop draws them: ten tries, the first legal one counts. u (4, V,
+    n) is for the first try's area and shape, and for the place; the other tries are drawn where they are needed.
+    """
+    small, large = limits["area"]
+    low, high = limits["log_ratio"]
+
+    def shapes(area: np.ndarray, ratio: np.ndarray, rows=slice(None)) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        root = np.exp((low[rows] + ratio * (high - low)[rows]) / 2)  # of width : height
+        edge = np.sqrt(small[rows] + area * (large - small)[rows])
+        h, w = np.rint(edge / root), np.rint(edge * root)
+        return h, w, (h > 0) & (h <= height) & (w > 0) & (w <= width)
+
+    h, w, legal = shapes(u[0], u[1])
+    if not legal.all():
+        view, image = (~legal).nonzero()
+        more_h, more_w, fits = shapes(*rng.random((2, len(view), 9), np.float32), rows=view)
+        chosen = np.arange(len(view)), fits.argmax(1)
+        h[view, image], w[view, image], legal[view, image] = more_h[chosen], more_w[chosen], fits.any(1)
+    out[..., 0], out[..., 1] = np.floor(u[2] * (height - h + 1)), np.floor(u[3] * (width - w + 1))
+    out[..., 2], out[..., 3] = h, w
+    for k in (~legal).any(1).nonzero()[0]:  # none legal: the largest central crop of a legal shape
+        ratio = views[k].ratio
+        whole_h, whole_w = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
+        out[k, ~legal[k]] = (height - whole_h) // 2, (width - whole_w) // 2, whole_h, whole_w
+
+
+def sample_erased(side: int, n: int, rng: np.random.Generator) -> np.ndarray:
+    """(n, 4) boxes in a view of that edge as RandomErasing draws them: ten tries, the first that fits counts."""
+    u = rng.random((22, n), np.float32)
+    area, aspect = side**2 * (0.02 + u[:10] * 0.31), np.exp(math.log(0.3) + u[10:20] * math.log(3.3 / 0.3))
+    h, w = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
     fits = (h < side) & (w < side)
-    first = fits.to(torch.uint8).argmax(1, keepdim=True)
-    h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]
-    box = torch.stack([(u[:, 20] * (side - h + 1)).floor(), (u[:, 21] * (side - w + 1)).floor(), h, w], 1)
-    return box * ((u[:, 22] < view.erase) & fits.any(1))[:, None]
+    chosen = fits.argmax(0), np.arange(n)
+    h, w = h[chosen], w[chosen]
+    box = np.stack([np.floor(u[20] * (side - h + 1)), np.floor(u[21] * (side - w + 1)), h, w], 1)
+    return box * fits.any(0)[:, None]
 
 
 def erase(x: Tensor, box: Tensor) -> Tensor:
@@ -687,31 +754,16 @@ def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
 def render_view(
     pixels: Tensor, p: dict[str, Tensor], size: int, bicubic: bool = False, reach: int | None = None
 ) -> Tensor:
-    """uint8 (n, 3, H, W) and sample_view's parameters -> float32 (n, 3, size, size) in 0..1; reach is the blur's."""
-    rows = None
-    if not _everywhere(
-        pixels
-    ):  # put images beside each other whose hue is due at the same step: then a step is a slice
-        turn = torch.where(p["hue"] != 0, p["hue_after"], 4)
-        rows = turn.argsort()
-        pixels, p = pixels[rows], {k: v[rows] for k, v in p.items()}
-        ends = [0, *turn.bincount(minlength=5).cumsum(0).tolist()]
-    n, bytewise = len(pixels), size >= BYTEWISE and not _everywhere(pixels)
+    """uint8 (n, 3, H, W) and `named` parameters -> float32 (n, 3, size, size) in 0..1; reach is the blur's."""
+    bytewise = size >= BYTEWISE and not _everywhere(pixels)
     x = (crop_bytes if bytewise else _crop)(pixels, p["box"], p["flip"], size, bicubic)
-
     for step in range(4):
-        if rows is None:
-            x = torch.where((p["hue_after"] == step).view(n, 1, 1, 1), shift_hue(x, p["hue"]), x)
-        elif ends[step] < ends[step + 1]:
-            due = slice(ends[step], ends[step + 1])
-            x[due] = shift_hue(x[due], p["hue"][due])
+        x = _where(x, (p["hue"] != 0) & (p["hue_after"] == step), shift_hue, p["hue"])
         if step < 3:
-            some = slice(0, n if rows is None else ends[4])  # the rest is not jittered
-            blend_(x[some], p["order"][some, step], p["factor"][some])
+            blend_(x, p["order"][:, step], p["factor"])
     x = _where(x, p["grey"], lambda x: grey(x).expand_as(x))
     x = _where(x, p["sigma"] > 0, partial(_blur, reach=reach), p["sigma"])
-    x = _where(x, p["solarize"], lambda x: torch.where(x >= 0.5, 1 - x, x))
-    return x if rows is None else x[rows.argsort()]
+    return _where(x, p["solarize"], lambda x: torch.where(x >= 0.5, 1 - x, x))
 
 
 BYTEWISE = 96  # px of a view; from here on a CPU crops image by image, see crop_bytes
@@ -750,7 +802,7 @@ def blend_(x: Tensor, step: Tensor, factor: Tensor) -> None:
     All are clamp(f x + (1 - f) reference), the reference being black, the mean luma and the luma: one expression
     serves them all.
     """
-    f = factor.gather(1, step[:, None]).view(-1, 1, 1, 1)
+    f = factor.gather(1, step[:, None].long()).view(-1, 1, 1, 1)
     to_mean, to_luma = ((1 - f) * (step == k).view(-1, 1, 1, 1) for k in (CONTRAST, SATURATION))
     luma = grey(x)
     mean = luma.mean((2, 3), keepdim=True)

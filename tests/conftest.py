@@ -18,7 +18,7 @@ settings.register_profile("thorough", deadline=None, max_examples=400, suppress_
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 TINY = ["--max-images", "160", "--width", "0.0625", "--batch-size", "16", "--epochs", "3", "--held-out", "0.2"]
-TINY += ["--knn-every", "2", "--device", "cpu"]
+TINY += ["--knn-every", "2", "--device", "cpu", "--no-amp"]
 
 
 def arguments(script, folder, *more):

@@ -5,6 +5,7 @@ import json
 import random
 from itertools import pairwise, product
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -19,7 +20,6 @@ from models import (
     PRESETS,
     SPACES,
     Choices,
-    MixedLayer,
     Pointwise,
     SearchBackbone,
     SearchHead,
@@ -205,19 +205,6 @@ def test_a_mixture_is_the_mean_at_zero_alpha_and_the_operation_at_one_hot_alpha(
         torch.testing.assert_close(head(x), derived(x))
 
 
-def test_an_operation_of_ones_own_is_mixed_as_it_is(monkeypatch):
-    def tanh(i, o):
-        return nn.Sequential(nn.Linear(i, o, bias=False), nn.BatchNorm1d(o, eps=0.5), nn.Tanh())
-
-    monkeypatch.setitem(OPS, "tanh", tanh)
-    monkeypatch.setitem(OPS, "double", lambda i, o: nn.Sequential(nn.Linear(i, 2 * o), nn.ReLU(), nn.Linear(2 * o, o)))
-    torch.manual_seed(0)
-    layer = MixedLayer(6, 6)
-    torch.manual_seed(0)
-    ops, x, weights = [op(6, 6) for op in OPS.values()], torch.randn(16, 6), torch.rand(9)
-    torch.testing.assert_close(layer(x, weights), sum(w * op(x) for w, op in zip(weights, ops)))
-
-
 def test_entropy_is_one_before_anything_is_decided():
     assert SearchHead([4, 4]).entropy() == pytest.approx([1.0])
 
@@ -357,35 +344,37 @@ def test_a_space_has_its_size_and_holds_the_handcrafted_network(name):
     assert space.choice("resnet34") is None
 
 
+def close(a, b):
+    """Equal but for the order of sums, which zeros among the terms change on some CPUs."""
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", SPACES)
 @pytest.mark.parametrize("training", [True, False])
-def test_what_is_cut_out_equals_the_masked_network_to_the_last_bit(name, training):
-    backbone, g = searchable(name).train(training), torch.Generator().manual_seed(1)
+def test_what_is_cut_out_is_the_masked_network_but_for_the_order_of_sums(name, training):
+    backbone, rng = searchable(name).train(training), np.random.default_rng(1)
     x = torch.randn(4, 3, 16, 16, dtype=torch.double)
     before = copy.deepcopy(backbone.largest.state_dict())
     for _ in range(4):
-        backbone.choices.sample(1.0, g)
-        choice = backbone.choices.choice()
-        backbone.largest.load_state_dict(before)
-        cut = backbone.cut(choice).train(training)
         outputs, buffers = [], []
-        for masked in (True, False):
+        for masked in (True, False):  # gates with gradients are masks
+            for alpha in backbone.choices.alphas():
+                alpha.requires_grad_(masked)
+            backbone.choices.sample(1.0, copy.deepcopy(rng))
+            choice = backbone.choices.choice()
             backbone.largest.load_state_dict(before)
-            backbone.masked = masked
             outputs.append(backbone(x))
             buffers.append({k: v.clone() for k, v in backbone.slices(choice).items() if "running" in k})
-        assert torch.equal(cut(x), outputs[0]) and torch.equal(*outputs) and outputs[0].abs().max() > 1e-3
+        rng.random(1)
+        backbone.largest.load_state_dict(before)
+        cut = backbone.cut(choice).train(training)
+        close(cut(x), outputs[0])
+        close(*outputs)
+        assert outputs[0].abs().max() > 1e-3
         own = cut.state_dict()
-        assert all(torch.equal(own[k], v) for b in buffers for k, v in b.items())
+        for k, v in [item for b in buffers for item in b.items()]:
+            close(own[k], v)
         assert counted(cut, 16) == macs(SPACES[name].arch(choice), NARROW[name], "small", 16)
-
-
-@pytest.mark.parametrize("name", SPACES)
-def test_a_cut_of_a_wide_network_is_the_masked_one_but_for_the_order_of_sums(name):
-    backbone, x = searchable(name, 0.25), torch.randn(2, 3, 16, 16, dtype=torch.double)
-    backbone.choices.sample(1.0, torch.Generator().manual_seed(3))
-    backbone.masked = True
-    torch.testing.assert_close(backbone(x), backbone.cut(backbone.choices.choice()).train()(x), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -435,7 +424,7 @@ def test_gates_are_one_hot_follow_the_generator_and_pass_gradients_that_sum_to_z
     choices = Choices(SPACES["mobilenet"])
     draws = []
     for seed in (0, 0, 1):
-        choices.sample(2.0, torch.Generator().manual_seed(seed))
+        choices.sample(2.0, np.random.default_rng(seed))
         draws.append(choices.choice())
         assert all(torch.equal(g.sum(1), torch.ones(5)) and set(g.unique().tolist()) == {0, 1} for g in choices.gates)
     assert draws[0] == draws[1] != draws[2]
@@ -445,12 +434,17 @@ def test_gates_are_one_hot_follow_the_generator_and_pass_gradients_that_sum_to_z
     for c in ([0, 7, 35, 12, 20], choices.largest):
         choices.set(c)
         assert choices.choice() == list(c)
+        choices.known = None  # read from the gates
+        assert choices.choice() == list(c)
+    gates = choices.gates
+    choices.set_largest()
+    assert all(torch.equal(a, b) for a, b in zip(gates, choices.gates)) and choices.choice() == choices.largest
     with torch.no_grad():
         choices.depth_alpha[:, 2] = 3.0
-    g = torch.Generator().manual_seed(0)
+    rng = np.random.default_rng(0)
     share = torch.zeros(5, 4)
     for _ in range(2000):
-        choices.sample(0.5, g)
+        choices.sample(0.5, rng)
         share += choices.gates[0].detach() / 2000
     torch.testing.assert_close(share, choices.depth_alpha.detach().softmax(1), atol=0.04, rtol=0)
 
@@ -469,14 +463,15 @@ def test_every_alpha_gets_a_gradient_and_what_is_left_out_gets_none(name):
             left_out[-1].as_strided(part.shape, part.stride(), part.storage_offset()).fill_(False)
     gradients = []
     for masked in (True, False):
-        backbone.masked = masked
+        for gate in backbone.choices.gates:
+            gate.requires_grad_(masked)
         gradients.append(torch.autograd.grad((backbone(x) * target).sum(), weights, materialize_grads=True))
     for key, out, a, b in zip(names, left_out, *gradients):
         assert (a[out] == 0).all() and (b[out] == 0).all(), key
         torch.testing.assert_close(a, b)
     assert sum(int(out.sum()) for out in left_out) > 0.5 * count(backbone.largest)
 
-    backbone.choices.sample(1.0, torch.Generator().manual_seed(0))
+    backbone.choices.sample(1.0, np.random.default_rng(0))
     for gradient in torch.autograd.grad((backbone(x) * target).sum(), backbone.choices.alphas()):
         assert (gradient.abs().sum(1) > 0).all()
 
