@@ -173,7 +173,8 @@ def diet_loss(
     weight is that of the mean over ranks, so it is not to be averaged again.
     """
     total = n or len(weight)
-    if index.device.type == "cpu" and not ((index >= 0) & (index < total)).all():
+    checked = index.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere it would be a wait
+    if checked and not ((index >= 0) & (index < total)).all():
         raise IndexError(f"an image's index must be 0 to {total - 1}: {index.tolist()}")
     return _Diet.apply(full(h), full(weight), index, smoothing, total, chunk)
 
@@ -369,7 +370,9 @@ class Method(nn.Module):
     """What all methods have; a subclass adds `heads`, `__init__`, outputs(views, index) and loss(*outputs)."""
 
     recipe: str  # of views, in views.RECIPES
-    optimizer, lr, weight_decay = "sgd", 0.12, 5e-4  # defaults; lr at batch 256
+    small_recipe: str | None = None  # that of images up to 64 px, where it is another one
+    optimizer, lr, weight_decay = "sgd", 0.12, 5e-4  # on CIFAR; lr at batch 256, with which it is scaled
+    fixed_lr: float | None = None  # in place of lr, where it is the same at any batch
     constant_lr: tuple[str, ...] = ()  # parameters, by the start of their name, whose learning rate stays
     balance: tuple[float, float] | None = None  # lambda_gg, lambda_gl
     separate_views = True  # two views are two batches to BN, see `apart`
@@ -402,6 +405,7 @@ class SimSiam(Method):
     """
 
     recipe = "simsiam"
+    fixed_lr = 0.06  # the paper's .03 B / 256 at its batch of 512 on CIFAR; scaled down it learns less
     constant_lr = ("predictor",)
 
     @staticmethod
@@ -584,7 +588,8 @@ class SwAV(Method):
     tenth of the images at the most for the prototypes and an eighth for the queue, so that small data sets fill them.
     """
 
-    recipe = "swav"
+    recipe, small_recipe = "swav", "swav-small"
+    optimizer, lr, weight_decay = "adamw", 2e-3, 1e-6
 
     @staticmethod
     def heads(feature_dim: int, out_dim: int | None = None) -> dict[str, HeadSpace]:
@@ -656,7 +661,7 @@ class DINO(Method):
     a ViT's has none. Deviation: no biases ahead of BN; in networks narrower than ViT-Ti fewer hidden units and outputs.
     """
 
-    recipe = "dino"
+    recipe, small_recipe = "dino", "dino-small"
 
     @staticmethod
     def heads(feature_dim: int, out_dim: int | None = None) -> dict[str, HeadSpace]:

@@ -243,7 +243,10 @@ class Run:
         self.stem = args.stem if args.stem != "auto" else "small" if self.size <= 64 else "imagenet"
         self.mean, self.std = channel_stats(self.images.pixels)
         knobs = ("boundary", "global_scale", "local_scale", "global_size", "local_size", "blur", "solarize", "balance")
-        recipe = RECIPES[args.recipe or self.method_class.recipe]
+        kind = self.method_class
+        small = (args.global_size or self.size) <= 64
+        usual = kind.small_recipe if kind.small_recipe and small else kind.recipe
+        recipe = RECIPES[args.recipe or usual]
         counts = {"n_locals": args.locals, "n_globals": args.views_per_image}
         recipe = adjust(recipe, **counts, **{k: getattr(args, k) for k in knobs})
         if len(recipe.globals) < 2 and not self.method_class.classifies_instances:
@@ -516,7 +519,8 @@ OTHERS = {"sgd": (0.12, 5e-4), "adamw": (1e-3, 0.05), "lars": (0.48, 1e-6)}  # w
 
 def settings_of(method: nn.Module, args: argparse.Namespace) -> Settings:
     """What the flags say, else the method's own, or, in place of SGD, what ViTs are trained by."""
-    settings = Settings(method.optimizer, method.lr, method.weight_decay)
+    lr = method.lr if method.fixed_lr is None else method.fixed_lr * 256 / args.batch_size
+    settings = Settings(method.optimizer, lr, method.weight_decay)
     if isinstance(method.encoder, ViT) and settings.optimizer == "sgd":
         settings = OF_A_VIT
     if args.optimizer and args.optimizer != settings.optimizer:

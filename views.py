@@ -426,7 +426,6 @@ class Recipe(NamedTuple):
     locals: tuple[View, ...] = ()
     balance: tuple[float, float] | None = None  # lambda_gg, lambda_gl; None is the mean over all pairs of views
     blur_above: int = 64  # px of the globals: the published recipes for small images have no blur
-    locals_above: int = 0  # and in the baselines no local views either, which are of 12 px for 32
 
 
 def multi_crop(
@@ -438,8 +437,7 @@ def multi_crop(
     blur: tuple[float, float, float] = (1.0, 0.1, 0.5),
     solarize: tuple[float, float, float] = (0.0, 0.2, 0.0),
 ) -> Recipe:
-    """Two global views of [boundary, 1] of the area and n local ones of [.05, boundary], 2210.02808. With a balance,
-    as SSLight's have one, the locals stay at any size.
+    """Two global views of [boundary, 1] of the area and n local ones of [.05, boundary], 2210.02808.
 
     share: of a local view's edge in a global one's; blur and solarize: of the first global, the second, the locals.
     """
@@ -447,8 +445,7 @@ def multi_crop(
         View(bicubic=True, jitter=jitter, blur=b, solarize=s) for b, s in zip(blur, solarize, strict=True)
     )
     local = local._replace(scale=(0.05, boundary), share=share)
-    both = tuple(v._replace(scale=(boundary, 1.0)) for v in (first, second))
-    return Recipe(both, (local,) * n, balance, locals_above=0 if balance else 64)
+    return Recipe(tuple(v._replace(scale=(boundary, 1.0)) for v in (first, second)), (local,) * n, balance)
 
 
 _simclr = View(scale=(0.08, 1.0))
@@ -469,6 +466,9 @@ RECIPES = {
     "sslight-cnn": multi_crop(0.3, 128 / 224, 6, (0.4, 0.6)),
     "sslight-vit": multi_crop(0.3, 128 / 224, 10, (0.4, 0.6)),
     "sslight-swav": multi_crop(0.3, 128 / 224, 6, (0.4, 0.6), (0.8, 0.8, 0.8, 0.2), (0.5, 0.5, 0.5), (0.0, 0.0, 0.0)),
+    # as published CIFAR benchmarks have them: no locals, which would be of 12 px, and SwAV's colours half as strong
+    "dino-small": multi_crop(0.14, 1, 0, blur=(0.0, 0.0, 0.0)),
+    "swav-small": multi_crop(0.14, 1, 0, None, (0.4, 0.4, 0.4, 0.1), (0.0, 0.0, 0.0), (0.0, 0.0, 0.0)),
     # 2406.10743: one view; strengths 0 (none), 1 (crop and flip), 2 (and colours), 3 (and blur and erasing)
     "diet": Recipe((_diet,), blur_above=0),
     "diet-2": Recipe((_diet_2,)),
@@ -493,9 +493,8 @@ def adjust(
 ) -> Recipe:
     """The recipe with some knobs turned; None leaves one as it is. boundary s sets both scales, [s, 1] and [.05, s].
 
-    blur and solarize have three probabilities: of the first global view, the second, and the locals. Asked for by name,
-    blur and locals are there at any size. A recipe without locals gets them from its first global view: areas below
-    that one's, 3/7 of its edge.
+    blur and solarize have three probabilities: of the first global view, the second, and the locals. A recipe without
+    locals gets them, if n_locals asks for some, from its first global view: areas below that one's, 3/7 of its edge.
     Raises ValueError for what cannot be.
     """
     if boundary is not None:
@@ -528,8 +527,7 @@ def adjust(
     local = local._replace(size=local_size or local.size)
     n = len(recipe.locals) if n_locals is None else n_locals
     balance = tuple(balance) if balance else recipe.balance
-    blur_above, locals_above = 0 if blur else recipe.blur_above, 0 if n_locals else recipe.locals_above
-    return Recipe(tuple(views), (local,) * n, balance, blur_above, locals_above)
+    return Recipe(tuple(views), (local,) * n, balance, 0 if blur else recipe.blur_above)
 
 
 # What is drawn for a view of an image, and how many numbers each is
@@ -567,7 +565,7 @@ class MultiCrop:
                 size=v.size or (size if v.share == 1 else max(8, 4 * round(v.share * size / 4))),
                 blur=v.blur if size > recipe.blur_above else 0.0,
             )
-            for v in (*recipe.globals, *(recipe.locals if size > recipe.locals_above else ()))
+            for v in (*recipe.globals, *recipe.locals)
         ]
         self.n_globals, self.balance = len(recipe.globals), recipe.balance
         self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))

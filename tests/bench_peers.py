@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from bench_views import iter_forever, race
 from torch import nn
@@ -63,9 +64,9 @@ def small_views(batch: int = 512, batches: int = 8, rounds: int = 7) -> None:
     from lightly.transforms import SimSiamTransform
 
     torch.set_num_threads(os.cpu_count())
-    images, generator = make_shapes(batch), torch.Generator().manual_seed(0)
+    images, rng = make_shapes(batch), np.random.default_rng(0)
     crop, compiled = MultiCrop("simsiam", 32), MultiCrop("simsiam", 32)
-    compiled.render = torch.compile(compiled.render, dynamic=False)
+    compiled.compile()
     peer = [to_pil_image(p) for p in images.pixels] * batches
     loader = iter_forever(
         DataLoader(
@@ -79,7 +80,7 @@ def small_views(batch: int = 512, batches: int = 8, rounds: int = 7) -> None:
             2 * batch * batches,
             time.perf_counter,
             rounds,
-            MultiCrop=lambda ours=ours: [ours(images.pixels, generator) for _ in range(batches)],
+            MultiCrop=lambda ours=ours: [ours(images.pixels, rng) for _ in range(batches)],
             lightly=lambda: next(loader),
         )
     torch.set_num_threads(1)
@@ -96,7 +97,7 @@ def small_views(batch: int = 512, batches: int = 8, rounds: int = 7) -> None:
         2 * batch,
         time.process_time,
         rounds,
-        MultiCrop=lambda: crop(images.pixels, generator),
+        MultiCrop=lambda: crop(images.pixels, rng),
         kornia=lambda: [augment(images.pixels.float() / 255) for _ in range(2)],
     )
 
@@ -105,14 +106,14 @@ def multi_crop(batch: int = 32, rounds: int = 5) -> None:
     from lightly.transforms import SwaVTransform
 
     torch.set_num_threads(1)
-    images, generator, crop = make_shapes(batch, 256), torch.Generator().manual_seed(0), MultiCrop("swav", 224)
+    images, rng, crop = make_shapes(batch, 256), np.random.default_rng(0), MultiCrop("swav", 224)
     peer, transform = [to_pil_image(p) for p in images.pixels], SwaVTransform()
 
     def crops_alone():
-        for view, p in zip(crop.views, crop.sample(batch, 256, 256, generator)):
+        for view, p in zip(crop.views, map(views.named, crop.sample(batch, 256, 256, rng))):
             views.crop_bytes(images.pixels, p["box"], p["flip"], view.size, view.bicubic)
 
-    for name, ours in (("whole", lambda: crop(images.pixels, generator)), ("the crops, as bytes", crops_alone)):
+    for name, ours in (("whole", lambda: crop(images.pixels, rng)), ("the crops, as bytes", crops_alone)):
         print(f"\nSwAV's 2 x 224 + 6 x 96 px of 256 px images, one thread: {name}")
         race(
             "images a CPU-second",
@@ -153,7 +154,7 @@ def whole_step(batch: int = 128, steps: int = 30, rounds: int = 5) -> None:
 
         def take():
             for step in range(steps):
-                images, index = run.batch(run.parts[0], step)
+                images, index = run.batch(run.parts[0], step, (0, step))
                 with run.autocast():
                     loss = run.method(images, index)
                 loss.backward()
@@ -169,8 +170,8 @@ def whole_step(batch: int = 128, steps: int = 30, rounds: int = 5) -> None:
         count,
         time.perf_counter,
         rounds,
-        eager=our_steps(),
-        compiled=our_steps("--compile"),
+        eager=our_steps("--no-amp"),
+        compiled=our_steps("--no-amp", "--compile"),
         bf16=our_steps("--compile", "--amp"),
         lightly=their_steps,
     )

@@ -684,3 +684,70 @@ def test_two_ranks_with_synced_bn_give_one_process_loss_gradients_and_buffers(tm
                 assert error < 0.02, f"{name} {key}: {error}"
             for key, buffer in buffers.items():
                 torch.testing.assert_close(rank[name][2][key], buffer, rtol=1e-3, atol=1e-3, msg=f"{name} {key}")
+
+
+# ---- bf16 -----------------------------------------------------------------------------------------------------------
+
+
+def loss_cases():
+    """{name: (loss of (x, y) under which all else is fixed, x, y)}, x and y with numbers that bf16 has."""
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(32, 48, generator=g).bfloat16() for _ in range(2))
+    queue = F.normalize(torch.randn(64, 48, generator=g), dim=1)
+    index = torch.arange(32)
+    return {
+        "neg_cosine": (neg_cosine, x, y),
+        "nt_xent": (nt_xent, x, y),
+        "info_nce": (lambda a, b: info_nce(a, b, queue), x, y),
+        "swav": (lambda a, b: swav_loss(a, sinkhorn(b)), x, y),
+        "dino": (lambda a, b: dino_loss(a, b, torch.zeros(48)), x, y),
+        "diet": (lambda a, b: diet_loss(a, b, index), x, y),
+    }
+
+
+@pytest.mark.parametrize("name", list(loss_cases()))
+def test_a_loss_under_autocast_differs_by_its_inputs_rounding_alone(name):
+    loss, *rounded = loss_cases()[name]
+    results = []
+    for inputs, amp in ((rounded, True), ([v.float() for v in rounded], False)):
+        leaves = [v.clone().requires_grad_() for v in inputs]
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            value = loss(*leaves)
+        value.backward()
+        results.append([value.detach(), *(v.grad.float() for v in leaves if v.grad is not None)])
+    for low, high in zip(*results, strict=True):
+        torch.testing.assert_close(low, high, rtol=2**-8, atol=1e-7)  # gradients of bf16 inputs come back as bf16
+    assert torch.equal(results[0][0], results[1][0]) and results[0][0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("method", ["swav", "dino"])
+def test_scores_of_prototypes_are_products_in_fp32(method):
+    torch.manual_seed(0)
+    m = METHODS[method](build_backbone("resnet18", "small", 1 / 16)[0])
+    last, seen = m.last_layer, []
+    last.register_forward_hook(lambda _, x, y: seen.append((x[0].detach(), y.detach())))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = m([torch.randn(8, 3, 16, 16) for _ in range(2)])
+    (z, scores), *_ = seen
+    assert torch.equal(scores, z @ last.weight.T) and z.dtype == scores.dtype == loss.dtype == torch.float32
+
+
+# ---- BN -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [name for name, m in METHODS.items() if not m.classifies_instances])
+def test_two_views_are_two_batches_to_bn_and_more_are_one_of_each_resolution(method):
+    torch.manual_seed(0)
+    m = METHODS[method](build_backbone("resnet18", "small", 1 / 16)[0])
+    g = torch.Generator().manual_seed(0)
+    views = [torch.randn(8, 3, 16, 16, generator=g) + k for k in range(2)] + [torch.randn(8, 3, 8, 8, generator=g)] * 2
+    seen = []
+    m.encoder.bn1.register_forward_hook(lambda module, x, y: seen.append(x[0].detach()))
+    for some, batches in ((views[:2], [8, 8]), (views, [16, 16])):
+        seen.clear()
+        m(some)
+        assert [len(x) for x in seen] == batches
+    m.separate_views = False
+    seen.clear()
+    m(views[:2])
+    assert [len(x) for x in seen] == [16]

@@ -7,6 +7,8 @@ import math
 import os
 import re
 import socket
+import subprocess
+import sys
 import xml.etree.ElementTree
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from torch.distributed.run import get_args_parser
 from torch.utils.flop_counter import FlopCounterMode
 
 import compare
+import launch
 import linear_eval
 import pretrain
 import search
@@ -528,6 +531,87 @@ def test_simsiams_predictor_keeps_its_learning_rate(tmp_path):
     assert optimizer.param_groups[0]["peak"] == pytest.approx(0.1 * 32 / 256)
     everything = [p for g in optimizer.param_groups for p in g["params"]]
     assert len(everything) == len([p for p in method.parameters() if p.requires_grad])
+
+
+def settings(tmp_path, *flags):
+    args = arguments(pretrain, tmp_path, *flags)
+    encoder, _ = build_backbone(args.arch, "small", args.width)
+    return pretrain.settings_of(METHODS[args.method](encoder), args)
+
+
+def test_defaults_are_the_fields(tmp_path):
+    assert settings(tmp_path, "--batch-size", 512)[:3] == ("sgd", pytest.approx(0.03), 5e-4)  # 2011.10566 on CIFAR
+    assert settings(tmp_path, "--batch-size", 128)[1] * 128 / 256 == pytest.approx(0.06)
+    assert settings(tmp_path, "--method", "swav")[:3] == ("adamw", 2e-3, 1e-6)
+    assert settings(tmp_path, "--method", "simclr", "--lr", 1)[:2] == ("sgd", 1)
+    assert settings(tmp_path, "--method", "simclr", "--optimizer", "adamw")[:3] == ("adamw", 1e-3, 0.05)
+    vit = "--method", "dino", "--arch", "vit_tiny"
+    assert settings(tmp_path, *vit) == ("adamw", 5e-4, 0.04, 2.5e-6, 0.4)
+    assert settings(tmp_path, *vit, "--optimizer", "sgd").optimizer == "sgd"
+    assert settings(tmp_path, "--method", "diet", "--arch", "vit_tiny")[:3] == ("adamw", 1e-3, 0.05)
+
+
+def test_a_vit_by_default_decays_its_products_and_not_its_norms(tmp_path):
+    args = arguments(pretrain, tmp_path, "--method", "dino", "--arch", "vit_tiny")
+    method = METHODS["dino"](build_backbone("vit_tiny", "small", 0.0625)[0])
+    named = [(n, p) for n, p in method.named_parameters() if p.requires_grad]
+    optimizer = pretrain.optimizer_of(named, method, args)
+    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert all(decays[id(p)] == (0.04 if p.ndim > 1 else 0) for _, p in named)
+    pretrain.set_lr(optimizer, 100, 10, 100)
+    assert {g["weight_decay"] for g in optimizer.param_groups} == {0.4, 0}
+
+
+def test_all_momenta_are_there_before_the_first_step(tmp_path):
+    """Fused SGD fails where some are and others are not: a last layer that thaws, a block that was left out."""
+    method = METHODS["dino"](build_backbone("resnet18", "small", 0.0625)[0])
+    named = [(n, p) for n, p in method.named_parameters() if p.requires_grad]
+    with torch.no_grad():
+        fused = torch.optim.SGD([p for _, p in named], 0.1, momentum=0.9, fused=True)
+    optimizer = pretrain.optimizer_of(named, method, arguments(pretrain, tmp_path, "--optimizer", "sgd"))
+    fused.load_state_dict(fused.state_dict() | {"state": optimizer.state_dict()["state"]})
+    for frozen in (True, False):
+        for n, p in named:
+            p.grad = None if frozen and n.startswith("last_layer") else torch.ones_like(p)
+        fused.step()
+
+
+def test_views_are_the_same_whatever_autocast_is_on(tmp_path):
+    flags = ["--method", "diet", "--global-size", 96, "--max-images", 40, "--batch-size", 8]
+    run_ = pretrain.Run(arguments(pretrain, tmp_path, *flags, "--amp"))
+    plain = run_.batch(run_.parts[0], 0, (0,))[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        views = run_.batch(run_.parts[0], 0, (0,))[0]
+    assert torch.equal(views[0], plain[0]) and views[0].dtype == torch.float32 and views[0].shape[-1] == 96
+    run(pretrain, tmp_path / "run", *flags, "--amp", "--epochs", 1)  # its monitor's views too
+
+
+def test_small_images_get_no_local_views_unless_asked(tmp_path):
+    for method in ("swav", "dino"):
+        assert len(pretrain.Run(arguments(pretrain, tmp_path, "--method", method)).views.views) == 2
+        asked = arguments(pretrain, tmp_path, "--method", method, "--locals", 2)
+        assert len(pretrain.Run(asked).views.views) == 4
+        large = arguments(pretrain, tmp_path, "--method", method, "--global-size", 72, "--max-images", 40)
+        assert len(pretrain.Run(large).views.views) == 8
+
+
+def spins(command, **more):
+    """What libgomp says of each process that loads it."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    environment |= {"OMP_DISPLAY_ENV": "verbose", "PYTHONPATH": str(ROOT)} | more
+    said = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    return re.findall(r"GOMP_SPINCOUNT = '(\d+)'", said.stdout + said.stderr)
+
+
+def test_threads_spin_shortly_however_a_script_is_started():
+    python, short = [sys.executable], launch.SPINS
+    assert spins([*python, "pretrain.py", "--help"]) == [short]
+    assert spins([*python, "-c", "import search"]) == [short] == spins([*python, "-c", "import linear_eval"])
+    assert spins([*python, "-c", "import pretrain"], GOMP_SPINCOUNT="77") == ["77"]
+    passive = spins([*python, "-c", "import pretrain"], OMP_WAIT_POLICY="passive")
+    assert passive and passive != [short]
+    two = spins([*python, "-m", "torch.distributed.run", "--nproc-per-node", "2", "pretrain.py", "--help"])
+    assert two.count(short) == 2  # and torchrun itself
 
 
 def test_rankme_and_the_warning_of_collapse():
