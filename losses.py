@@ -656,9 +656,10 @@ class DINO(Method):
     globals.
 
     The teacher's temperature goes from .04 to .07 over the first teacher_warmup of the run (None is .25 for CNNs, .15
-    for ViTs), its momentum from .996 to 1 by a cosine, its centre by an average over all ranks; BN in its own train
-    mode. The last layer has weights of unit norm, which a CNN's keeps. bn: in the head; None is as in the encoder, so
-    a ViT's has none. Deviation: no biases ahead of BN; in networks narrower than ViT-Ti fewer hidden units and outputs.
+    for ViTs), its momentum from .99, as on CIFAR (.996 on ImageNet), to 1 by a cosine, its centre by an average over
+    all ranks; BN in its own train mode. The last layer has weights of unit norm, which a CNN's keeps. bn: in the head;
+    None is as in the encoder, so a ViT's has none. Deviation: no biases ahead of BN; in networks narrower than ViT-Ti
+    fewer hidden units and outputs.
     """
 
     recipe, small_recipe = "dino", "dino-small"
@@ -673,7 +674,7 @@ class DINO(Method):
         encoder: nn.Module,
         heads: dict[str, nn.Module] | None = None,
         out_dim: int | None = None,
-        momentum: float = 0.996,
+        momentum: float = 0.99,
         temperature: float = 0.1,
         teacher_temperature: tuple[float, float] = (0.04, 0.07),
         teacher_warmup: float | None = None,

@@ -5,10 +5,10 @@
 
 Every run is a folder below --output-dir and is not done twice, so several processes may share the work by --sides,
 --methods and --seeds. Both sides train the same backbone, initialised alike, and linear_eval.py measures both.
-ours: pretrain.py with no flag but those of the data, the batch and the epochs (and --more). lightly: its loss, heads,
-transforms, optimiser and a schedule that moves once an epoch, as its docs' cifar10_benchmark.py has them, fp32. Where
-that has 512 and 2048 units for ResNet18's 512 features, here are F and 4 F; MoCo's memory bank is as large as ours.
-Its learning rates are those for its smallest batch, 128; 64 images here take them as they are.
+ours: pretrain.py with no flag but those of the data, the batch and the epochs (and, say, "--more=--lr 0.24"). lightly:
+its loss, heads, transforms, optimiser and a schedule that moves once an epoch, as its docs' cifar10_benchmark.py has
+them, fp32. Where that has 512 and 2048 units for ResNet18's 512 features, here are F and 4 F; MoCo's memory bank is as
+large as ours. Its learning rates are those for its smallest batch, 128; 64 images here take them as they are.
 """
 
 import argparse
