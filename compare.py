@@ -215,7 +215,7 @@ def rank_correlations(search, candidates: dict[str, dict], results: dict, ends: 
         if search.space:
             told["MACs"] = costs[name][0]
         choice = search.space.choice(load_arch(candidates[name]["arch"])) if search.space else None
-        if choice and search.args.strategy != "random":
+        if choice and search.args.strategy != "random" and name != "found":  # which that supernet has favoured
             facts = search.run.monitor(True, search.standalone(choice, search.args.recalibrate_batches))
             for what, key, sign in (("loss", "held_out_loss", -1), ("kNN (needs labels)", "knn", 1)):
                 if key in facts:

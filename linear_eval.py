@@ -60,7 +60,9 @@ def data_flags(parser: Parser) -> None:
     group.add_argument("--image-size", type=int, default=None, help="edge in pixels; None keeps the images' own")
     group.add_argument("--max-images", type=int, default=None, help="so many training images, always the same ones")
     group.add_argument("--resident-gb", type=float, default=16.0, help="for a split's pixels; larger ones are streamed")
-    group.add_argument("--workers", type=int, default=None, help="that decode files; None is one a core")
+    group.add_argument(
+        "--workers", type=int, default=None, help="that decode; None: one a core, over a machine's ranks"
+    )
     group.add_argument("--device", default="auto", help="auto (cuda where there is one, else cpu), cpu, cuda, mps")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--deterministic", action="store_true", help="the same bits in every run on a GPU too; slower")
@@ -691,6 +693,8 @@ def check(args: argparse.Namespace) -> None:
         values = getattr(args, flag)
         if min(values if isinstance(values, list) else [values], default=1) <= 0:
             raise ValueError(f"--{flag.replace('_', '-')} must be above 0")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: must be 0 or above")
     if args.finetune_epochs is not None and args.finetune_epochs <= 0:
         raise ValueError("--finetune-epochs must be above 0")
 

@@ -161,7 +161,7 @@ def get_parser() -> Parser:
 
 
 # Numbers are drawn from (--seed, what for, step): a run's batch depends on these alone, so it resumes from its step.
-WEIGHTS, ALPHAS, GATES, HELD_OUT, RECALIBRATION = range(5)
+WEIGHTS, ALPHAS, GATES, HELD_OUT, RECALIBRATION, ORDER = range(6)
 
 
 def bf16_pays(device: torch.device) -> bool:
@@ -189,6 +189,8 @@ class Run:
         for flag in ("epochs", "batch_size", "width", "print_every"):
             if getattr(args, flag) <= 0:
                 raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be above 0")
+        if args.seed < 0:
+            raise ValueError(f"--seed {args.seed}: must be 0 or above")
         if not 0 <= args.held_out < 1:
             raise ValueError(f"--held-out {args.held_out}: must be a share, 0 up to 1")
         if args.clip_grad is not None and args.clip_grad <= 0:
@@ -318,7 +320,7 @@ class Run:
 
     def shuffled(self, rows: Tensor, epoch: int, stream: int = WEIGHTS) -> Tensor:
         """The rows in the order of an epoch: a function of the seed and these."""
-        rng = np.random.default_rng((self.args.seed, stream, epoch, 0))  # four numbers: no step has the same
+        rng = np.random.default_rng((self.args.seed, ORDER, stream, epoch))
         return rows[torch.from_numpy(rng.permutation(len(rows)))]
 
     def parameters(self, seed: tuple[int, ...]) -> Tensor:
@@ -620,7 +622,7 @@ class Console:
     def add(self, views_s: float, lr: float, **losses: Tensor) -> None:
         """One step; losses: this rank's `loss` and, where the alphas made a step too, `alpha_loss`."""
         for name, loss in losses.items():
-            self.waiting.setdefault(name, []).append(loss.detach())
+            self.waiting.setdefault(name, []).append(loss.detach().clone())  # CUDA graphs write over theirs
         self.views_s, self.steps, self.lr = self.views_s + views_s, self.steps + 1, lr
         self.lrs.append(lr)
 

@@ -14,7 +14,8 @@ way first-order and alternating: the training images are cut into two disjoint h
 the alphas on a batch of the second half, then one of the weights on a batch of the first. A backbone search begins with
 a quarter of its steps on weights alone, uniform samples and the largest network taking turns, and ends with the
 likeliest network among all whose MACs lie in [.95, 1] of the target. A contrastive method (simclr, moco) is the better
-judge of backbones: a loss that can collapse lets the alphas choose networks that help it collapse.
+judge of backbones: a loss that can collapse lets the alphas choose networks that help it collapse. (MoCo's queue holds
+keys of the networks that were sampled before.)
 
 --strategy random and supernet-random are the baselines of a backbone search, of the same cost in multiply-accumulates:
 networks trained alone, or networks that inherit from a largest network trained with uniform samples; the best by the

@@ -86,7 +86,7 @@ def load_images(
             as they are, which then must all have one size
     limit   that many images of a fixed shuffle (the same ones whatever the seed of the run)
     budget_gb  that the pixels may take in memory; files beyond it become a Stream, if there is a size
-    workers    processes that decode, and threads of a stream; None is one a core
+    workers    processes that decode, and threads of a stream; None is one a core, shared among a machine's ranks
 
     Everything becomes 8-bit RGB: grey is repeated, alpha dropped, 16 bits scaled to 8. A file that cannot be decoded
     is named on stderr and skipped. Raises FileNotFoundError, ConnectionError or ValueError with what to do.
@@ -182,6 +182,12 @@ def _folder_items(source, split):
     return files, labels, classes
 
 
+def cores() -> int:
+    """Those that this process may use, shared out among the ranks that torchrun has started on the machine."""
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, mine // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 LEAST_EDGE = 8  # px of an image
 
 
@@ -217,7 +223,7 @@ class Stream:
 
     def __init__(self, files: Sequence[str], size: int, workers: int | None = None, broken: Sequence[int] = ()):
         self.files, self.shape, self.broken = files, (len(files), 3, size, size), set(broken)
-        self.pool = ThreadPoolExecutor(workers or os.cpu_count())
+        self.pool = ThreadPoolExecutor(workers or cores())
         self.asked: dict[bytes, tuple[Tensor, list[Future]]] = {}
 
     def __len__(self) -> int:
@@ -301,7 +307,7 @@ class _Decoder(torch.utils.data.Dataset):
 
 def _decode(items, labels, names, classes, size, budget_gb, workers, what):
     n, start = len(items), time.time()
-    processes = (os.cpu_count() if workers is None else workers) if n >= 2000 else 0
+    processes = (cores() if workers is None else workers) if n >= 2000 else 0
     loader = torch.utils.data.DataLoader(_Decoder(items, labels, size), 256, num_workers=processes, collate_fn=tuple)
     pixels, kept, found_names, broken = None, [], [], []
     for groups, errors in loader:

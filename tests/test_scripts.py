@@ -320,7 +320,7 @@ def test_compare_trains_a_found_backbone_beside_random_ones(found_both, tmp_path
     names = ["found", "found, trained on", "found, inherited", "handcrafted", found_both[0].name, "random (2 of them)"]
     assert list(rows)[1:7] == names and [rows[n][2] for n in names] == ["2", "2", "1", "2", "2", "4"]
     assert "Kendall's tau with the linear accuracy from scratch, over 5 networks (by chance 0 ± 0.41)" in table
-    inherited = ["held-out loss, inherited weights", "held-out kNN (needs labels), inherited weights"]
+    inherited = [f"held-out {what}, inherited weights, 4 networks" for what in ("loss", "kNN (needs labels)")]
     told = ["training loss", "RankMe", "held-out kNN (needs labels)", "MACs", *inherited]
     assert list(rows)[8:] == told and all(-1 <= float(rows[what][0]) <= 1 for what in told)
     target = macs(BACKBONES["resnet18"], 0.0625, "small", 16) / 1e6
@@ -724,6 +724,7 @@ def test_a_wrong_command_is_told_in_one_line(script, tmp_path, capsys):
         (["--data", tmp_path / "three", "--batch-size", 256], "do not fill one batch of 256: lower --batch-size", 1),
         (["--batch-size", 0], "--batch-size 0: must be above 0", 1),
         (["--held-out", 1], "must be a share", 1),
+        (["--seed", -1], "--seed -1: must be 0 or above", 1),
         (["--queue-size", 64], "--queue-size means nothing to --method simsiam", 1),
         (["--smoothing", 0.5], "--smoothing means nothing to --method simsiam", 1),
         (["--bench-json", "b.json"], "give both", 1),

@@ -377,6 +377,13 @@ def test_a_broken_file_of_a_stream_is_named_once_and_another_stands_in(folder, c
     assert stream[torch.tensor([1])].unique().tolist() == [128] and stream.broken == {1}
 
 
+def test_ranks_of_a_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr(views.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    for ranks, each in (("1", 16), ("8", 2), ("32", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert views.cores() == each
+
+
 def test_images_in_any_nesting_are_a_training_split_without_labels(folder):
     path, _ = folder
     images = load_images(str(path / "train"))
