@@ -53,7 +53,8 @@ def reference(image, p, i, size, antialias=True, shift=0.0, mode=InterpolationMo
     if shift:
         x = x + shift * (x.roll(-1, -1) - x)
     if size >= BYTEWISE and not shift:
-        x = tv.resized_crop(image, top, left, h, w, [size, size], mode, antialias=antialias).double() / 255
+        part = image[None, :, top : top + h, left : left + w]  # of bytes torchvision's own path depends on the CPU
+        x = torch.nn.functional.interpolate(part, (size, size), mode=mode.value, antialias=antialias)[0].double() / 255
     else:
         x = tv.resized_crop(x, top, left, h, w, [size, size], mode, antialias=antialias).clamp(0, 1)
     if p["flip"][i]:
