@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import xml.etree.ElementTree
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ import search
 from checkpoint import Keeper
 from linear_eval import extract, load_backbone
 from losses import METHODS
-from models import BACKBONES, OPS, PRESETS, SPACES, SearchHead, build_backbone, macs
+from models import BACKBONES, OPS, PRESETS, SPACES, SearchHead, build_backbone, head_dims, macs, true_name
 from search import Search, alpha_gradients
 from views import make_shapes
 
@@ -102,9 +103,8 @@ def test_a_search_leaves_its_record(searched):
     )
     svg = xml.etree.ElementTree.parse(searched / "search.svg").getroot()
     texts = [t.text for t in svg.iter("{http://www.w3.org/2000/svg}text")]
-    shown = [op for head in found["heads"].values() for op in head][:-1] + ["linear"]  # the last layer widens
-    if found["heads"]["predictor"][-1].endswith("pool_3x3"):
-        shown[-1] = found["heads"]["predictor"][-1]
+    dims = {name: head_dims(*space) for name, space in METHODS["simsiam"].heads(32).items()}
+    shown = [true_name(op, *io) for name, ops in found["heads"].items() for op, io in zip(ops, pairwise(dims[name]))]
     assert all(texts.count(op) == shown.count(op) + (op in OPS) for op in shown)  # once in the legend
     assert len(list(svg.iter("{http://www.w3.org/2000/svg}polyline"))) == 7 * 10
 
