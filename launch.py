@@ -4,7 +4,7 @@
 
 torch's threads on a CPU wait for each other at the end of each operation, and libgomp lets them spin meanwhile. Beside
 another busy program a spinning thread takes the core away from the one that it waits for, and a run nearly stops. A
-short spin costs nothing on an idle machine. libgomp reads its settings when it is loaded.
+short spin costs an idle machine little (results/README.md). libgomp reads its settings when it is loaded.
 """
 
 import os
