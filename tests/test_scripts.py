@@ -574,6 +574,7 @@ def test_all_momenta_are_there_before_the_first_step(tmp_path):
         for n, p in named:
             p.grad = None if frozen and n.startswith("last_layer") else torch.ones_like(p)
         fused.step()
+    assert all(fused.state[p]["momentum_buffer"].abs().max() > 0 for _, p in named)
 
 
 def test_views_are_the_same_whatever_autocast_is_on(tmp_path):
