@@ -383,8 +383,8 @@ class Method(nn.Module):
         return self.loss(*self.outputs(views, index))
 
     def apart(self, views: list[Tensor]) -> bool:
-        """Whether each view is a batch of its own to BN: two views are, as in SimSiam's and MoCo's own code and lightly's
-        of all five. Of more, those of one resolution are one to the encoder, and all to a head, as in 2210.02808."""
+        """Whether each view is a batch of its own to BN: two views are, as in SimSiam's and MoCo's own code and in
+        lightly's. Of more, those of one resolution are one to the encoder, and all to a head, as in 2210.02808."""
         return self.separate_views and len(views) == 2
 
     def after_step(self, progress: float) -> None:
