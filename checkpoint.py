@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -28,11 +29,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
 
-from linear_eval import barrier, read_tensors, say, user_errors
+from data import fingerprint
+from launch import barrier, is_main, say, user_errors
 from losses import shard
-from views import Images, Stream
+from models import ARCHS, OPS, PRESETS, build_backbone, check_arch, describe
+from views import IMAGENET_MEAN, IMAGENET_STD
+
+NUMBER = (int, float)
 
 # flags that change nothing in the result, so a resumed run may have others
 FREE_FLAGS = {
@@ -121,16 +126,6 @@ def start_facts(command: str, device: torch.device) -> dict:
     what = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     where = {"host": platform.node(), "device": what, "ranks": dist.get_world_size() if dist.is_initialized() else 1}
     return {"command": command, "commit": commit, "versions": versions, **where, "time": time.strftime("%F %T%z")}
-
-
-def fingerprint(images: Images) -> list[int | None]:
-    """Of the images and of their order: shape, a checksum of their names, and one over a row of pixels of each, None
-    for a stream."""
-    names = zlib.crc32("\n".join(images.names).encode())
-    if isinstance(images.pixels, Stream):
-        return [*images.pixels.shape, names, None]
-    row = images.pixels[:, :, images.pixels.shape[2] // 2]
-    return [*images.pixels.shape, names, zlib.crc32(row.contiguous().numpy())]
 
 
 # ---- parameters of which every rank has its own rows ----------------------------------------------------------------
@@ -369,3 +364,242 @@ class Keeper:
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and run.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"])
+
+
+def load_backbone(
+    weights: str, arch: str | None = None, width: float | None = None, stem: str | None = None
+) -> tuple[nn.Module, dict]:
+    """(backbone, facts) of backbone.pth with its backbone.json, or of a plain torchvision state dict with its arch
+    named.
+
+    facts: arch, width, stem, mean, std and what else backbone.json holds. Raises FileNotFoundError or ValueError,
+    naming what does not fit.
+    """
+    path, beside = Path(weights), Path(weights).with_suffix(".json")
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at '{weights}'")
+    facts = {"width": 1.0, "stem": "imagenet", "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    if beside.is_file():
+        facts |= check_facts(load_json(str(beside), BACKBONE_FACTS), f"'{beside}'")
+    elif arch is None:
+        raise ValueError(f"'{beside}' is missing, so what network is in '{weights}' is not known: name it with --arch")
+    facts |= {k: v for k, v in (("arch", arch), ("width", width), ("stem", stem)) if v is not None}
+    if "arch" not in facts:
+        raise ValueError(f"'{beside}' does not say what \"arch\" is in '{weights}': name it with --arch")
+    try:
+        backbone, _ = build_backbone(facts["arch"], facts["stem"], facts["width"])
+    except ValueError as error:
+        raise ValueError(f"'{beside}': {error}") from error
+    load_weights(backbone, weights, f"{describe(facts['arch'])} x{facts['width']:g} with the {facts['stem']} stem")
+    return backbone, facts
+
+
+BACKBONE_FACTS = {  # what a backbone.json may say, and of what type
+    "arch": (str, dict),
+    "width": NUMBER,
+    "stem": str,
+    "mean": list,
+    "std": list,
+    "data": str,
+    "resized_to": (int, type(None)),
+    "method": str,
+    "epochs": int,
+    "seed": int,
+    "command": str,
+    "versions": dict,
+    "heads": str,
+    "knn": NUMBER,
+}
+
+
+def check_facts(facts: dict, source: str) -> dict:
+    """A backbone.json's facts, within what can be; else ValueError, which says what is wrong with those of `source`."""
+    for key, right, wanted in (
+        ("width", lambda x: 0 < x <= 64, "above 0, up to 64"),
+        ("stem", lambda x: x in ("small", "imagenet"), "small or imagenet"),
+        ("resized_to", lambda x: x is None or 8 <= x <= 4096, "8 to 4096 pixels"),
+        ("mean", lambda x: numbers(x, 0), "3 numbers of 0 to 1"),
+        ("std", lambda x: numbers(x, 1e-6), "3 numbers above 0, up to 1"),
+    ):
+        if key in facts and not right(facts[key]):
+            raise ValueError(f"{source}: {key!r} must be {wanted}, not {str(facts[key])[:80]}")
+    return facts
+
+
+def numbers(x: list, least: float) -> bool:
+    return len(x) == 3 and all(isinstance(v, NUMBER) and least <= v <= 1 for v in x)
+
+
+def read_tensors(path: str | Path) -> object:
+    """What torch.save has written, of tensors and plain values alone: no code in the file is run. Raises ValueError
+    where it is damaged, which torch itself does not notice of a tensor's bytes."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                if sum(part.file_size for part in file.infolist()) > os.path.getsize(path):
+                    raise ValueError("compressed, which torch's own files are not")
+                if bad := file.testzip():
+                    raise ValueError(f"the checksum of {bad} is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged file fails in zipfile, pickle or torch
+        raise ValueError(
+            f"'{path}' cannot be read as tensors ({type(error).__name__}): damaged, or not torch's"
+        ) from error
+
+
+def load_weights(backbone: nn.Module, weights: str, name: str) -> None:
+    """Fills a backbone, which `name` describes, from a state dict on disk. Keys must match to the last one; only a
+    torchvision classifier (fc.*, classifier.*) is left out. Raises FileNotFoundError or ValueError."""
+    if not Path(weights).is_file():
+        raise FileNotFoundError(f"no weights at '{weights}'")
+    state = read_tensors(weights)
+    if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
+        raise ValueError(f"'{weights}' is not a state dict, of tensors by name")
+    state = {k: v for k, v in state.items() if not k.startswith(("fc.", "classifier."))}
+    broken = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+    if broken:
+        raise ValueError(f"'{weights}' holds numbers that are not finite, the first in {broken[0]}")
+    expected = backbone.state_dict()
+    wrong = [f"{k} is missing" for k in expected if k not in state] + [
+        f"{k} is unknown" for k in state if k not in expected
+    ]
+    wrong += [
+        f"{k} is {tuple(state[k].shape)}, not {tuple(expected[k].shape)}"
+        for k in expected
+        if k in state and state[k].shape != expected[k].shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"'{weights}' is no {name}: {wrong[0]}" + (f", and {len(wrong) - 1} more keys differ" if wrong[1:] else "")
+        )
+    backbone.load_state_dict(state)
+
+
+FOUND = {  # what an arch.json may say, and of what type
+    "space": list,
+    "strategy": str,
+    "method": str,
+    "data": str,
+    "seed": int,
+    "command": str,
+    "versions": dict,
+    "alphas": dict,
+    "heads": dict,
+    "backbone": dict,
+    "held_out_loss": NUMBER,
+    "knn": NUMBER,
+}
+
+
+FOUND_BACKBONE = {
+    "arch": (str, dict),
+    "width": NUMBER,
+    "stem": str,
+    "image_size": int,
+    "macs": int,
+    "parameters": int,
+    "target_macs": NUMBER,
+}
+
+
+def check_json(facts: object, known: dict[str, type | tuple], source: str) -> dict:
+    """A JSON object that has no other keys than `known`, of these types; else ValueError, which says what is wrong with
+    that of `source`."""
+    if not isinstance(facts, dict):
+        raise ValueError(f"{source}: a {type(facts).__name__}, where a JSON object should be")
+    for key, value in facts.items():
+        if key not in known:
+            raise ValueError(f"{source}: unknown key {key!r}; known: {', '.join(known)}")
+        if not isinstance(value, known[key]) or isinstance(value, bool):
+            kinds = known[key] if isinstance(known[key], tuple) else (known[key],)
+            wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+            raise ValueError(f"{source}: {key!r} is {type(value).__name__}, not {wanted}")
+    return facts
+
+
+def load_json(path: str, known: dict[str, type | tuple]) -> dict:
+    """A file's JSON object, checked. Raises OSError or ValueError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            facts = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"'{path}' is not JSON ({error})") from error
+    return check_json(facts, known, f"'{path}'")
+
+
+def load_arch(source: str) -> str | dict:
+    """--arch: a name in BACKBONES or VITS, or the path of an arch.json -> its architecture, checked."""
+    if source in ARCHS:
+        return source
+    try:
+        backbone = load_json(source, FOUND).get("backbone", {})
+    except OSError as error:
+        known = ", ".join(ARCHS)
+        raise FileNotFoundError(f"--arch '{source}' is neither a readable file nor one of {known}") from error
+    if "arch" not in check_json(backbone, FOUND_BACKBONE, f"'{source}', backbone"):
+        raise ValueError(f"'{source}' has no backbone with an \"arch\" in it")
+    arch = backbone["arch"]
+    return arch if isinstance(arch, str) and arch in ARCHS else check_arch(arch, f"'{source}'")
+
+
+def load_heads(source: str, expected: Sequence[str]) -> dict[str, list[str]] | None:
+    """--heads: `default` -> None (handcrafted), a preset's name, or the path of an arch.json -> {head: operations}.
+
+    Raises FileNotFoundError or ValueError, naming what is wrong, where a head of `expected` is missing or cannot be
+    built.
+    """
+    if source == "default":
+        return None
+    if source in PRESETS:
+        heads = PRESETS[source]
+    else:
+        try:
+            found = load_json(source, FOUND)
+        except OSError as error:
+            known = ", ".join(["default", *PRESETS])
+            raise FileNotFoundError(f"--heads '{source}' is neither a readable file nor one of {known}") from error
+        if "heads" not in found:
+            raise ValueError(f"'{source}' has no \"heads\" in it")
+        heads = found["heads"]
+    if sorted(heads) != sorted(expected):
+        raise ValueError(
+            f"'{source}' holds heads for another method: it has {', '.join(heads)}; this one needs "
+            f"{', '.join(expected)}"
+        )
+    for head, ops in heads.items():
+        if not isinstance(ops, list) or not 0 < len(ops) <= 64:
+            raise ValueError(f"'{source}': {head} must be a list of 1 to 64 operations")
+        unknown = [op for op in ops if not isinstance(op, str) or op not in OPS]
+        if unknown:
+            raise ValueError(f"'{source}': {head} has the unknown operation {unknown[0]!r}; known: {', '.join(OPS)}")
+    return heads
+
+
+def save_backbone(run, encoder: nn.Module, command: str, folder: Path, **more) -> None:
+    """backbone.pth, a plain state dict, and backbone.json, what it is and where it comes from."""
+    args = run.args
+    facts = {
+        "arch": run.arch,
+        "width": args.width,
+        "stem": run.stem,
+        "mean": run.mean,
+        "std": run.std,
+        "data": args.data,
+        "resized_to": args.image_size,
+        "method": args.method,
+        "epochs": args.epochs,
+        "seed": args.seed,
+        "command": command,
+        "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__},
+    }
+    save_atomic({k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}, folder / "backbone.pth")
+    write_atomic(json.dumps(facts | more, indent=2) + "\n", folder / "backbone.json")
+
+
+def write_arch(path: Path, arch: dict) -> None:
+    if is_main():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(json.dumps(arch, indent=2) + "\n", path)
+    barrier()

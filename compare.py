@@ -18,24 +18,18 @@ import torch
 
 import linear_eval
 import pretrain
-from checkpoint import write_atomic
-from linear_eval import barrier, is_main, load_backbone, load_data, measure, say
-from models import BACKBONES, build_backbone, load_arch, load_heads, macs, random_head
+from checkpoint import load_arch, load_backbone, load_heads, write_arch, write_atomic
+from data import Images, load_data
+from launch import barrier, is_main, say
+from linear_eval import measure
+from models import BACKBONES, build_backbone, macs, random_head
 from pictures import draw_scores
-from views import Images
 
 
 def shared_flags(args: argparse.Namespace) -> dict:
     """Those of pretrain.py, as they are here."""
     defaults = vars(pretrain.get_parser().parse_args([]))
     return defaults | {k: v for k, v in vars(args).items() if k in defaults}
-
-
-def write_arch(path: Path, arch: dict) -> None:
-    if is_main():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(json.dumps(arch, indent=2) + "\n", path)
-    barrier()
 
 
 def prepare(search) -> tuple[dict[str, list[Images]], dict[str, str]]:

@@ -18,12 +18,8 @@ import argparse
 import copy
 import math
 import os
-import re
-import sys
 import time
-import zipfile
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -34,120 +30,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models import ARCHS, NUMBER, ViT, build_backbone, describe, load_json, to_device
-from views import CROP_AND_FLIP, IMAGENET_MEAN, IMAGENET_STD, Images, MultiCrop, Stream, in_turn, load_images
+from checkpoint import load_backbone
+from data import Images, Stream, decoded, in_turn, load_data, to_device
+from launch import Parser, data_flags, is_main, memory_format, say, setup, synced, user_errors
+from models import ARCHS, ViT, build_backbone, describe
+from views import CROP_AND_FLIP, MultiCrop
 
 # ---- what every script needs at its start ---------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """One line for a wrong flag; - and _ are the same in a flag's name."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}; --help lists the flags\n")
-
-    def parse_args(self, argv=None):
-        argv = sys.argv[1:] if argv is None else argv
-        return super().parse_args([re.sub(r"^--[^=]+", lambda m: m[0].replace("_", "-"), a) for a in argv])
-
-
-def data_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("data and machine")
-    group.add_argument("--data-root", default="data", help="where torchvision's data sets are downloaded to")
-    group.add_argument("--image-size", type=int, default=None, help="edge in pixels; None keeps the images' own")
-    group.add_argument("--max-images", type=int, default=None, help="so many training images, always the same ones")
-    group.add_argument("--resident-gb", type=float, default=16.0, help="for a split's pixels; larger ones are streamed")
-    group.add_argument(
-        "--workers", type=int, default=None, help="that decode; None: one a core, over a machine's ranks"
-    )
-    group.add_argument("--device", default="auto", help="auto (cuda where there is one, else cpu), cpu, cuda, mps")
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--deterministic", action="store_true", help="the same bits in every run on a GPU too; slower")
-
-
-@contextmanager
-def user_errors():
-    """What a person can mend (a wrong path, flag or file) ends the script with one line and status 1."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        rank = f" on rank {dist.get_rank()}" if dist.is_initialized() else ""
-        sys.exit(f"{os.path.basename(sys.argv[0])}: error{rank}: {' '.join(str(error).split())}")
-
-
-def setup(device: str, deterministic: bool = False) -> tuple[int, int, torch.device]:
-    """(rank, world, device): torchrun's where it started us, else 0 and 1. A second call changes nothing.
-
-    deterministic: the same bits in every run on a GPU too, slower; an operation that cannot says so, in a warning.
-    """
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"--device {device} is none that torch knows: use auto, cpu, cuda or mps") from error
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is asked for
-    if device == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("--device cuda, but torch sees no GPU: use --device cpu, or a CUDA build of torch")
-        torch.cuda.set_device(local)
-        torch.set_float32_matmul_precision("high")
-    torch.set_flush_denormal(True)  # momenta of dead features decay to denormals, which made the probe 5 times slower
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    return rank, world, torch.device(device, local) if device == "cuda" else torch.device(device)
-
-
-def memory_format(device: torch.device) -> torch.memory_format:
-    """channels_last, faster for convolutions on CUDA and on a CPU; not on mps, for which nobody has tried it."""
-    return torch.contiguous_format if device.type == "mps" else torch.channels_last
-
-
-def synced(module: nn.Module, device: torch.device) -> nn.Module:
-    """The same with BN over all ranks, on several GPUs; torch has it for CUDA alone."""
-    several = dist.is_initialized() and dist.get_world_size() > 1
-    return nn.SyncBatchNorm.convert_sync_batchnorm(module) if several and device.type == "cuda" else module
-
-
-def barrier() -> None:
-    """Ranks wait for each other here, if there are several."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def is_main() -> bool:
-    """Whether this is the rank that prints and writes."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def say(text: str) -> None:
-    """A line on the console, once."""
-    if is_main():
-        print(text, flush=True)
-
-
-def load_data(args: argparse.Namespace, source: str, split: str) -> Images:
-    """load_images by the flags; one rank goes first, so that a download happens once."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    for turn in (True, False):
-        if (rank == 0) == turn:
-            images = load_images(
-                source,
-                split,
-                args.image_size,
-                root=args.data_root,
-                limit=args.max_images if split == "train" else None,
-                budget_gb=args.resident_gb,
-                workers=args.workers,
-            )
-        barrier()
-    return images
 
 
 # ---- measures -------------------------------------------------------------------------------------------------------
@@ -186,19 +75,6 @@ def extract(
         dist.all_gather(parts, h)
         h = torch.cat(parts)[: len(rows)]
     return h
-
-
-def decoded(pixels: Tensor | Stream, rows: Tensor) -> Tensor:
-    """Which of the rows (n,) show their own image: not those whose file, on any rank, a stream could not decode."""
-    if not isinstance(pixels, Stream):
-        return torch.ones(len(rows), dtype=torch.bool)
-    broken = torch.zeros(len(pixels), dtype=torch.int32)
-    broken[list(pixels.broken)] = 1
-    if dist.is_initialized():
-        place = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-        broken = broken.to(place)
-        dist.all_reduce(broken, dist.ReduceOp.MAX)
-    return broken.cpu()[rows.cpu()] == 0
 
 
 @torch.no_grad()
@@ -470,117 +346,6 @@ def finetune(
 
 
 # ---- backbones on disk ----------------------------------------------------------------------------------------------
-
-
-def load_backbone(
-    weights: str, arch: str | None = None, width: float | None = None, stem: str | None = None
-) -> tuple[nn.Module, dict]:
-    """(backbone, facts) of backbone.pth with its backbone.json, or of a plain torchvision state dict with its arch
-    named.
-
-    facts: arch, width, stem, mean, std and what else backbone.json holds. Raises FileNotFoundError or ValueError,
-    naming what does not fit.
-    """
-    path, beside = Path(weights), Path(weights).with_suffix(".json")
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at '{weights}'")
-    facts = {"width": 1.0, "stem": "imagenet", "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    if beside.is_file():
-        facts |= check_facts(load_json(str(beside), BACKBONE_FACTS), f"'{beside}'")
-    elif arch is None:
-        raise ValueError(f"'{beside}' is missing, so what network is in '{weights}' is not known: name it with --arch")
-    facts |= {k: v for k, v in (("arch", arch), ("width", width), ("stem", stem)) if v is not None}
-    if "arch" not in facts:
-        raise ValueError(f"'{beside}' does not say what \"arch\" is in '{weights}': name it with --arch")
-    try:
-        backbone, _ = build_backbone(facts["arch"], facts["stem"], facts["width"])
-    except ValueError as error:
-        raise ValueError(f"'{beside}': {error}") from error
-    load_weights(backbone, weights, f"{describe(facts['arch'])} x{facts['width']:g} with the {facts['stem']} stem")
-    return backbone, facts
-
-
-BACKBONE_FACTS = {  # what a backbone.json may say, and of what type
-    "arch": (str, dict),
-    "width": NUMBER,
-    "stem": str,
-    "mean": list,
-    "std": list,
-    "data": str,
-    "resized_to": (int, type(None)),
-    "method": str,
-    "epochs": int,
-    "seed": int,
-    "command": str,
-    "versions": dict,
-    "heads": str,
-    "knn": NUMBER,
-}
-
-
-def check_facts(facts: dict, source: str) -> dict:
-    """A backbone.json's facts, within what can be; else ValueError, which says what is wrong with those of `source`."""
-    for key, right, wanted in (
-        ("width", lambda x: 0 < x <= 64, "above 0, up to 64"),
-        ("stem", lambda x: x in ("small", "imagenet"), "small or imagenet"),
-        ("resized_to", lambda x: x is None or 8 <= x <= 4096, "8 to 4096 pixels"),
-        ("mean", lambda x: numbers(x, 0), "3 numbers of 0 to 1"),
-        ("std", lambda x: numbers(x, 1e-6), "3 numbers above 0, up to 1"),
-    ):
-        if key in facts and not right(facts[key]):
-            raise ValueError(f"{source}: {key!r} must be {wanted}, not {str(facts[key])[:80]}")
-    return facts
-
-
-def numbers(x: list, least: float) -> bool:
-    return len(x) == 3 and all(isinstance(v, NUMBER) and least <= v <= 1 for v in x)
-
-
-def read_tensors(path: str | Path) -> object:
-    """What torch.save has written, of tensors and plain values alone: no code in the file is run. Raises ValueError
-    where it is damaged, which torch itself does not notice of a tensor's bytes."""
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as file:
-                if sum(part.file_size for part in file.infolist()) > os.path.getsize(path):
-                    raise ValueError("compressed, which torch's own files are not")
-                if bad := file.testzip():
-                    raise ValueError(f"the checksum of {bad} is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # a damaged file fails in zipfile, pickle or torch
-        raise ValueError(
-            f"'{path}' cannot be read as tensors ({type(error).__name__}): damaged, or not torch's"
-        ) from error
-
-
-def load_weights(backbone: nn.Module, weights: str, name: str) -> None:
-    """Fills a backbone, which `name` describes, from a state dict on disk. Keys must match to the last one; only a
-    torchvision classifier (fc.*, classifier.*) is left out. Raises FileNotFoundError or ValueError."""
-    if not Path(weights).is_file():
-        raise FileNotFoundError(f"no weights at '{weights}'")
-    state = read_tensors(weights)
-    if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
-        raise ValueError(f"'{weights}' is not a state dict, of tensors by name")
-    state = {k: v for k, v in state.items() if not k.startswith(("fc.", "classifier."))}
-    broken = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
-    if broken:
-        raise ValueError(f"'{weights}' holds numbers that are not finite, the first in {broken[0]}")
-    expected = backbone.state_dict()
-    wrong = [f"{k} is missing" for k in expected if k not in state] + [
-        f"{k} is unknown" for k in state if k not in expected
-    ]
-    wrong += [
-        f"{k} is {tuple(state[k].shape)}, not {tuple(expected[k].shape)}"
-        for k in expected
-        if k in state and state[k].shape != expected[k].shape
-    ]
-    if wrong:
-        raise ValueError(
-            f"'{weights}' is no {name}: {wrong[0]}" + (f", and {len(wrong) - 1} more keys differ" if wrong[1:] else "")
-        )
-    backbone.load_state_dict(state)
 
 
 def measure(

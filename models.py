@@ -15,7 +15,6 @@ choices that differ layer by layer and 43,333,938 heads that differ as functions
 """
 
 import copy
-import json
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -30,12 +29,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torchvision.models import mobilenetv2, resnet, vision_transformer
 from torchvision.ops import Conv2dNormActivation, StochasticDepth
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor there; to a GPU from pinned memory, for which the host does not wait."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
 
 # ---- backbones ------------------------------------------------------------------------------------------------------
 
@@ -323,57 +316,6 @@ ARCHS = (*BACKBONES, *VITS)
 MOST_PARAMETERS = 2_000_000_000
 
 
-NUMBER = (int, float)
-FOUND = {  # what an arch.json may say, and of what type
-    "space": list,
-    "strategy": str,
-    "method": str,
-    "data": str,
-    "seed": int,
-    "command": str,
-    "versions": dict,
-    "alphas": dict,
-    "heads": dict,
-    "backbone": dict,
-    "held_out_loss": NUMBER,
-    "knn": NUMBER,
-}
-FOUND_BACKBONE = {
-    "arch": (str, dict),
-    "width": NUMBER,
-    "stem": str,
-    "image_size": int,
-    "macs": int,
-    "parameters": int,
-    "target_macs": NUMBER,
-}
-
-
-def check_json(facts: object, known: dict[str, type | tuple], source: str) -> dict:
-    """A JSON object that has no other keys than `known`, of these types; else ValueError, which says what is wrong with
-    that of `source`."""
-    if not isinstance(facts, dict):
-        raise ValueError(f"{source}: a {type(facts).__name__}, where a JSON object should be")
-    for key, value in facts.items():
-        if key not in known:
-            raise ValueError(f"{source}: unknown key {key!r}; known: {', '.join(known)}")
-        if not isinstance(value, known[key]) or isinstance(value, bool):
-            kinds = known[key] if isinstance(known[key], tuple) else (known[key],)
-            wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
-            raise ValueError(f"{source}: {key!r} is {type(value).__name__}, not {wanted}")
-    return facts
-
-
-def load_json(path: str, known: dict[str, type | tuple]) -> dict:
-    """A file's JSON object, checked. Raises OSError or ValueError."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            facts = json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"'{path}' is not JSON ({error})") from error
-    return check_json(facts, known, f"'{path}'")
-
-
 def check_arch(arch: object, source: str = "arch") -> dict:
     """An architecture as in BACKBONES; else ValueError, which says what is wrong with that of `source`."""
     if not isinstance(arch, dict) or set(arch) != {"block", "depth", "inner", "kernel"}:
@@ -388,21 +330,6 @@ def check_arch(arch: object, source: str = "arch") -> dict:
             odd = "odd numbers" if key == "kernel" else "numbers"
             raise ValueError(f'{source}: "{key}" must be a list of {stages} {odd}, {low:g} to {high:g}')
     return arch
-
-
-def load_arch(source: str) -> str | dict:
-    """--arch: a name in BACKBONES or VITS, or the path of an arch.json -> its architecture, checked."""
-    if source in ARCHS:
-        return source
-    try:
-        backbone = load_json(source, FOUND).get("backbone", {})
-    except OSError as error:
-        known = ", ".join(ARCHS)
-        raise FileNotFoundError(f"--arch '{source}' is neither a readable file nor one of {known}") from error
-    if "arch" not in check_json(backbone, FOUND_BACKBONE, f"'{source}', backbone"):
-        raise ValueError(f"'{source}' has no backbone with an \"arch\" in it")
-    arch = backbone["arch"]
-    return arch if isinstance(arch, str) and arch in ARCHS else check_arch(arch, f"'{source}'")
 
 
 def describe(arch: str | dict) -> str:
@@ -520,7 +447,8 @@ class Choices(nn.Module):
         """
         alphas = self.alphas()
         noise = rng.gumbel(size=(len(alphas[0]), sum(a.shape[1] for a in alphas)))
-        noise = to_device(torch.from_numpy(noise).to(alphas[0].dtype), alphas[0].device)
+        noise, device = torch.from_numpy(noise).to(alphas[0].dtype), alphas[0].device
+        noise = noise.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else noise.to(device)
         self.gates, self.known = [], None
         for alpha, own in zip(alphas, noise.split([a.shape[1] for a in alphas], 1)):
             soft = ((alpha + own) / tau).softmax(1)
@@ -871,36 +799,3 @@ def count_heads(dims: Sequence[int]) -> tuple[int, int, int]:
         names, choices = names * len(OPS), choices * len(distinct_ops(i, o))
         functions *= len(distinct_ops(i, o)) if i != o else 1
     return names, choices, functions
-
-
-def load_heads(source: str, expected: Sequence[str]) -> dict[str, list[str]] | None:
-    """--heads: `default` -> None (handcrafted), a preset's name, or the path of an arch.json -> {head: operations}.
-
-    Raises FileNotFoundError or ValueError, naming what is wrong, where a head of `expected` is missing or cannot be
-    built.
-    """
-    if source == "default":
-        return None
-    if source in PRESETS:
-        heads = PRESETS[source]
-    else:
-        try:
-            found = load_json(source, FOUND)
-        except OSError as error:
-            known = ", ".join(["default", *PRESETS])
-            raise FileNotFoundError(f"--heads '{source}' is neither a readable file nor one of {known}") from error
-        if "heads" not in found:
-            raise ValueError(f"'{source}' has no \"heads\" in it")
-        heads = found["heads"]
-    if sorted(heads) != sorted(expected):
-        raise ValueError(
-            f"'{source}' holds heads for another method: it has {', '.join(heads)}; this one needs "
-            f"{', '.join(expected)}"
-        )
-    for head, ops in heads.items():
-        if not isinstance(ops, list) or not 0 < len(ops) <= 64:
-            raise ValueError(f"'{source}': {head} must be a list of 1 to 64 operations")
-        unknown = [op for op in ops if not isinstance(op, str) or op not in OPS]
-        if unknown:
-            raise ValueError(f"'{source}': {head} has the unknown operation {unknown[0]!r}; known: {', '.join(OPS)}")
-    return heads

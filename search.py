@@ -46,10 +46,11 @@ import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
 
+import optim
 import pretrain
-from checkpoint import Keeper, write_atomic
-from compare import compare, facts_of, prepare, searched, shared_flags, write_arch
-from linear_eval import Parser, is_main, load_backbone, say, user_errors
+from checkpoint import Keeper, load_backbone, save_backbone, write_arch, write_atomic
+from compare import compare, facts_of, prepare, searched, shared_flags
+from launch import Parser, command_line, is_main, mean_over_ranks, say, user_errors
 from models import (
     BACKBONES,
     BAND,
@@ -65,6 +66,7 @@ from models import (
     recalibrate,
     true_name,
 )
+from optim import distributed, optimizer_of, set_lr
 from pictures import draw_backbone, draw_heads
 from pretrain import (
     ALPHAS,
@@ -75,14 +77,8 @@ from pretrain import (
     Run,
     announce,
     clock,
-    command_line,
-    distributed,
     in_words,
-    mean_over_ranks,
-    optimizer_of,
     profiled,
-    save_backbone,
-    set_lr,
     warn,
     write_bench,
 )
@@ -525,7 +521,7 @@ def train(search: Search) -> list[dict]:
 
     if not keeper.history:
         keeper.history.append({"epoch": 0} | search.state() | look(args.knn_every > 0))
-    warmup, tick = pretrain.warmup_steps(args, search.optimizer, run.steps_per_epoch), profiled(run)
+    warmup, tick = optim.warmup_steps(args, search.optimizer, run.steps_per_epoch), profiled(run)
     console, done = Console(run, search.total), keeper.epoch * run.steps_per_epoch + keeper.step
 
     def collected() -> dict[str, Tensor]:

@@ -28,9 +28,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 import linear_eval
 import pretrain
-from linear_eval import load_backbone, measure
+from checkpoint import load_backbone
+from data import Images, load_images
+from linear_eval import measure
 from models import build_backbone
-from views import IMAGENET_MEAN, IMAGENET_STD, Images, load_images
+from views import IMAGENET_MEAN, IMAGENET_STD
 
 METHODS = ("simsiam", "simclr", "moco", "swav", "dino")
 

@@ -30,12 +30,15 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_pil_image
 
+import optim
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import pretrain
 import views
+from data import make_shapes
 from losses import SimSiam
 from models import build_backbone
-from views import IMAGENET_MEAN, IMAGENET_STD, MultiCrop, make_shapes
+from views import IMAGENET_MEAN, IMAGENET_STD, MultiCrop
 
 PEERS = ["lightly", "lightly_utils", "lightning_utilities", "packaging", "kornia", "kornia_rs"]
 
@@ -150,7 +153,7 @@ def whole_step(batch: int = 128, steps: int = 30, rounds: int = 5) -> None:
     def our_steps(*more: str) -> Callable[[], None]:
         args = pretrain.get_parser().parse_args([*flags.split(), "--bench", *more])
         run = pretrain.Run(args)
-        ours = pretrain.optimizer_of(list(run.method.named_parameters()), run.method, args)
+        ours = optim.optimizer_of(list(run.method.named_parameters()), run.method, args)
 
         def take():
             for step in range(steps):

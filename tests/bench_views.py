@@ -24,7 +24,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from views import IMAGENET_MEAN, IMAGENET_STD, MultiCrop, Stream, View, in_turn, make_shapes
+from data import Stream, in_turn, make_shapes
+from views import IMAGENET_MEAN, IMAGENET_STD, MultiCrop, View
 
 
 def one_by_one(view: View) -> transforms.Compose:

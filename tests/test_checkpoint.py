@@ -18,12 +18,13 @@ from chaos import chaos
 from conftest import TINY, arguments, load, refused, run
 from PIL import Image
 
+import optim
 import pretrain
 import search
 from checkpoint import lock, save_atomic, written
+from data import make_shapes
 from models import OPS, PRESETS
 from pretrain import Run
-from views import make_shapes
 
 ROOT = Path(__file__).parent.parent
 BOTH = ["--space", "heads", "resnet", "--image-size", "16", "--target-macs", "0.5xresnet18"]
@@ -277,7 +278,7 @@ def test_gradients_are_clipped_together(tmp_path):
     r.after_backward(10**6)
     for g, b in zip(grads, before):
         torch.testing.assert_close(g.double(), b * 0.01 / norm, rtol=1e-4, atol=1e-12)
-    pretrain.clip_gradients(r.method, 1.0)  # nothing to do
+    optim.clip_gradients(r.method, 1.0)  # nothing to do
     assert math.sqrt(sum(g.square().sum().item() for g in grads)) == pytest.approx(0.01, rel=1e-4)
 
 

@@ -12,12 +12,12 @@ from conftest import TINY, arguments, load, refused, run
 from PIL import Image
 
 import linear_eval
+import optim
 import pretrain
 import search
-from checkpoint import Keeper
-from linear_eval import load_backbone
-from models import build_backbone, load_arch, load_heads
-from views import load_images, make_shapes
+from checkpoint import Keeper, load_arch, load_backbone, load_heads
+from data import load_images, make_shapes
+from models import build_backbone
 
 ODD = [None, True, -1, 0, 10**30, 1e308, float("nan"), "", "../../etc/passwd", "\x00", "ü\n", [], {}, [[]], {"": {}}]
 
@@ -159,7 +159,7 @@ def test_a_malformed_checkpoint_is_refused_and_left_alone(found, tmp_path, capsy
     path, rng, refusals = tmp_path / "checkpoint.pth", random.Random(0), 0
     whole, state = path.read_bytes(), load(path)
     r = pretrain.Run(arguments(pretrain, tmp_path, *flags))
-    optimizer = pretrain.optimizer_of([*r.method.named_parameters()], r.method, r.args)
+    optimizer = optim.optimizer_of([*r.method.named_parameters()], r.method, r.args)
     for i in range(60):
         if i % 2:
             path.write_bytes(damaged(whole, rng))

@@ -11,22 +11,13 @@ from conftest import refused
 from PIL import Image
 from torch import nn
 
+import launch
 import linear_eval
-from linear_eval import (
-    balanced_rows,
-    decoded,
-    extract,
-    few_shot,
-    get_parser,
-    knn_accuracy,
-    linear_probe,
-    listed_rows,
-    load_backbone,
-    measure,
-)
+from checkpoint import load_backbone
+from data import decoded, load_images, make_shapes
+from linear_eval import balanced_rows, extract, few_shot, get_parser, knn_accuracy, linear_probe, listed_rows, measure
 from losses import METHODS
 from models import build_backbone
-from views import load_images, make_shapes
 
 
 def test_knn_agrees_with_a_loop():
@@ -102,7 +93,7 @@ def test_bn_is_over_all_ranks_on_several_gpus(ranks, device, synced, monkeypatch
     monkeypatch.setattr(linear_eval.dist, "get_world_size", lambda: ranks)
     before = METHODS["moco"](build_backbone("resnet18", "small", 0.0625)[0])
     state, norms = before.state_dict(), [m for m in before.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    after = linear_eval.synced(before, torch.device(device))
+    after = launch.synced(before, torch.device(device))
     found = [m for m in after.modules() if isinstance(m, nn.SyncBatchNorm)]
     assert len(found) == len(norms) * synced and len(norms) == 2 * 20  # of the encoder and of its momentum twin
     assert all(torch.equal(v, state[k]) for k, v in after.state_dict().items())

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from linear_eval import synced
+from launch import synced
 from losses import (
     DIET,
     DINO,
@@ -37,7 +37,7 @@ from losses import (
     swav_loss,
 )
 from models import SearchHead, build_backbone, head_dims
-from pretrain import clip_gradients, distributed
+from optim import clip_gradients, distributed
 
 
 def unit(x):

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
+from checkpoint import load_arch, load_heads
 from losses import METHODS, momentum_copy
 from models import (
     BACKBONES,
@@ -30,8 +31,6 @@ from models import (
     describe,
     distinct_ops,
     head_dims,
-    load_arch,
-    load_heads,
     macs,
     random_choice,
     random_head,

@@ -13,6 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
+from checkpoint import load_arch, load_heads
 from linear_eval import balanced_rows, few_shot, fit_probes, knn_accuracy, probe_accuracy, rows_by_class
 from models import (
     BLOCKS,
@@ -25,8 +26,6 @@ from models import (
     check_arch,
     describe,
     head_dims,
-    load_arch,
-    load_heads,
     macs,
     plan,
 )

@@ -23,16 +23,18 @@ from torch.distributed.run import get_args_parser
 from torch.utils.flop_counter import FlopCounterMode
 
 import compare
+import data
 import launch
 import linear_eval
+import optim
 import pretrain
 import search
-from checkpoint import Keeper
-from linear_eval import extract, load_backbone
+from checkpoint import Keeper, load_backbone
+from data import make_shapes
+from linear_eval import extract
 from losses import METHODS
 from models import BACKBONES, OPS, PRESETS, SPACES, SearchHead, build_backbone, head_dims, macs, true_name
 from search import Search, alpha_gradients
-from views import make_shapes
 
 ROOT = Path(__file__).parent.parent
 
@@ -84,10 +86,10 @@ def test_alphas_learn_in_fp32_whatever_the_weights_do(more, tmp_path):
 
 
 def test_the_halves_are_disjoint_and_as_large_as_the_papers():
-    held_out, a, b = pretrain.split_images(50_000, 0.0, 2)
+    held_out, a, b = data.split_images(50_000, 0.0, 2)
     assert len(held_out) == 0 and len(a) == len(b) == 25_000 and len(a) // 512 == 48
     assert len(torch.cat([a, b]).unique()) == 50_000
-    held_out, a, b = pretrain.split_images(1000, 0.1, 2)
+    held_out, a, b = data.split_images(1000, 0.1, 2)
     assert [len(held_out), len(a), len(b)] == [100, 450, 450] and len(torch.cat([held_out, a, b]).unique()) == 1000
 
 
@@ -441,7 +443,7 @@ def test_lars_is_what_its_formula_says():
     grads = [[rng.normal(size=s.shape) for s in start] for _ in range(3)]
     params = [nn.Parameter(torch.tensor(s)) for s in start]
     groups = [{"params": params[:2], "weight_decay": 0.1}, {"params": params[2:], "scale": False}]
-    lars = pretrain.LARS(groups, lr=0.5)
+    lars = optim.LARS(groups, lr=0.5)
     want, momenta = [s.copy() for s in start], [np.zeros_like(s) for s in start]
     for step in grads:
         for k, (p, g) in enumerate(zip(params, step)):
@@ -462,15 +464,15 @@ def test_groups_and_schedules_of_the_papers(tmp_path):
     encoder, _ = build_backbone("mobilenet_v2")
     method = METHODS["dino"](encoder)
     named = [(n, p) for n, p in method.named_parameters() if p.requires_grad]
-    optimizer = pretrain.optimizer_of(named, method, args)
+    optimizer = optim.optimizer_of(named, method, args)
     kinds = {(g["scale"], g["decays"]): g for g in optimizer.param_groups}
     sizes = {k: len(g["params"]) for k, g in kinds.items()}
     assert sizes == {(True, True): 39, (True, False): 17, (False, False): 111 - 2}  # no biases ahead of BN here
-    lrs = [pretrain.set_lr(optimizer, step, 10, 100) for step in range(101)]
+    lrs = [optim.set_lr(optimizer, step, 10, 100) for step in range(101)]
     assert lrs[9] == pytest.approx(1.92) and max(lrs) == lrs[9] and lrs[100] == pytest.approx(0.0048)
     assert lrs[0] == pytest.approx(0.192) and lrs[55] == pytest.approx((1.92 + 0.0048) / 2, rel=1e-6)
     assert kinds[True, True]["weight_decay"] == pytest.approx(1e-4) and kinds[True, False]["weight_decay"] == 0
-    adamw = pretrain.optimizer_of(named, method, arguments(pretrain, tmp_path, "--optimizer", "adamw"))
+    adamw = optim.optimizer_of(named, method, arguments(pretrain, tmp_path, "--optimizer", "adamw"))
     assert [(len(g["params"]), g["weight_decay"]) for g in adamw.param_groups] == [(56, 0.05), (109, 0.0)]
 
 
@@ -514,7 +516,7 @@ def test_schedule_warms_up_and_follows_the_cosine():
     ends = {"peak": 1.92, "final_lr": 0.0, "final_decay": None}
     groups = [{"params": [nn.Parameter(torch.zeros(1))], "constant": c} | ends for c in (False, True)]
     optimizer = torch.optim.SGD(groups, 1.92)
-    lr = [pretrain.set_lr(optimizer, s, 10, 100) for s in range(100)]
+    lr = [optim.set_lr(optimizer, s, 10, 100) for s in range(100)]
     assert lr[0] == pytest.approx(0.192) and lr[9] == lr[10] == pytest.approx(1.92)
     assert lr[55] == pytest.approx(0.96) and 0 < lr[99] < 0.001 and sorted(lr[10:], reverse=True) == lr[10:]
     assert optimizer.param_groups[1]["lr"] == 1.92
@@ -523,7 +525,7 @@ def test_schedule_warms_up_and_follows_the_cosine():
 def test_simsiams_predictor_keeps_its_learning_rate(tmp_path):
     args = arguments(pretrain, tmp_path, "--lr", 0.1, "--batch-size", 32)
     method = pretrain.Run(args).method
-    optimizer = pretrain.optimizer_of([(n, p) for n, p in method.named_parameters() if p.requires_grad], method, args)
+    optimizer = optim.optimizer_of([(n, p) for n, p in method.named_parameters() if p.requires_grad], method, args)
     constant = [g for g in optimizer.param_groups if g["constant"]]
     assert len(constant) == 1 and {id(p) for p in constant[0]["params"]} == {
         id(p) for p in method.predictor.parameters()
@@ -536,7 +538,7 @@ def test_simsiams_predictor_keeps_its_learning_rate(tmp_path):
 def settings(tmp_path, *flags):
     args = arguments(pretrain, tmp_path, *flags)
     encoder, _ = build_backbone(args.arch, "small", args.width)
-    return pretrain.settings_of(METHODS[args.method](encoder), args)
+    return optim.settings_of(METHODS[args.method](encoder), args)
 
 
 def test_defaults_are_the_fields(tmp_path):
@@ -555,10 +557,10 @@ def test_a_vit_by_default_decays_its_products_and_not_its_norms(tmp_path):
     args = arguments(pretrain, tmp_path, "--method", "dino", "--arch", "vit_tiny")
     method = METHODS["dino"](build_backbone("vit_tiny", "small", 0.0625)[0])
     named = [(n, p) for n, p in method.named_parameters() if p.requires_grad]
-    optimizer = pretrain.optimizer_of(named, method, args)
+    optimizer = optim.optimizer_of(named, method, args)
     decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert all(decays[id(p)] == (0.04 if p.ndim > 1 else 0) for _, p in named)
-    pretrain.set_lr(optimizer, 100, 10, 100)
+    optim.set_lr(optimizer, 100, 10, 100)
     assert {g["weight_decay"] for g in optimizer.param_groups} == {0.4, 0}
 
 
@@ -568,7 +570,7 @@ def test_all_momenta_are_there_before_the_first_step(tmp_path):
     named = [(n, p) for n, p in method.named_parameters() if p.requires_grad]
     with torch.no_grad():
         fused = torch.optim.SGD([p for _, p in named], 0.1, momentum=0.9, fused=True)
-    optimizer = pretrain.optimizer_of(named, method, arguments(pretrain, tmp_path, "--optimizer", "sgd"))
+    optimizer = optim.optimizer_of(named, method, arguments(pretrain, tmp_path, "--optimizer", "sgd"))
     fused.load_state_dict(fused.state_dict() | {"state": optimizer.state_dict()["state"]})
     for frozen in (True, False):
         for n, p in named:
@@ -605,7 +607,7 @@ def spins(command, **more):
 
 
 def test_threads_spin_shortly_however_a_script_is_started():
-    python, short = [sys.executable], launch.SPINS
+    python, short = [sys.executable], "1000"
     assert spins([*python, "pretrain.py", "--help"]) == [short]
     assert spins([*python, "-c", "import search"]) == [short] == spins([*python, "-c", "import linear_eval"])
     assert spins([*python, "-c", "import pretrain"], GOMP_SPINCOUNT="77") == ["77"]
@@ -674,7 +676,7 @@ def rank_main(rank, port, folder):
             with torch.no_grad():
                 for p in s.weights:
                     p.zero_()
-            pretrain.barrier()
+            launch.barrier()
             keeper.load()
             after = [s.method.state_dict(), s.optimizer.state_dict()["state"]]
             assert torch.equal(after[0]["classifier.weight"], rows[0])

@@ -11,7 +11,9 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.transforms import InterpolationMode, RandomErasing, RandomResizedCrop
 
+import data
 import views
+from data import channel_stats, load_images, make_shapes
 from views import (
     BYTEWISE,
     RECIPES,
@@ -20,10 +22,7 @@ from views import (
     View,
     _crop,
     adjust,
-    channel_stats,
     crop_bytes,
-    load_images,
-    make_shapes,
     named,
     render_view,
     sample_views,
@@ -353,12 +352,12 @@ def test_a_broken_file_is_named_and_skipped(folder, capsys):
 def test_what_does_not_fit_is_streamed_and_reads_the_same(folder, capsys):
     path, _ = folder
     whole, few = (load_images(str(path), size=8, budget_gb=gb) for gb in (16, 1e-9))
-    assert isinstance(few.pixels, views.Stream) and "are decoded as they are needed" in capsys.readouterr().err
+    assert isinstance(few.pixels, data.Stream) and "are decoded as they are needed" in capsys.readouterr().err
     assert few.pixels.shape == whole.pixels.shape and few.labels.equal(whole.labels) and few[2:] == whole[2:]
     rows = torch.tensor([3, 0, 6, 3])
     assert few.pixels[rows].equal(whole.pixels[rows]) and few.pixels[::2].equal(whole.pixels[::2])
     batches = [rows, rows.flip(0), rows[:1]]
-    for got, want in zip(views.in_turn(few.pixels, batches), batches, strict=True):
+    for got, want in zip(data.in_turn(few.pixels, batches), batches, strict=True):
         assert got.equal(whole.pixels[want])
     assert channel_stats(few.pixels) == channel_stats(whole.pixels) and not few.pixels.asked
     for i in range(9):  # what was asked for in vain does not stay
@@ -379,10 +378,10 @@ def test_a_broken_file_of_a_stream_is_named_once_and_another_stands_in(folder, c
 
 
 def test_ranks_of_a_machine_share_its_cores(monkeypatch):
-    monkeypatch.setattr(views.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    monkeypatch.setattr(data.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     for ranks, each in (("1", 16), ("8", 2), ("32", 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
-        assert views.cores() == each
+        assert data.cores() == each
 
 
 def test_images_in_any_nesting_are_a_training_split_without_labels(folder):
@@ -427,13 +426,13 @@ def test_what_cannot_be_loaded_says_what_to_do(folder, tmp_path, monkeypatch):
         load_images("cifar10")
 
 
-@pytest.mark.parametrize("name", views.BY_HAND)
+@pytest.mark.parametrize("name", data.BY_HAND)
 def test_what_torchvision_does_not_download_is_to_be_put_in_place(name, tmp_path):
     with pytest.raises((FileNotFoundError, ValueError), match=r"put its files into|needs another package"):
         load_images(name, root=str(tmp_path))
 
 
-@pytest.mark.parametrize("name", list(views.DATASETS))
+@pytest.mark.parametrize("name", list(data.DATASETS))
 def test_a_torchvision_name_asks_for_the_right_split(name, monkeypatch):
     asked = []
 
@@ -443,9 +442,9 @@ def test_a_torchvision_name_asks_for_the_right_split(name, monkeypatch):
         def __init__(self, root, download=False, **arguments):
             super().__init__((Image.new("L", (8, 8), v), v % 2) for v in range(6))
             asked.append(json.dumps(arguments))
-            assert download == (name not in views.BY_HAND)
+            assert download == (name not in data.BY_HAND)
 
-    monkeypatch.setattr(datasets, views.DATASETS[name][0], Fake)
+    monkeypatch.setattr(datasets, data.DATASETS[name][0], Fake)
     train, test = load_images(name), load_images(name, "test", limit=4)
     assert train.labels.tolist() == [0, 1] * 3 and len(test.pixels) == 4
     assert (test.pixels[:, 0, 0, 0] % 2 == test.labels).all()  # a subset keeps its labels
