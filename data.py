@@ -1,4 +1,9 @@
-"""Images: from disk into memory or as a stream, their splits, and the batches of a run."""
+"""Images on disk, in memory or streamed; their splits; the batches of a run.
+
+images = load_images("cifar10")          # uint8 (N, 3, H, W), labels, classes, names
+batches = Batches(images.pixels, rows, MultiCrop("simsiam", 32), 512, device)
+views, index = batches(step)             # [(B, 3, S, S), ...], (B,)
+"""
 
 import argparse
 import itertools
@@ -20,7 +25,8 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from launch import barrier
+from launch import barrier, memory_format
+from views import MultiCrop
 
 
 class Images(NamedTuple):
@@ -76,15 +82,15 @@ def load_images(
             as they are, which then must all have one size
     limit   that many images of a fixed shuffle (the same ones whatever the seed of the run)
     budget_gb  that the pixels may take in memory; files beyond it become a Stream, if there is a size
-    workers    processes that decode, and threads of a stream; None is one a core, shared among a machine's ranks
+    workers    threads that decode; None is one a core, shared among a machine's ranks
 
     Everything becomes 8-bit RGB: grey is repeated, alpha dropped, 16 bits scaled to 8. A file that cannot be decoded
     is named on stderr and skipped. Raises FileNotFoundError, ConnectionError or ValueError with what to do.
     """
     if source == "shapes":
-        images = make_shapes({"train": 4000, "test": 1000}[split], size or 32, seed={"train": 0, "test": 1}[split])
-        pixels, labels, classes, names = images
-        return images if limit is None else Images(pixels[:limit], labels[:limit], classes, names[:limit])
+        n, seed = {"train": (4000, 0), "test": (1000, 1)}[split]
+        pixels, labels, classes, names = make_shapes(n, size or 32, seed)
+        return Images(pixels[:limit], labels[:limit], classes, names[:limit])
     if source in DATASETS:
         items, labels, classes = _torchvision_items(source, split, root)
         names = [str(i) for i in range(len(items))]
@@ -96,30 +102,53 @@ def load_images(
         items = torch.utils.data.Subset(items, keep) if labels is None else [items[i] for i in keep]
         labels = labels and [labels[i] for i in keep]
         names = [names[i] for i in keep]
-    return _decode(items, labels, names, classes, size, budget_gb, workers, f"{source} ({split})")
+
+    stream = Stream(items, size, workers, what=f"{source} ({split})")
+    n, _, height, width = stream.shape
+    need = n * 3 * height * width / 1e9
+    if need > budget_gb:
+        if size is None or labels is None:
+            raise ValueError(
+                f"{stream.what}: {n:,} images of {width} x {height} take {need:.1f} GB in memory, more than the "
+                f"{budget_gb:g} GB allowed: give an --image-size, with which files are decoded as they are needed; "
+                "lower it or --max-images; or raise --resident-gb"
+            )
+        print(f"{stream.what}: {n:,} images, {need:.1f} GB, are decoded as they are needed", file=sys.stderr)
+        return Images(stream, torch.tensor(labels), list(classes), names)
+    pixels, kept = stream.read_all()
+    labels = torch.tensor([(stream.labels if labels is None else labels)[row] for row in kept])
+    if classes is None:  # the data set does not name them
+        classes = [str(i) for i in range(int(labels.max()) + 1)]
+    return Images(pixels, labels, list(classes), [names[row] for row in kept])
 
 
-def channel_stats(pixels: "Tensor | Stream") -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, on the scale 0..1, of at most 10,000 evenly spaced images, 1,000 of
-    a stream."""
-    x = pixels[:: max(1, len(pixels) // (1000 if isinstance(pixels, Stream) else 10_000))]
-
-    def total(f):  # a few at a time: all in double would take more memory than the data set
-        return sum(f(part.double().div(255)).sum((0, 2, 3)) for part in x.split(500))
-
-    n = x.numel() / 3
-    mean = total(lambda part: part) / n
-    variance = total(lambda part: (part - mean.view(3, 1, 1)).square()) / (n - 1)
-    std = variance.sqrt().clamp(min=1e-3)
-    return tuple(round(v, 4) for v in mean.tolist()), tuple(round(v, 4) for v in std.tolist())
+def load_data(args: argparse.Namespace, source: str, split: str) -> Images:
+    """load_images by the flags; rank 0 goes first, so that a download happens once."""
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if not first:
+        barrier()
+    images = load_images(
+        source,
+        split,
+        args.image_size,
+        root=args.data_root,
+        limit=args.max_images if split == "train" else None,
+        budget_gb=args.resident_gb,
+        workers=args.workers,
+    )
+    if first:
+        barrier()
+    return images
 
 
 def _torchvision_items(name, split, root):
+    """(data set of (PIL image, label), None, class names), or as of a folder: (paths, labels, class names)."""
     class_name, train, test = DATASETS[name]
-    chosen, place = train if split == "train" else test, getattr(datasets, class_name)
-    download = {} if name in BY_HAND else {"download": True}
+    arguments = train if split == "train" else test
+    if name not in BY_HAND:
+        arguments = {"download": True, **arguments}
     try:
-        dataset = place(root, **download, **chosen)
+        dataset = getattr(datasets, class_name)(root, **arguments)
     except ImportError as error:
         raise ValueError(f"torchvision's {class_name} needs another package: pip install {error.name}") from error
     except Exception as error:  # urllib, tarfile, hashing: every data set fails in its own way
@@ -136,7 +165,7 @@ def _torchvision_items(name, split, root):
     if isinstance(dataset, datasets.ImageFolder):  # imagenet
         files, labels = zip(*dataset.samples)
         return list(files), list(labels), dataset.classes
-    return dataset, None, getattr(dataset, "classes", None)  # labels come with the items
+    return dataset, None, getattr(dataset, "classes", None)
 
 
 def _image_files(folder):
@@ -150,18 +179,19 @@ def _image_files(folder):
 
 
 def _folder_items(source, split):
+    """(paths, labels, class names); labels of -1 and no names where the folder has no train/ inside."""
     if not os.path.isdir(source):
         known = ", ".join(["shapes", *DATASETS])
         raise FileNotFoundError(f"'{source}' is neither a folder nor a data set's name; known names: {known}")
-    folders = {name: os.path.join(source, name) for name in ("train", "test", "val")}
-    folders = {name: folder for name, folder in folders.items() if os.path.isdir(folder)}
-    if "train" not in folders and split == "train":
+    train, test, val = (os.path.join(source, name) for name in ("train", "test", "val"))
+    if not os.path.isdir(train) and split == "train":
         files = _image_files(source)
         return files, [-1] * len(files), []
-    if "train" not in folders or (split == "test" and len(folders) == 1):
+    held = test if os.path.isdir(test) else val
+    folder = train if split == "train" else held
+    if not os.path.isdir(train) or not os.path.isdir(folder):
         raise FileNotFoundError(f"'{source}' has no train/ and test/ or val/ inside, so there is no test split to load")
-    classes = sorted(entry.name for entry in os.scandir(folders["train"]) if entry.is_dir())
-    folder = folders["train"] if split == "train" else folders.get("test", folders.get("val"))
+    classes = sorted(entry.name for entry in os.scandir(train) if entry.is_dir())
     files, index, labels = _image_files(folder), {name: i for i, name in enumerate(classes)}, []
     for file in files:
         name = os.path.relpath(file, folder).split(os.sep)[0]
@@ -194,62 +224,119 @@ def to_pixels(image: Image.Image, size: int | None = None) -> np.ndarray:
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("floating-point pixels have no known range")
-    image = image.convert("RGB")
+    image.load()  # the mode of a few formats may change here
+    if image.mode != "RGB":
+        image = image.convert("RGB")  # of what is RGB it would make a copy
     if size is not None and image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     return np.array(image)
 
 
 class Stream:
-    """Pixels that do not fit into memory: reads by rows like uint8 (N, 3, S, S), decoded by threads when it is asked
-    (PIL lets go of Python's lock meanwhile).
+    """Images that are decoded when they are asked for; reads by rows like a uint8 tensor (N, 3, H, W).
 
-    `ahead(rows)` begins with rows that will be asked for next, in the same order. In the place of a file that cannot be
-    decoded, which is named on stderr, stands another of the same rows, or a grey square where there is none; `broken`
-    has the rows of these files, as far as they are known.
+    files    paths, or a torchvision data set of (image, label)
+    size     as in load_images; the shape is that of the first image that can be decoded
+    workers  threads, as PIL lets go of Python's lock while it decodes; None is one a core
+    what     names the images in messages
+
+    In the place of a file that cannot be decoded, which is named on stderr once, stands another of the same rows, or
+    a grey square where there is none. `broken` has the rows of these files, as far as they are known.
     """
 
     device = torch.device("cpu")
 
-    def __init__(self, files: Sequence[str], size: int, workers: int | None = None, broken: Sequence[int] = ()):
-        self.files, self.shape, self.broken = files, (len(files), 3, size, size), set(broken)
+    def __init__(self, files: Sequence, size: int | None = None, workers: int | None = None, what: str = "images"):
+        self.files = files
+        self.size = size
+        self.what = what
         self.pool = ThreadPoolExecutor(workers or cores())
+        self.labels: dict[int, int] = {}  # row: label, of a torchvision data set's images, once they are decoded
+        self.broken: set[int] = set()
         self.asked: dict[bytes, tuple[Tensor, list[Future]]] = {}
+        first = next((x for x in map(self._decode, range(len(files))) if x is not None), None)
+        if first is None:
+            raise ValueError(f"{what}: none of the {len(files):,} files could be decoded as an image")
+        self.shape = (len(files), 3, *first.shape[:2])
 
     def __len__(self) -> int:
         return len(self.files)
 
     def ahead(self, rows: Tensor) -> None:
+        """Begins to decode rows that will be asked for next, in the same order."""
         key = rows.numpy().tobytes()
         if key in self.asked:
             return
         if len(self.asked) == 4:  # what nobody came for
             self.asked.pop(next(iter(self.asked)))
         out = torch.empty(len(rows), *self.shape[1:], dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        tasks = zip(out.split(8), rows.split(8))
-        self.asked[key] = out, [self.pool.submit(self._decode, *task) for task in tasks]
+        self.asked[key] = out, self._submit(out, rows, 8)
 
     def __getitem__(self, rows: Tensor | slice) -> Tensor:
         rows = torch.arange(len(self))[rows] if isinstance(rows, slice) else rows.cpu()
         self.ahead(rows)
         out, tasks = self.asked.pop(rows.numpy().tobytes())
-        bad = torch.cat([task.result() for task in tasks])
-        out[bad] = 128 if bad.all() else out[(~bad).nonzero()[0]]
+        for task in tasks:
+            task.result()
+        bad = torch.tensor([row in self.broken for row in rows.tolist()], dtype=torch.bool)
+        if bad.any():
+            out[bad] = 128 if bad.all() else out[~bad][0]
         return out
 
-    def _decode(self, out: Tensor, rows: Tensor) -> Tensor:
-        """Fills out (n, 3, S, S); which of the rows could not be decoded, (n,)."""
-        bad = torch.zeros(len(rows), dtype=torch.bool)
-        for i, row in enumerate(rows.tolist()):
-            try:
-                with Image.open(self.files[row]) as image:
-                    out[i] = torch.from_numpy(to_pixels(image, self.shape[-1])).permute(2, 0, 1)
-            except Exception as error:  # a decoder meets a broken file with any exception there is
-                bad[i] = True
-                if row not in self.broken:
-                    self.broken.add(row)
-                    print(f"skipped {self.files[row]}: {type(error).__name__}: {error}", file=sys.stderr)
-        return bad
+    def read_all(self) -> tuple[Tensor, list[int]]:
+        """(pixels (n, 3, H, W), their rows) of all that can be decoded; the stream is used up."""
+        n, start, chunk = len(self), time.time(), 64
+        pixels = torch.empty(self.shape, dtype=torch.uint8)
+        try:
+            for i, task in enumerate(self._submit(pixels, torch.arange(n), chunk)):
+                task.result()
+                seen = min((i + 1) * chunk, n)
+                if sys.stderr.isatty() or (seen == n and n >= 2000):
+                    rate, end = seen / (time.time() - start), "\n" if seen == n else ""
+                    text = f"\r{self.what}: {seen:,} of {n:,} images, {rate:,.0f}/s "
+                    print(text, end=end, file=sys.stderr, flush=True)
+        finally:
+            self.pool.shutdown(cancel_futures=True)  # else Ctrl-C would wait until all are decoded
+        if not self.broken:
+            return pixels, list(range(n))
+        print(f"{self.what}: skipped {len(self.broken)} of {n:,} files that could not be decoded", file=sys.stderr)
+        kept = [row for row in range(n) if row not in self.broken]
+        for i in range(0, len(kept), chunk):  # moves up in place: there may be no memory for all of them twice
+            rows = kept[i : i + chunk]
+            pixels[i : i + len(rows)] = pixels[rows]
+        return pixels[: len(kept)], kept
+
+    def _submit(self, out: Tensor, rows: Tensor, chunk: int) -> list[Future]:
+        """Begins to fill out (n, 3, H, W) with the rows, so many a task."""
+        return [self.pool.submit(self._fill, *task) for task in zip(out.split(chunk), rows.split(chunk))]
+
+    def _fill(self, out: Tensor, rows: Tensor) -> None:
+        height, width = self.shape[2:]
+        for image, row in zip(out.numpy(), rows.tolist()):
+            pixels = self._decode(row)
+            if pixels is None:
+                continue
+            if pixels.shape[:2] != (height, width):
+                sizes = f"{width} x {height}, {pixels.shape[1]} x {pixels.shape[0]}, ..."
+                raise ValueError(f"{self.what}: images differ in size ({sizes}): choose one with --image-size")
+            image[:] = pixels.transpose(2, 0, 1)
+
+    def _decode(self, row: int) -> np.ndarray | None:
+        """uint8 RGB (H, W, 3), or None for what cannot be decoded."""
+        name = f"item {row}"
+        try:
+            item = self.files[row]
+            if isinstance(item, tuple):  # of a torchvision data set
+                self.labels[row] = int(item[1])
+                return to_pixels(item[0], self.size)
+            name = item
+            with Image.open(item) as image:
+                return to_pixels(image, self.size)
+        except Exception as error:  # a decoder meets a broken file with any exception there is
+            if row not in self.broken:
+                self.broken.add(row)
+                sys.stderr.write(f"skipped {name}: {type(error).__name__}: {error}\n")  # print() writes twice
+            return None
 
 
 def in_turn(pixels: Tensor | Stream, batches: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -257,85 +344,151 @@ def in_turn(pixels: Tensor | Stream, batches: Sequence[Tensor]) -> Iterator[Tens
     for rows, following in zip(batches, [*batches[1:], None]):
         if isinstance(pixels, Stream):
             pixels.ahead(rows.cpu())
-            if following is not None and len(following):
+            if following is not None:
                 pixels.ahead(following.cpu())
         yield pixels[rows]
 
 
-class _Decoder(torch.utils.data.Dataset):
-    """Rows -> ([(uint8 (n, H, W, 3), labels, rows) for each size], [(row, why)] of what could not be decoded),
-    for a DataLoader."""
-
-    def __init__(self, items, labels, size):
-        self.items, self.labels, self.size = items, labels, size
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitems__(self, rows):
-        groups, broken = {}, []
-        for i in rows:
-            name = f"item {i}"
-            try:
-                item = self.items[i]
-                if isinstance(item, tuple):  # a torchvision data set
-                    pixels, label = to_pixels(item[0], self.size), int(item[1])
-                else:
-                    name, label = item, self.labels[i]
-                    with Image.open(item) as image:
-                        pixels = to_pixels(image, self.size)
-            except Exception as error:  # a decoder meets a broken file with any exception there is
-                broken.append((i, f"{name}: {type(error).__name__}: {error}"))
-            else:
-                stack, labels, kept = groups.setdefault(pixels.shape, ([], [], []))
-                stack.append(pixels)
-                labels.append(label)
-                kept.append(i)
-        # one tensor a batch: to hand over many small ones costs more than to decode them
-        return [(torch.from_numpy(np.stack(stack)), *rest) for stack, *rest in groups.values()], broken
+def decoded(pixels: Tensor | Stream, rows: Tensor) -> Tensor:
+    """Which of the rows (n,) show their own image: not those whose file, on any rank, a stream could not decode."""
+    if not isinstance(pixels, Stream):
+        return torch.ones(len(rows), dtype=torch.bool)
+    broken = torch.zeros(len(pixels), dtype=torch.int32)
+    broken[list(pixels.broken)] = 1
+    if dist.is_initialized():
+        place = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+        broken = broken.to(place)
+        dist.all_reduce(broken, dist.ReduceOp.MAX)
+    return broken.cpu()[rows.cpu()] == 0
 
 
-def _decode(items, labels, names, classes, size, budget_gb, workers, what):
-    n, start = len(items), time.time()
-    processes = (cores() if workers is None else workers) if n >= 2000 else 0
-    loader = torch.utils.data.DataLoader(_Decoder(items, labels, size), 256, num_workers=processes, collate_fn=tuple)
-    pixels, kept, found_names, broken = None, [], [], []
-    for groups, errors in loader:
-        for row, error in errors:
-            broken.append(row)
-            print(f"skipped {error}", file=sys.stderr)
-        for images, found, rows in groups:
-            h, w = images.shape[1:3]
-            if pixels is None:
-                need = n * 3 * h * w / 1e9
-                if need > budget_gb and labels is not None and size is not None:
-                    print(f"{what}: {n:,} images, {need:.1f} GB, are decoded as they are needed", file=sys.stderr)
-                    return Images(Stream(items, size, workers, broken), torch.tensor(labels), list(classes), names)
-                if need > budget_gb:
-                    raise ValueError(
-                        f"{what}: {n:,} images of {w} x {h} take {need:.1f} GB in memory, more than the {budget_gb:g} "
-                        "GB allowed: give an --image-size, with which files are decoded as they are needed; lower it "
-                        "or --max-images; or raise --resident-gb"
-                    )
-                pixels = torch.empty((n, 3, h, w), dtype=torch.uint8)
-            if (h, w) != pixels.shape[2:]:
-                sizes = f"{pixels.shape[3]} x {pixels.shape[2]}, {w} x {h}, ..."
-                raise ValueError(f"{what}: images differ in size ({sizes}): choose one with --image-size")
-            pixels[len(kept) : len(kept) + len(images)] = images.permute(0, 3, 1, 2)
-            kept += found
-            found_names += [names[i] for i in rows]
-        seen = len(kept) + len(broken)
-        if sys.stderr.isatty() or (seen == n and n >= 2000):
-            rate, end = seen / (time.time() - start), "\n" if seen == n else ""
-            print(f"\r{what}: {seen:,} of {n:,} images, {rate:,.0f}/s ", end=end, file=sys.stderr, flush=True)
-    if not kept:
-        raise ValueError(f"{what}: none of the {n:,} files could be decoded as an image")
-    if broken:
-        print(f"{what}: skipped {len(broken)} of {n:,} files that could not be decoded", file=sys.stderr)
-    labels = torch.tensor(kept)
-    if classes is None:  # the data set does not name them
-        classes = [str(i) for i in range(int(labels.max()) + 1)]
-    return Images(pixels[: len(kept)], labels, list(classes), found_names)
+def channel_stats(pixels: Tensor | Stream) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, on the scale 0..1, of at most 10,000 evenly spaced images, 1,000 of
+    a stream."""
+    x = pixels[:: max(1, len(pixels) // (1000 if isinstance(pixels, Stream) else 10_000))]
+    n = x.numel() / 3
+    parts = x.split(500)  # all in double would take more memory than the data set
+    mean = sum(part.double().div(255).sum((0, 2, 3)) for part in parts) / n
+    centre = mean.view(3, 1, 1)
+    variance = sum((part.double().div(255) - centre).square().sum((0, 2, 3)) for part in parts) / (n - 1)
+    std = variance.sqrt().clamp(min=1e-3)
+    return tuple(round(v, 4) for v in mean.tolist()), tuple(round(v, 4) for v in std.tolist())
+
+
+def split_images(n: int, held_out: float, parts: int) -> list[Tensor]:
+    """[held-out, part, ...]: disjoint index tensors of one shuffle, the same for every seed; equal parts."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    n_held_out = int(n * held_out)
+    size = (n - n_held_out) // parts
+    starts = [n_held_out + i * size for i in range(parts)]
+    return [order[:n_held_out], *(order[start : start + size] for start in starts)]
+
+
+def fingerprint(images: Images) -> list[int | None]:
+    """Of the images and of their order: shape, a checksum of their names, and one over a row of pixels of each, None
+    for a stream."""
+    names = zlib.crc32("\n".join(images.names).encode())
+    if isinstance(images.pixels, Stream):
+        return [*images.pixels.shape, names, None]
+    row = images.pixels[:, :, images.pixels.shape[2] // 2]
+    return [*images.pixels.shape, names, zlib.crc32(row.contiguous().cpu().numpy())]
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor there; to a GPU from pinned memory, for which the host does not wait."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+# All that is drawn comes from default_rng((seed, what for, step)): a run goes on from its step alone.
+WEIGHTS, ALPHAS, GATES, HELD_OUT, RECALIBRATION, ORDER = range(6)
+
+
+class Batches:
+    """batches(step) -> ([(B, 3, S, S), ...], index (B,)) of this rank: a pure function of (seed, step).
+
+    pixels      uint8 (N, 3, H, W) on the device, or a Stream
+    rows        (n,) of pixels, the images that are trained on
+    batch_size  over all ranks; n // batch_size steps are an epoch, and what is left of it is dropped
+    stream      what the batches are for: WEIGHTS, ALPHAS, ...
+    shuffle     each epoch in an order of its own; else always that of rows
+
+    The index is an image's place within `rows`, which is DIET's class. Every rank draws for all ranks and takes its
+    share, so that one or many see the same views.
+    """
+
+    def __init__(
+        self,
+        pixels: Tensor | Stream,
+        rows: Tensor,
+        views: MultiCrop,
+        batch_size: int,
+        device: torch.device,
+        *,
+        seed: int = 0,
+        stream: int = WEIGHTS,
+        shuffle: bool = True,
+    ):
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        share = batch_size // world
+        self.pixels = pixels
+        self.views = views
+        self.batch_size = batch_size
+        self.device = device
+        self.seed = seed
+        self.stream = stream
+        self.shuffle = shuffle
+        self.share = slice(rank * share, (rank + 1) * share)
+        self.steps_per_epoch = len(rows) // batch_size
+        self._rows = rows.cpu()
+        self._rows_there = rows.to(device)
+        self._order = (-1, rows)  # (epoch, its permutation)
+        self._ahead: dict[int, Future] = {}  # step: what is being drawn for it
+        self._thread = ThreadPoolExecutor(1)
+
+    def rows(self, step: int) -> Tensor:
+        """(batch_size,) the images of all ranks' batch, as rows of pixels."""
+        return self._rows[self._index(step)]
+
+    def __call__(self, step: int) -> tuple[list[Tensor], Tensor]:
+        index, parameters = (to_device(x, self.device) for x in self._prepared(step))
+        if isinstance(self.pixels, Stream):
+            batches = [self.rows(s)[self.share] for s in (step, step + 1)]
+            pixels = to_device(next(in_turn(self.pixels, batches)), self.device)
+        else:
+            pixels = self.pixels[self._rows_there[index]]
+        views = self.views.render(pixels, parameters)
+        return [v.contiguous(memory_format=memory_format(self.device)) for v in views], index
+
+    def _index(self, step: int) -> Tensor:
+        """(batch_size,) places within rows, of all ranks' batch."""
+        epoch, step = divmod(step, self.steps_per_epoch)
+        places = slice(step * self.batch_size, (step + 1) * self.batch_size)
+        if not self.shuffle:
+            return torch.arange(places.start, places.stop)
+        drawn_for, order = self._order  # read once: the thread that draws ahead may replace it
+        if drawn_for != epoch:
+            rng = np.random.default_rng((self.seed, ORDER, self.stream, epoch))
+            order = torch.from_numpy(rng.permutation(len(self._rows)))
+            self._order = epoch, order
+        return order[places]
+
+    def draw(self, step: int) -> tuple[Tensor, Tensor]:
+        """(index (B,), parameters (V, B, P)) of this rank, on the host; pinned where there is a GPU."""
+        rng = np.random.default_rng((self.seed, self.stream, step))
+        parameters = self.views.sample(self.batch_size, *self.pixels.shape[2:], rng)
+        index, parameters = self._index(step)[self.share], parameters[:, self.share].contiguous()
+        if self.device.type == "cuda":
+            return index.pin_memory(), parameters.pin_memory()
+        return index, parameters
+
+    def _prepared(self, step: int) -> tuple[Tensor, Tensor]:
+        """draw(step); for a GPU a thread draws the next step's meanwhile. A CPU is busy with this one's network."""
+        if self.device.type != "cuda":
+            return self.draw(step)
+        task = self._ahead.get(step) or self._thread.submit(self.draw, step)
+        self._ahead = {step + 1: self._thread.submit(self.draw, step + 1)}
+        return task.result()
 
 
 def _box(x, y, cx, cy, w, h):
@@ -390,57 +543,3 @@ def make_shapes(n: int, size: int = 32, seed: int = 0) -> Images:
         image = image + inside[:, None] * contrast * uniform(0.8, 1.2, 1, 1, 1)
     image = image + 0.03 * torch.randn(image.shape, generator=rng)
     return Images(image.clamp(0, 1).mul(255).round().to(torch.uint8), labels, list(SHAPES), [str(i) for i in range(n)])
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor there; to a GPU from pinned memory, for which the host does not wait."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
-def load_data(args: argparse.Namespace, source: str, split: str) -> Images:
-    """load_images by the flags; one rank goes first, so that a download happens once."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    for turn in (True, False):
-        if (rank == 0) == turn:
-            images = load_images(
-                source,
-                split,
-                args.image_size,
-                root=args.data_root,
-                limit=args.max_images if split == "train" else None,
-                budget_gb=args.resident_gb,
-                workers=args.workers,
-            )
-        barrier()
-    return images
-
-
-def decoded(pixels: Tensor | Stream, rows: Tensor) -> Tensor:
-    """Which of the rows (n,) show their own image: not those whose file, on any rank, a stream could not decode."""
-    if not isinstance(pixels, Stream):
-        return torch.ones(len(rows), dtype=torch.bool)
-    broken = torch.zeros(len(pixels), dtype=torch.int32)
-    broken[list(pixels.broken)] = 1
-    if dist.is_initialized():
-        place = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-        broken = broken.to(place)
-        dist.all_reduce(broken, dist.ReduceOp.MAX)
-    return broken.cpu()[rows.cpu()] == 0
-
-
-def split_images(n: int, held_out: float, parts: int) -> list[Tensor]:
-    """[held-out, part, ...]: disjoint index tensors of one shuffle, the same for every seed; equal parts."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    out, rest = order[: int(n * held_out)], order[int(n * held_out) :]
-    size = len(rest) // parts
-    return [out, *(rest[i * size : (i + 1) * size] for i in range(parts))]
-
-
-def fingerprint(images: Images) -> list[int | None]:
-    """Of the images and of their order: shape, a checksum of their names, and one over a row of pixels of each, None
-    for a stream."""
-    names = zlib.crc32("\n".join(images.names).encode())
-    if isinstance(images.pixels, Stream):
-        return [*images.pixels.shape, names, None]
-    row = images.pixels[:, :, images.pixels.shape[2] // 2]
-    return [*images.pixels.shape, names, zlib.crc32(row.contiguous().numpy())]

@@ -1,6 +1,6 @@
-"""What happens before the first step: threads, ranks, flags, messages. Import it ahead of torch.
+"""What happens before the first step, or on the screen: threads, ranks, flags, messages, the meter of a run.
 
-    import launch  # then # isort: split
+    import launch  # ahead of torch, then # isort: split
 
 torch's threads on a CPU wait for each other at the end of each operation, and libgomp lets them spin meanwhile. Beside
 another busy program a spinning thread takes the core away from the one that it waits for, and a run nearly stops. A
@@ -15,21 +15,38 @@ if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:  # the user's 
 # isort: split
 
 import argparse
+import inspect
+import json
+import math
 import re
 import shlex
 import sys
+import time
+from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
+from types import NoneType
+from typing import Literal, get_args, get_origin
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+# ---- flags ----------------------------------------------------------------------------------------------------------
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults in the help, but for None, which the text explains."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
     """One line for a wrong flag; - and _ are the same in a flag's name."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=Help, **kwargs)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}; --help lists the flags\n")
@@ -39,18 +56,87 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args([re.sub(r"^--[^=]+", lambda m: m[0].replace("_", "-"), a) for a in argv])
 
 
+def dashed(name: str) -> str:
+    """A keyword's or attribute's name as the flag's."""
+    return "--" + name.replace("_", "-")
+
+
 def data_flags(parser: Parser) -> None:
     group = parser.add_argument_group("data and machine")
     group.add_argument("--data-root", default="data", help="where torchvision's data sets are downloaded to")
-    group.add_argument("--image-size", type=int, default=None, help="edge in pixels; None keeps the images' own")
-    group.add_argument("--max-images", type=int, default=None, help="so many training images, always the same ones")
+    group.add_argument("--image-size", type=int, help="edge in pixels; left out, the images keep their own")
+    group.add_argument("--max-images", type=int, help="so many training images, always the same ones")
     group.add_argument("--resident-gb", type=float, default=16.0, help="for a split's pixels; larger ones are streamed")
-    group.add_argument(
-        "--workers", type=int, default=None, help="that decode; None: one a core, over a machine's ranks"
-    )
+    group.add_argument("--workers", type=int, help="threads that decode; left out, one a core, over a machine's ranks")
     group.add_argument("--device", default="auto", help="auto (cuda where there is one, else cpu), cpu, cuda, mps")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--deterministic", action="store_true", help="the same bits in every run on a GPU too; slower")
+
+
+def keywords(function: Callable) -> dict[str, inspect.Parameter]:
+    """The keyword-only parameters of a function or class that carry a help: Annotated[type, "help"]."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p for p in parameters if p.kind == p.KEYWORD_ONLY and hasattr(p.annotation, "__metadata__")}
+
+
+def keyword_flags(group, functions: dict[str, Callable]) -> None:
+    """A flag for each of the `keywords` of these functions, which may share some; its default, None, stands for the
+    function's own."""
+    uses: dict[str, dict[str, inspect.Parameter]] = {}
+    for name, function in functions.items():
+        for flag, parameter in keywords(function).items():
+            uses.setdefault(flag, {})[name] = parameter
+    for flag, by_function in uses.items():
+        kind, text = get_args(next(iter(by_function.values())).annotation)
+        defaults = ", ".join(f"{name} {p.default}".strip() for name, p in by_function.items() if p.default is not None)
+        names = ", ".join(filter(None, by_function))
+        also = f" ({defaults or names})" if defaults or names else ""
+        group.add_argument(dashed(flag), help=(text + also).replace("%", "%%"), **argument_type(kind))
+
+
+def argument_type(kind: type) -> dict:
+    """How argparse reads a value of this annotated type."""
+    if NoneType in get_args(kind):  # X | None
+        kind = next(k for k in get_args(kind) if k is not NoneType)
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction, "default": None}
+    if get_origin(kind) is Literal:
+        return {"choices": get_args(kind)}
+    if get_origin(kind) is tuple:
+        return {"type": get_args(kind)[0], "nargs": len(get_args(kind))}
+    return {"type": kind}
+
+
+def given(args: argparse.Namespace, functions: dict[str, Callable], name: str, flag: str) -> dict:
+    """The keywords of functions[name] that the command line gives. Raises ValueError for one that only others of the
+    functions have; `flag` is the one that chose the function."""
+    own = keywords(functions[name])
+    out = {}
+    for keyword in dict.fromkeys(k for function in functions.values() for k in keywords(function)):
+        value = getattr(args, keyword)
+        if value is not None and keyword not in own:
+            raise ValueError(f"{dashed(keyword)} means nothing to {flag} {name}: leave it out")
+        if value is not None:
+            out[keyword] = tuple(value) if isinstance(value, list) else value
+    return out
+
+
+def command_line(script: str, parser: Parser, args: argparse.Namespace) -> str:
+    """The command that gives these flags: what differs from the defaults."""
+    words = ["torchrun", script]
+    for action in parser._actions:
+        value = getattr(args, action.dest, action.default)
+        if value == action.default:
+            continue
+        name = action.option_strings[0]
+        if isinstance(value, bool):
+            words.append(name if value else name.replace("--", "--no-", 1))
+        else:
+            words += [name, *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
+
+
+# ---- process and ranks ----------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -111,30 +197,109 @@ def is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def say(text: str) -> None:
-    """A line on the console, once."""
-    if is_main():
-        print(text, flush=True)
-
-
-def command_line(script: str, parser: Parser, args: argparse.Namespace) -> str:
-    """The command that gives these flags: what differs from the defaults."""
-    words = ["torchrun", script]
-    for action in parser._actions:
-        value = getattr(args, action.dest, action.default)
-        if value == action.default:
-            continue
-        name = action.option_strings[0]
-        if isinstance(value, bool):
-            words.append(name if value else name.replace("--", "--no-", 1))
-        else:
-            words += [name, *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(words)
-
-
 def mean_over_ranks(x: Tensor) -> Tensor:
     """In place, where there are several."""
     if dist.is_initialized():
         dist.all_reduce(x)
         x /= dist.get_world_size()
     return x
+
+
+# ---- console --------------------------------------------------------------------------------------------------------
+
+
+def say(text: str) -> None:
+    """A line on the console, once."""
+    if is_main():
+        print(text, flush=True)
+
+
+class Meter:
+    """Losses and speed of an epoch, read from the device only when a line, a checkpoint or the epoch's end is due.
+
+    batches: by the name of each loss the data.Batches that it is computed on; names: of the images; folder: where the
+    batch of a loss that is not finite is named. The state dict holds what the epoch has had so far.
+    """
+
+    def __init__(self, total: int, batches: dict, names: list[str], folder: Path, print_every: int):
+        self.total, self.batches, self.names = total, batches, names
+        self.folder, self.print_every = folder, print_every
+        self.steps_per_epoch = batches["loss"].steps_per_epoch
+        self.known: dict[str, list[float]] = {}
+        self.waiting: dict[str, list[tuple[int, float, Tensor]]] = {}
+        self.lr = math.nan
+        self.restart()
+
+    def restart(self) -> None:
+        """The clock, for the speed of the steps to come."""
+        self.start, self.steps = time.time(), 0
+
+    def add(self, step: int, lr: float, **losses: Tensor) -> None:
+        """After the step-th of the run (from 0); losses: this rank's, by name."""
+        for name, loss in losses.items():
+            self.waiting.setdefault(name, []).append((step, lr, loss.detach().clone()))  # CUDA graphs overwrite theirs
+        self.lr = lr
+        self.steps += 1
+
+    def read(self) -> dict[str, list[float]]:
+        """The epoch's losses so far, means over ranks. One that is not finite stops the run."""
+        for name, entries in self.waiting.items():
+            known = self.known.setdefault(name, [])
+            if not entries:
+                continue
+            steps, lrs, losses = zip(*entries)
+            for step, lr, loss in zip(steps, lrs, mean_over_ranks(torch.stack(losses).float()).tolist()):
+                if not math.isfinite(loss):
+                    self.stop(name, loss, step, lr, known[-1] if known else None)
+                known.append(loss)
+            entries.clear()
+        return self.known
+
+    def stop(self, name: str, loss: float, step: int, lr: float, last: float | None) -> None:
+        """Ends the run, as a wrong command does, and leaves what the loss was computed on."""
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        path = self.folder / "not-finite.json"
+        facts = {"what": name, "value": str(loss), "epoch": epoch + 1, "step": step_of_epoch + 1, "lr": lr}
+        facts["last_finite"] = last
+        facts["rows"] = self.batches[name].rows(step).tolist()
+        facts["images"] = [self.names[row] for row in facts["rows"]]
+        with user_errors():
+            if is_main():
+                path.write_text(json.dumps(facts, indent=2) + "\n")
+            barrier()
+            raise ValueError(
+                f"the {name.replace('_', ' ')} is {loss} at epoch {epoch + 1}, step {step_of_epoch + 1} (lr {lr:.3g}, "
+                f"the last finite one {last}): stopped; a checkpoint is from before, the batch is in '{path}'. Try a "
+                "lower --lr, longer --warmup-epochs or --clip-grad"
+            )
+
+    def print(self, step: int) -> None:
+        """A line every `print_every` steps of an epoch."""
+        done = (step + 1) % self.steps_per_epoch
+        if done and done % self.print_every == 0:
+            loss = self.read()["loss"]
+            epoch = f"epoch {step // self.steps_per_epoch + 1}/{self.total // self.steps_per_epoch}"
+            say(f"{epoch} step {done}/{self.steps_per_epoch}  loss {sum(loss) / len(loss):.4f}{self.speed(step)}")
+
+    def end_epoch(self) -> dict[str, float]:
+        """The mean of each loss over the epoch, which ends here."""
+        means = {name: sum(losses) / len(losses) for name, losses in self.read().items() if losses}
+        self.known = {}
+        return means
+
+    def speed(self, step: int) -> str:
+        """Learning rate, time a step since `restart`, images/s and the time that is left."""
+        if not self.steps:  # gone on from a checkpoint that was written after the epoch's last step
+            return ""
+        seconds = (time.time() - self.start) / self.steps
+        eta = time.strftime("%H:%M:%S", time.gmtime((self.total - step - 1) * seconds))
+        rate = self.batches["loss"].batch_size / seconds
+        return f"  lr {self.lr:.4f}  step {1e3 * seconds:.0f} ms  {rate:,.0f} images/s  ETA {eta}"
+
+    def state_dict(self) -> dict[str, Tensor]:
+        lists = {name: torch.tensor(losses, dtype=torch.float64) for name, losses in self.read().items()}
+        return {**lists, "lr": torch.tensor(self.lr, dtype=torch.float64)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.lr = state["lr"].item()
+        self.known = {name: losses.tolist() for name, losses in state.items() if name != "lr"}

@@ -8,6 +8,8 @@
 
 Everything that has to be chosen (learning rates, the probe's weight decay) is chosen on held-out training images; the
 test images are looked at once. One table goes to the terminal and to linear_eval-<data>.md beside the weights.
+
+Shapes: N training images and M test images, F features, C classes, G probes of a grid, b rows of a chunk or batch.
 """
 
 import launch  # noqa: F401  # ahead of torch: it says how threads wait
@@ -33,162 +35,201 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import load_backbone
 from data import Images, Stream, decoded, in_turn, load_data, to_device
 from launch import Parser, data_flags, is_main, memory_format, say, setup, synced, user_errors
+from losses import gather
 from models import ARCHS, ViT, build_backbone, describe
 from views import CROP_AND_FLIP, MultiCrop
 
-# ---- what every script needs at its start ---------------------------------------------------------------------------
+# ---- frozen features ------------------------------------------------------------------------------------------------
 
 
-# ---- measures -------------------------------------------------------------------------------------------------------
+def rank_and_world() -> tuple[int, int]:
+    """(0, 1) where there is one process."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 @torch.no_grad()
 def extract(
-    backbone: nn.Module,
-    pixels: Tensor | Stream,
-    mean,
-    std,
-    device: torch.device,
-    batch_size: int = 512,
-    rows: Tensor | None = None,
-    forward: Callable[[Tensor], Tensor] | None = None,
+    backbone, pixels: Tensor | Stream, mean, std, device, batch_size=512, rows=None, forward=None, crop=None
 ) -> Tensor:
-    """Features (N, F) in fp32 of uint8 (N, 3, H, W), or of some rows of it, in eval mode; ranks share the work.
+    """uint8 (N, 3, H, W) -> features (N, F) in fp32, in eval mode; of some rows (n,) alone (n, F). Ranks share
+    the work.
 
-    forward: what gives the features, by default the backbone itself.
+    forward: (b, 3, H, W) -> (b, F), by default the backbone itself. crop: uint8 (b, 3, H, W) -> [views], the first of
+    which is seen, in place of the whole image normalised by mean and std.
     """
     training = backbone.training
     backbone.eval()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    rows = torch.arange(len(pixels), device=pixels.device) if rows is None else rows
-    share = -(-len(rows) // world)
-    mine = torch.arange(rank * share, (rank + 1) * share, device=rows.device) % len(rows)  # the last ranks wrap around
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
-    h = []
-    for batch in in_turn(pixels, rows[mine].split(batch_size)):
-        x = batch.to(device, non_blocking=True).float().div_(255).sub_(mean).div_(std)
-        h.append((forward or backbone)(x.contiguous(memory_format=memory_format(device))).float())
+    forward = forward or backbone
+    rank, world = rank_and_world()
+    if rows is None:
+        rows = torch.arange(len(pixels), device=pixels.device)
+    share = math.ceil(len(rows) / world)
+    # gather takes equal shares, so the last ranks wrap around and do some rows again
+    own = torch.arange(rank * share, (rank + 1) * share, device=rows.device) % len(rows)
+    mean = torch.tensor(mean, device=device).view(3, 1, 1)
+    std = torch.tensor(std, device=device).view(3, 1, 1)
+    parts = []
+    for batch in in_turn(pixels, rows[own].split(batch_size)):
+        x = batch.to(device, non_blocking=True)
+        x = crop(x)[0] if crop else x.float().div_(255).sub_(mean).div_(std)
+        parts.append(forward(x.contiguous(memory_format=memory_format(device))).float())
     backbone.train(training)
-    h = torch.cat(h)
-    if world > 1:
-        parts = [torch.empty_like(h) for _ in range(world)]
-        dist.all_gather(parts, h)
-        h = torch.cat(parts)[: len(rows)]
-    return h
+    return gather(torch.cat(parts)).flatten(0, 1)[: len(rows)]  # (world, share, F) -> (n, F)
 
 
 @torch.no_grad()
 def knn_accuracy(
-    bank: Tensor,
-    bank_labels: Tensor,
-    query: Tensor,
-    labels: Tensor,
-    k: int = 200,
-    temperature: float = 0.1,
-    chunk: int = 1024,
+    bank: Tensor, bank_labels: Tensor, query: Tensor, labels: Tensor, k=200, temperature=0.1, chunk=1024
 ) -> float:
     """Share of queries (M, F) that their k nearest of the bank (N, F) vote right, by cosine, with weights exp(cos / T)
-    (1805.01978 section 3.4). M x N is never held whole."""
-    bank, query = F.normalize(bank, dim=1), F.normalize(query, dim=1)
-    bank_labels, labels = bank_labels.to(bank.device), labels.to(bank.device)
-    classes, k, right = int(max(bank_labels.max(), labels.max())) + 1, min(k, len(bank)), 0
+    (1805.01978 section 3.4). A chunk of queries at a time, so M x N similarities are never held whole."""
+    bank = F.normalize(bank, dim=1)
+    query = F.normalize(query, dim=1)
+    bank_labels = bank_labels.to(bank.device)
+    labels = labels.to(bank.device)
+    classes = int(max(bank_labels.max(), labels.max())) + 1
+    k = min(k, len(bank))
+    right = torch.zeros((), dtype=torch.long, device=bank.device)
     for q, y in zip(query.split(chunk), labels.split(chunk)):
-        similarity, nearest = (q @ bank.T).topk(k)
-        votes = q.new_zeros(len(q), classes)
-        votes.scatter_add_(1, bank_labels[nearest], (similarity / temperature).exp())
-        right += (votes.argmax(1) == y).sum().item()
-    return right / len(query)
-
-
-LEARNING_RATES, WEIGHT_DECAYS = (0.01, 0.03, 0.1, 0.3, 1.0), (0.0, 1e-4, 1e-3)  # the probe's grid
+        cosine, nearest = (q @ bank.T).topk(k)  # (b, F) x (F, N) -> (b, k) of both
+        votes = q.new_zeros(len(q), classes)  # (b, C)
+        votes.scatter_add_(1, bank_labels[nearest], (cosine / temperature).exp())
+        right += (votes.argmax(1) == y).sum()
+    return right.item() / len(query)
 
 
 def fit_probes(
-    features: Tensor | Callable[[], Tensor],
-    labels: Tensor,
-    classes: int,
-    grid: list[tuple[float, float]],
-    epochs: int,
-    seed: int,
+    features: Tensor | Callable[[], Tensor], labels: Tensor, classes: int, grid: list[tuple], epochs: int, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Softmax regression by SGD (momentum .9, cosine, batch 256), once for each (learning rate, weight decay) of the
-    grid.
+    grid. Returns weights (F, G, C) and biases (G, C).
 
-    All G probes see the same batches, so a step is one product (B, F) x (F, G C). features: a tensor (N, F), or a
-    function that gives a fresh one each epoch. Returns weights (F, G, C) and biases (G, C).
+    All G probes see the same batches, so a step is one product (b, F) x (F, G C). features: a tensor (N, F), or a
+    function that gives a fresh one each epoch.
     """
-    g = torch.Generator().manual_seed(seed)
-    x = features if isinstance(features, Tensor) else features()
-    labels, batch = labels.to(x.device), min(256, len(x))
-    lr, decay = (torch.tensor(v, device=x.device)[:, None] for v in zip(*grid))  # (G, 1)
+    generator = torch.Generator().manual_seed(seed)
+    x = features() if callable(features) else features  # (N, F)
+    labels = labels.to(x.device)
+    batch = min(256, len(x))
+    steps = len(x) // batch
+    lr = torch.tensor([lr for lr, _ in grid], device=x.device)[:, None]  # (G, 1)
+    decay = torch.tensor([decay for _, decay in grid], device=x.device)[:, None]
     weight = torch.zeros(x.shape[1], len(grid), classes, device=x.device)
     bias = torch.zeros(len(grid), classes, device=x.device)
-    weight_m, bias_m = torch.zeros_like(weight), torch.zeros_like(bias)
-    steps = len(x) // batch
+    weight_momentum = torch.zeros_like(weight)
+    bias_momentum = torch.zeros_like(bias)
     for epoch in range(epochs):
-        if epoch > 0 and not isinstance(features, Tensor):
+        if epoch > 0 and callable(features):
             x = features()
-        order = torch.randperm(len(x), generator=g).to(x.device)
+        order = torch.randperm(len(x), generator=generator).to(x.device)
         for step in range(steps):
             rows = order[step * batch : (step + 1) * batch]
-            xb = x[rows]
-            error = ((xb @ weight.flatten(1)).view(batch, len(grid), classes) + bias).softmax(2)
-            error -= F.one_hot(labels[rows], classes)[:, None]  # d CE / d logits, (B, G, C)
+            inputs = x[rows]  # (b, F)
+            # The gradient is written out: with respect to a logit it is (softmax - one-hot) / b.
+            error = ((inputs @ weight.flatten(1)).view(batch, len(grid), classes) + bias).softmax(2)  # (b, G, C)
+            error -= F.one_hot(labels[rows], classes)[:, None]
             error /= batch
-            weight_m.mul_(0.9).add_((xb.T @ error.flatten(1)).view_as(weight)).add_(decay * weight)
-            bias_m.mul_(0.9).add_(error.sum(0))
-            now = lr * 0.5 * (1 + math.cos(math.pi * (epoch * steps + step) / (epochs * steps)))
-            weight -= now * weight_m  # (G, 1) x (F, G, C)
-            bias -= now * bias_m
+            gradient = (inputs.T @ error.flatten(1)).view_as(weight)  # (F, G, C)
+            weight_momentum.mul_(0.9).add_(gradient).add_(decay * weight)
+            bias_momentum.mul_(0.9).add_(error.sum(0))
+            progress = (epoch * steps + step) / (epochs * steps)
+            rate = lr * 0.5 * (1 + math.cos(math.pi * progress))
+            weight -= rate * weight_momentum  # (G, 1) x (F, G, C)
+            bias -= rate * bias_momentum
     return weight, bias
 
 
 def probe_accuracy(weight: Tensor, bias: Tensor, features: Tensor, labels: Tensor) -> list[float]:
-    """One accuracy for each of the G probes."""
-    prediction = torch.cat(
-        [(x @ weight.flatten(1)).view(len(x), *bias.shape).add_(bias).argmax(2) for x in features.split(4096)]
-    )
-    return (prediction == labels.to(features.device)[:, None]).double().mean(0).tolist()
+    """Accuracy on (M, F) and (M,) of each of G probes, (F, G, C) and (G, C)."""
+    predicted = []
+    for x in features.split(4096):
+        logits = (x @ weight.flatten(1)).view(len(x), *bias.shape).add_(bias)  # (b, G, C)
+        predicted.append(logits.argmax(2))
+    right = torch.cat(predicted) == labels.to(features.device)[:, None]  # (M, G)
+    return right.double().mean(0).tolist()
+
+
+GRID = [(lr, decay) for lr in (0.01, 0.03, 0.1, 0.3, 1.0) for decay in (0.0, 1e-4, 1e-3)]
 
 
 def linear_probe(
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
-    *,
-    augmented: Callable[[Tensor], Tensor] | None = None,
-    epochs: int = 100,
-    held_out: float = 0.1,
-    seed: int = 0,
+    train: Tensor, train_labels: Tensor, test: Tensor, test_labels, *, augmented=None, epochs=100, held_out=0.1, seed=0
 ) -> dict[str, float]:
     """Test accuracy of a linear classifier on frozen features, standardised by the training features' mean and
-    deviation.
+    deviation: {"linear", "held_out", "lr", "weight_decay"}.
 
     (learning rate, weight decay) are those of the best accuracy on held-out training images; the winner is trained
     anew on all of them. augmented: rows (n,) of the training images -> their features (n, F) under fresh
-    augmentation, computed every epoch.
+    augmentation, computed every epoch. held_out: their share.
     """
     classes = int(max(train_labels.max(), test_labels.max())) + 1
-    mean, std = train.mean(0), train.std(0)
-    std = std.clamp(min=1e-3 * std.max().item() + 1e-12)  # a dead feature stays small
-    train, test = (train - mean) / std, (test - mean) / std
+    mean = train.mean(0)
+    std = train.std(0)
+    std = std.clamp(min=1e-3 * std.max().item() + 1e-12)  # a dead feature, divided by its own deviation, would be noise
+    train = (train - mean) / std
+    test = (test - mean) / std
+
+    def fresh(rows: Tensor) -> Tensor:
+        return (augmented(rows) - mean) / std
+
+    def fit(rows: Tensor, grid: list[tuple]) -> tuple[Tensor, Tensor]:
+        features = partial(fresh, rows) if augmented else train[rows.to(train.device)]
+        return fit_probes(features, train_labels[rows], classes, grid, epochs, seed)
+
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     out, rest = order.tensor_split([max(1, int(held_out * len(order)))])
+    scores = probe_accuracy(*fit(rest, GRID), train[out.to(train.device)], train_labels[out])
+    best = scores.index(max(scores))
+    winner = fit(torch.arange(len(train)), [GRID[best]])
+    accuracy = probe_accuracy(*winner, test, test_labels)[0]
+    lr, decay = GRID[best]
+    return {"linear": accuracy, "held_out": scores[best], "lr": lr, "weight_decay": decay}
 
-    def source(rows):
-        if augmented is None:
-            return train[rows.to(train.device)]
-        return lambda: (augmented(rows) - mean) / std
 
-    grid = [(lr, decay) for lr in LEARNING_RATES for decay in WEIGHT_DECAYS]
-    probes = fit_probes(source(rest), train_labels[rest], classes, grid, epochs, seed)
-    scores = probe_accuracy(*probes, train[out.to(train.device)], train_labels[out])
-    best = max(range(len(grid)), key=scores.__getitem__)
-    everything = torch.arange(len(train))
-    probe = fit_probes(source(everything), train_labels, classes, [grid[best]], epochs, seed)
-    accuracy = probe_accuracy(*probe, test, test_labels)[0]
-    return {"linear": accuracy, "held_out": scores[best], "lr": grid[best][0], "weight_decay": grid[best][1]}
+# ---- few labels -----------------------------------------------------------------------------------------------------
+
+
+def rows_by_class(labels: Tensor) -> list[Tensor]:
+    """The rows of each class, in their order, of labels (N,)."""
+    return list(labels.argsort(stable=True).split(labels.bincount().tolist()))
+
+
+def balanced_rows(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
+    """Rows of a share of the labels (N,), as many of every class, to one, and at least one; of a class that has fewer
+    all. The same ones for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    by_class = rows_by_class(labels)
+    n = max(len(by_class), round(fraction * len(labels)))
+    each, left_over = divmod(n, len(by_class))
+    one_more = set(torch.randperm(len(by_class), generator=generator)[:left_over].tolist())
+    chosen = []
+    for c, rows in enumerate(by_class):
+        shuffled = rows[torch.randperm(len(rows), generator=generator)]
+        chosen.append(shuffled[: each + (c in one_more)])
+    return torch.cat(chosen)
+
+
+def listed_rows(path: str, images: Images) -> Tensor:
+    """Rows of the images that a text file names, one a line, as in images.names or by the file's name alone, as
+    published lists do. Raises ValueError or OSError."""
+    try:
+        lines = Path(path).read_text().split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{path}' is not a text file with an image a line") from error
+    known: dict[str, list[int]] = {}
+    for row, name in enumerate(images.names):
+        for key in {name, os.path.basename(name)}:
+            known.setdefault(key, []).append(row)
+    found = []
+    for number, name in enumerate(map(str.strip, lines), 1):
+        rows = known.get(name, [])
+        if name and len(rows) != 1:
+            what = f"{len(rows)} of them: give the folder too" if rows else "none"
+            raise ValueError(f"'{path}' line {number}: '{name}' should be one of the training images, but is {what}")
+        found += rows
+    if not found:
+        raise ValueError(f"'{path}' names no image")
+    return torch.tensor(found)
 
 
 def few_shot(
@@ -200,102 +241,60 @@ def few_shot(
 
     Raises ValueError where a class has too few images.
     """
-    g = torch.Generator().manual_seed(seed)
-    places = rows_by_class(train_labels)
-    fewest = min(map(len, places))
+    generator = torch.Generator().manual_seed(seed)
+    by_class = rows_by_class(train_labels)
+    fewest = min(len(rows) for rows in by_class)
     if fewest < shots:
         raise ValueError(f"{shots} shots: the smallest class has {fewest} labelled training images")
-    labels, accuracies = test_labels.to(test.device), []
+    test_labels = test_labels.to(test.device)
+    accuracies = []
     for _ in range(draws):
-        drawn = torch.stack([p[torch.randperm(len(p), generator=g)[:shots]] for p in places])  # (C, n)
-        support = train[drawn.to(train.device)]
+        drawn = [rows[torch.randperm(len(rows), generator=generator)[:shots]] for rows in by_class]
+        support = train[torch.stack(drawn).to(train.device)]  # (C, shots, F)
         centre = support.mean((0, 1))
-        means = F.normalize(F.normalize(support - centre, dim=2).mean(1), dim=1)  # (C, F)
-        prediction = torch.cat([((q - centre) @ means.T).argmax(1) for q in test.split(4096)])
-        accuracies.append((prediction == labels).double().mean())
-    spread = torch.stack(accuracies)
-    half = 1.96 * spread.std().item() / math.sqrt(draws) if draws > 1 else math.nan
-    return spread.mean().item(), half
+        unit = F.normalize(support - centre, dim=2)
+        means = F.normalize(unit.mean(1), dim=1)  # (C, F)
+        # a query's own length scales all of its cosines alike
+        predicted = torch.cat([((x - centre) @ means.T).argmax(1) for x in test.split(4096)])
+        accuracies.append((predicted == test_labels).double().mean())
+    accuracies = torch.stack(accuracies)
+    half = 1.96 * accuracies.std().item() / math.sqrt(draws) if draws > 1 else math.nan
+    return accuracies.mean().item(), half
 
 
-# ---- labels ---------------------------------------------------------------------------------------------------------
-
-
-def rows_by_class(labels: Tensor) -> list[Tensor]:
-    """The rows of each class, in their order, of labels (N,)."""
-    return list(labels.argsort(stable=True).split(labels.bincount().tolist()))
-
-
-def balanced_rows(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
-    """Rows of a share of the labels (N,), as many of every class, to one, and at least one; of a class that has fewer
-    all. The same ones for the same seed."""
-    g, places = torch.Generator().manual_seed(seed), rows_by_class(labels)
-    each, more = divmod(max(len(places), round(fraction * len(labels))), len(places))
-    lucky = set(torch.randperm(len(places), generator=g)[:more].tolist())  # have one more
-    return torch.cat([p[torch.randperm(len(p), generator=g)[: each + (c in lucky)]] for c, p in enumerate(places)])
-
-
-def listed_rows(path: str, images: Images) -> Tensor:
-    """Rows of the images that a text file names, one a line, as in images.names or by the file's name alone, as
-    published lists do. Raises ValueError or OSError."""
-    try:
-        lines = Path(path).read_text().split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"'{path}' is not a text file with an image a line") from error
-    rows = {name: i for i, name in enumerate(images.names)}
-    short: dict[str, list[int]] = {}
-    for name, i in rows.items():
-        short.setdefault(os.path.basename(name), []).append(i)
-    found = []
-    for number, line in enumerate(map(str.strip, lines), 1):
-        hits = [rows[line]] if line in rows else short.get(line, [])
-        if line and len(hits) != 1:
-            what = "none" if not hits else f"{len(hits)} of them: give the folder too"
-            raise ValueError(f"'{path}' line {number}: '{line}' should be one of the training images, but is {what}")
-        found += hits if line else []
-    if not found:
-        raise ValueError(f"'{path}' names no image")
-    return torch.tensor(found)
+# ---- fine-tuning ----------------------------------------------------------------------------------------------------
 
 
 def classifier(
-    backbone: nn.Module,
-    facts: dict,
-    images: Images,
-    rows: Tensor,
-    lr: float,
-    epochs: int,
-    device: torch.device,
-    seed: int = 0,
-    batch_size: int = 64,
-    compiled: bool = False,
+    backbone, facts, images: Images, rows: Tensor, lr, epochs, device, seed=0, batch_size=64, compiled=False
 ) -> nn.Module:
     """A copy of the backbone with a linear classifier, all of it trained on some rows: crops and flips, SGD with
     Nesterov momentum, no weight decay, cosine (2210.02808). The classifier starts at 0 and has 10 times the rate."""
-    rng, world = np.random.default_rng(seed), dist.get_world_size() if dist.is_initialized() else 1
+    rng = np.random.default_rng(seed)
+    rank, world = rank_and_world()
     head = nn.Linear(backbone.feature_dim, len(images.classes))
-    nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
     network = synced(nn.Sequential(copy.deepcopy(backbone), head).to(device), device).train()
     if compiled:
         torch._dynamo.reset()
         network.compile()
     model = DistributedDataParallel(network) if world > 1 else network
     views = MultiCrop(CROP_AND_FLIP, images.pixels.shape[-1], facts["mean"], facts["std"], device)
-    groups = [{"params": part.parameters(), "lr": scale * lr} for part, scale in zip(network, (1, 10))]
-    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=device.type == "cuda" or None)
+    groups = [{"params": network[0].parameters(), "lr": lr}, {"params": network[1].parameters(), "lr": 10 * lr}]
+    cuda = device.type == "cuda"
+    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=cuda or None)
     batch = min(batch_size, len(rows))
+    own = torch.arange(rank, max(batch, world), world) % batch  # this rank's share of every batch, one at least
     steps = len(rows) // batch
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
     for _ in range(epochs):
         order = rows[torch.from_numpy(rng.permutation(len(rows)))]
         for step in range(steps):
-            index = order[step * batch : (step + 1) * batch]
-            parameters = views.sample(batch, *images.pixels.shape[2:], rng)
-            if world > 1:  # every rank has its share of the same batch
-                mine = torch.arange(dist.get_rank(), max(batch, world), world) % batch
-                index, parameters = index[mine], parameters[:, mine]
+            index = order[step * batch + own]
+            parameters = views.sample(batch, *images.pixels.shape[2:], rng)[:, own]
             x = views.render(to_device(images.pixels[index], device), to_device(parameters, device))[0]
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
                 logits = model(x.contiguous(memory_format=memory_format(device)))
             F.cross_entropy(logits.float(), to_device(images.labels[index], device)).backward()
             optimizer.step()
@@ -304,48 +303,41 @@ def classifier(
     return network.eval()
 
 
+def network_accuracy(network: nn.Module, facts: dict, images: Images, rows: Tensor, device: torch.device) -> float:
+    """Of a `classifier`, on some rows of the images; files that could not be decoded do not count."""
+    logits = extract(network[0], images.pixels, facts["mean"], facts["std"], device, rows=rows, forward=network)
+    right = logits.argmax(1).cpu() == images.labels[rows]
+    return right[decoded(images.pixels, rows)].double().mean().item()
+
+
 def finetune(
-    backbone: nn.Module,
-    facts: dict,
-    train: Images,
-    rows: Tensor,
-    test: Images,
-    device: torch.device,
-    learning_rates: list[float],
-    epochs: int | None = None,
-    seed: int = 0,
-    compiled: bool = False,
+    backbone, facts, train: Images, rows, test: Images, device, learning_rates, epochs=None, seed=0, compiled=False
 ) -> dict[str, float]:
-    """Test accuracy of the whole network trained on some labelled rows. The learning rate is the best on a fifth of
-    them, held out; with it the network is trained anew on all. The backbone itself stays as it is.
+    """Test accuracy of the whole network trained on some labelled rows: {"finetuned", "finetune_lr"}. The learning rate
+    is the best on a fifth of them, held out; with it the network is trained anew on all. The backbone itself stays as
+    it is.
 
     epochs: None is 2210.02808's, 60 where at most 5 % are labelled, else 30; but 400 steps at least, since those of a
-    few hundred images would be too few.
+    few hundred images would be too few. Raises ValueError where there is no image to choose a learning rate on.
     """
-    steps = max(1, len(rows) // 64)
-    epochs = epochs or max(60 if len(rows) <= 0.05 * len(train.pixels) else 30, -(-400 // steps))
-
-    def accuracy(network, images, which=None):
-        which = torch.arange(len(images.pixels)) if which is None else which
-        h = extract(network[0], images.pixels, facts["mean"], facts["std"], device, rows=which, forward=network)
-        right = h.argmax(1).cpu() == images.labels[which]
-        return right[decoded(images.pixels, which)].double().mean().item()
-
-    def trained(rows, lr):
-        return classifier(backbone, facts, train, rows, lr, epochs, device, seed, compiled=compiled)
-
-    scores = [math.nan]
+    if epochs is None:
+        published = 60 if len(rows) <= 0.05 * len(train.pixels) else 30
+        epochs = max(published, math.ceil(400 / max(1, len(rows) // 64)))
+    fit = partial(classifier, backbone, facts, train, epochs=epochs, device=device, seed=seed, compiled=compiled)
+    best_lr = learning_rates[0]
     if len(learning_rates) > 1:
         if len(rows) < 2:
             raise ValueError("one labelled image leaves none to choose a learning rate on: give one --finetune-lr")
         order = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
         out, rest = order.tensor_split([max(1, len(rows) // 5)])
-        scores = [accuracy(trained(rest, lr), train, out) for lr in learning_rates]
-    lr = learning_rates[max(range(len(scores)), key=scores.__getitem__)]
-    return {"finetuned": accuracy(trained(rows, lr), test), "finetune_lr": lr}
+        scores = [network_accuracy(fit(rest, lr), facts, train, out, device) for lr in learning_rates]
+        best_lr = learning_rates[scores.index(max(scores))]
+    everything = torch.arange(len(test.pixels))
+    accuracy = network_accuracy(fit(rows, best_lr), facts, test, everything, device)
+    return {"finetuned": accuracy, "finetune_lr": best_lr}
 
 
-# ---- backbones on disk ----------------------------------------------------------------------------------------------
+# ---- all of them ----------------------------------------------------------------------------------------------------
 
 
 def measure(
@@ -354,98 +346,104 @@ def measure(
     train: Images,
     test: Images,
     device: torch.device,
-    args: argparse.Namespace,
+    *,
     labelled: Sequence[Tensor | None] = (None,),
+    knn_k: int = 200,
+    knn_t: float = 0.1,
+    epochs: int = 100,
+    batch_size: int = 512,
+    augment: bool = False,
+    shots: Sequence[int] = (),
+    draws: int = 100,
+    finetune_lr: Sequence[float] | None = None,
+    finetune_epochs: int | None = None,
+    vit_blocks: int = 4,
+    compiled: bool | None = None,
+    seed: int = 0,
 ) -> list[dict]:
     """For each of some sets of rows of the training images (None is all): what a network with the labels of these
-    scores on the test images, {"knn", "linear", ...}."""
-    mean, std, training = facts["mean"], facts["std"], backbone.training
+    scores on the test images. The backbone itself stays as it is.
+
+    A row: {"labels", "images" (how many there are), "knn", "linear", "held_out", "lr", "weight_decay", "seconds"}; with
+    shots "<n>-shot", (mean, half interval), or None where a class has too few labels; with finetune_lr, one or several
+    to choose from, "finetuned" and "finetune_lr". facts: "mean" and "std" of the channels, as load_backbone gives them.
+    The probe of a ViT sees the class tokens of its last vit_blocks blocks, as in 2104.14294; all else the last alone.
+    compiled: None is True on CUDA alone.
+    """
+    training = backbone.training
     backbone = backbone.to(device, memory_format=memory_format(device)).eval()
-    compiled = device.type == "cuda" if args.compile is None else args.compile
+    compiled = device.type == "cuda" if compiled is None else compiled
     torch._dynamo.reset()  # a process compiles eight networks of one class at most, and then runs eager
     if compiled:
         backbone.compile()
-    forward = partial(backbone.last_blocks, n=args.vit_blocks) if isinstance(backbone, ViT) else backbone
-    h, h_test = (
-        extract(backbone, images.pixels, mean, std, device, args.batch_size, forward=forward)
-        for images in (train, test)
-    )
+    forward = partial(backbone.last_blocks, n=vit_blocks) if isinstance(backbone, ViT) else backbone
+    mean, std = facts["mean"], facts["std"]
+    features = partial(extract, backbone, mean=mean, std=std, device=device, batch_size=batch_size, forward=forward)
     views = MultiCrop(CROP_AND_FLIP, train.pixels.shape[-1], mean, std, device)
-    shown, table = decoded(test.pixels, torch.arange(len(h_test))), []
+    h_train, h_test = features(train.pixels), features(test.pixels)
+    shown = decoded(test.pixels, torch.arange(len(test.pixels)))  # known after extraction alone
     h_test, test_labels = h_test[shown.to(device)], test.labels[shown]
+
+    def new_crops(rng, known, rows):
+        return features(train.pixels, rows=known[rows], crop=partial(views, rng=rng))
+
+    table = []
     for rows in labelled:
-        start, rows = time.time(), torch.arange(len(h)) if rows is None else rows
+        start = time.time()
+        rows = torch.arange(len(train.pixels)) if rows is None else rows
         rows = rows[decoded(train.pixels, rows)]
-        rng, augmented = np.random.default_rng(args.seed), None
-        if args.augment:
-
-            @torch.no_grad()
-            def augmented(some, rows=rows, rng=rng):
-                chunks = rows[some].split(args.batch_size)
-                return torch.cat([forward(views(train.pixels[r].to(device), rng)[0]).float() for r in chunks])
-
-        known, labels = h[rows.to(device)], train.labels[rows]
-        bank, query = (x[:, -backbone.feature_dim :] for x in (known, h_test))  # of a ViT the last block's alone
-        row = {"labels": len(rows), "knn": knn_accuracy(bank, labels, query, test_labels, args.knn_k, args.knn_t)}
-        probe = {"epochs": args.epochs, "seed": args.seed, "augmented": augmented}
-        row |= linear_probe(known, labels, h_test, test_labels, **probe)
-        smallest = min(labels.bincount(minlength=len(train.classes)).tolist())
-        for n in args.shots:
-            draws = args.draws, args.seed
-            row[f"{n}-shot"] = few_shot(bank, labels, query, test_labels, n, *draws) if n <= smallest else None
-        if args.finetune:
-            how = args.finetune_lr, args.finetune_epochs, args.seed, compiled
-            row |= finetune(backbone, facts, train, rows, test, device, *how)
-        table.append(row | {"seconds": time.time() - start})
+        h, labels = h_train[rows.to(device)], train.labels[rows]
+        bank, query = h[:, -backbone.feature_dim :], h_test[:, -backbone.feature_dim :]  # a ViT's last block
+        row = {"labels": len(rows), "images": len(train.pixels)}
+        row["knn"] = knn_accuracy(bank, labels, query, test_labels, knn_k, knn_t)
+        rng = np.random.default_rng(seed + rank_and_world()[0])  # every rank crops its own share
+        augmented = partial(new_crops, rng, rows) if augment else None
+        row.update(linear_probe(h, labels, h_test, test_labels, augmented=augmented, epochs=epochs, seed=seed))
+        smallest = labels.bincount(minlength=len(train.classes)).min().item()
+        for n in shots:
+            enough = n <= smallest
+            row[f"{n}-shot"] = few_shot(bank, labels, query, test_labels, n, draws, seed) if enough else None
+        if finetune_lr:
+            how = (finetune_lr, finetune_epochs, seed, compiled)
+            row.update(finetune(backbone, facts, train, rows, test, device, *how))
+        row["seconds"] = time.time() - start
+        table.append(row)
     backbone.train(training)
     return table
+
+
+# ---- flags ----------------------------------------------------------------------------------------------------------
 
 
 def get_parser() -> Parser:
     on_off = argparse.BooleanOptionalAction
     parser = Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--weights", required=True, help="backbone.pth, or torchvision's state dict and --arch")
-    parser.add_argument("--data", nargs="+", default=None, help="shapes, names or folders; None is backbone.json's")
-    parser.add_argument("--arch", choices=ARCHS, default=None, help="only where backbone.json is missing")
-    parser.add_argument("--width", type=float, default=None, help="only where backbone.json is missing")
-    parser.add_argument("--stem", choices=["imagenet", "small"], default=None, help="as --width")
-    parser.add_argument("--augment", action=on_off, default=False, help="the probe trains on crops and flips")
-    parser.add_argument("--untrained", action=on_off, default=True, help="measure the untrained network too")
-    parser.add_argument("--epochs", type=int, default=100, help="of the probe")
-    parser.add_argument("--batch-size", type=int, default=512, help="images a forward pass")
-    parser.add_argument("--compile", action=on_off, default=None, help="torch.compile; None is on CUDA alone")
-    parser.add_argument("--knn-k", type=int, default=200, help="neighbours")
-    parser.add_argument("--knn-t", type=float, default=0.1, help="temperature of the neighbours' weights")
-    parser.add_argument("--vit-blocks", type=int, default=4, help="of a ViT: the probe sees the last n class tokens")
-    parser.add_argument("--output-dir", default=None, help="where the table goes; None is beside the weights")
-    group = parser.add_argument_group("few labels")
-    group.add_argument(
-        "--label-fraction", type=float, nargs="+", default=[1.0], help="shares of the labels to do with, a row for each"
-    )
-    group.add_argument("--label-list", default=None, help="a file that names the labelled training images, one a line")
-    group.add_argument("--shots", type=int, nargs="+", default=[], help="images a class, nearest class mean")
-    group.add_argument("--draws", type=int, default=100, help="of the --shots images")
-    group.add_argument("--finetune", action="store_true", help="train the whole network too")
-    group.add_argument("--finetune-lr", type=float, nargs="+", default=[0.01, 0.03, 0.1], help="to choose from")
-    group.add_argument(
-        "--finetune-epochs",
-        type=int,
-        default=None,
-        help="None is 30, 60 for 5 %% of the labels or less, and 400 steps at least",
-    )
+    parser.set_defaults(**measure.__kwdefaults__)  # a flag that is a keyword of measure has its default
+    add = parser.add_argument
+    add("--weights", required=True, help="backbone.pth, its backbone.json beside it; or torchvision's and --arch")
+    add("--data", nargs="+", help="shapes, data sets' names or folders; left out, what it was trained on")
+    add("--arch", choices=ARCHS, help="of the network, only where backbone.json is missing")
+    add("--width", type=float, help="multiplies the channels; only where backbone.json is missing")
+    add("--stem", choices=["imagenet", "small"], help="the first layers; only where backbone.json is missing")
+    add("--untrained", action=on_off, default=True, help="the same network untrained too: what training has added")
+    add("--output-dir", help="where the table goes; left out, beside the weights")
+    add("--knn-k", type=int, help="neighbours that vote; lower it where classes are small")
+    add("--knn-t", type=float, help="temperature of the votes; the lower, the more the nearest neighbours decide")
+    add("--epochs", type=int, help="of the probe; raise it where there are few images")
+    add("--augment", action=on_off, help="the probe sees new crops and flips each epoch, as in many papers; slow")
+    add("--vit-blocks", type=int, help="the probe sees a ViT's class tokens after so many of its last blocks")
+    add("--batch-size", type=int, help="images a forward pass; lower it where memory is short")
+    add("--compile", dest="compiled", action=on_off, help="torch.compile; left out, on CUDA alone")
+    add = parser.add_argument_group("few labels").add_argument
+    add("--label-fraction", type=float, nargs="+", default=[1.0], help="shares of the labels to do with, a row each")
+    add("--label-list", help="a file that names the labelled training images, one a line, as published splits do")
+    add("--shots", type=int, nargs="+", default=[], help="images a class, for the nearest class mean")
+    add("--draws", type=int, help="of the --shots images; more draws narrow the interval")
+    add("--finetune", action="store_true", help="train the whole network too, anew for each learning rate; slow")
+    add("--finetune-lr", type=float, nargs="+", default=[0.01, 0.03, 0.1], help="one, or several to choose from")
+    add("--finetune-epochs", type=int, help="left out: 30, 60 for 5 %% of the labels or less, and 400 steps at least")
     data_flags(parser)
     return parser
-
-
-def label_sets(args: argparse.Namespace, source: str, train: Images) -> list[Tensor | None]:
-    """The rows whose labels are known, for each row of the table. Raises ValueError or OSError."""
-    if not train.labelled:
-        raise ValueError(
-            f"'{source}' has no labels to measure with: it needs train/ and test/ or val/, a folder a class"
-        )
-    if args.label_list:
-        return [listed_rows(args.label_list, train)]
-    return [None if f == 1 else balanced_rows(train.labels, f, args.seed) for f in args.label_fraction]
 
 
 def check(args: argparse.Namespace) -> None:
@@ -454,14 +452,61 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--label-fraction: shares of the labels, above 0 and up to 1")
     if args.label_list and args.label_fraction != [1.0]:
         raise ValueError("--label-list says which labels are known, so --label-fraction cannot: leave one out")
-    for flag in ("epochs", "batch_size", "draws", "knn_k", "knn_t", "vit_blocks", "shots", "finetune_lr"):
-        values = getattr(args, flag)
-        if min(values if isinstance(values, list) else [values], default=1) <= 0:
-            raise ValueError(f"--{flag.replace('_', '-')} must be above 0")
+    flags = "epochs batch-size draws knn-k knn-t vit-blocks shots finetune-lr finetune-epochs"
+    for flag in flags.split():
+        value = getattr(args, flag.replace("-", "_"))
+        if any(v is not None and v <= 0 for v in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"--{flag} must be above 0")
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed}: must be 0 or above")
-    if args.finetune_epochs is not None and args.finetune_epochs <= 0:
-        raise ValueError("--finetune-epochs must be above 0")
+
+
+def label_sets(args: argparse.Namespace, source: str, train: Images) -> list[Tensor | None]:
+    """The rows whose labels are known, for each row of the table. Raises ValueError or OSError."""
+    if not train.labelled:
+        needed = "it needs train/ and test/ or val/, a folder a class"
+        raise ValueError(f"'{source}' has no labels to measure with: {needed}")
+    if args.label_list:
+        return [listed_rows(args.label_list, train)]
+    return [None if f == 1 else balanced_rows(train.labels, f, args.seed) for f in args.label_fraction]
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+
+def caption(args: argparse.Namespace, facts: dict) -> str:
+    """What the table shows, and how it was measured."""
+    text = f"{describe(facts['arch'])} x{facts['width']:g} ({args.weights}), seed {args.seed}: test accuracy. "
+    text += f"kNN: k {args.knn_k}, T {args.knn_t:g}, cosine; chosen: "
+    text += "the probe's learning rate, weight decay and accuracy with them, on held-out training images"
+    if args.shots:
+        text += f"; few-shot: mean of {args.draws} draws and its 95 % confidence interval"
+    if args.finetune:
+        text += "; fine-tuned: the whole network, and its learning rate"
+    return text
+
+
+def cells(args: argparse.Namespace, row: dict) -> dict[str, str]:
+    """{column: text} of one of main's rows."""
+    texts = {"data": row["data"], "network": row["network"], "labels": f"{row['labels']:,}"}
+    if row["labels"] < row["images"]:
+        texts["labels"] += f" ({100 * row['labels'] / row['images']:.3g} %)"
+    texts["kNN"] = f"{100 * row['knn']:.2f}"
+    texts["linear (augmented)" if args.augment else "linear"] = f"{100 * row['linear']:.2f}"
+    for n in args.shots:
+        score = row[f"{n}-shot"]
+        texts[f"{n}-shot"] = f"{100 * score[0]:.2f} ± {100 * score[1]:.2f}" if score else "too few labels"
+    if args.finetune:
+        texts["fine-tuned"] = f"{100 * row['finetuned']:.2f} (lr {row['finetune_lr']:g})"
+    texts["chosen"] = f"lr {row['lr']:g}, decay {row['weight_decay']:g}: {100 * row['held_out']:.2f}"
+    texts["s"] = f"{row['seconds']:.0f}"
+    return texts
+
+
+def markdown(rows: list[dict[str, str]]) -> list[str]:
+    """The lines of a table whose columns are the rows' keys."""
+    lines = [f"| {' | '.join(texts)} |" for texts in (rows[0], *(row.values() for row in rows))]
+    return [lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]
 
 
 def main(args: argparse.Namespace) -> list[dict]:
@@ -471,58 +516,34 @@ def main(args: argparse.Namespace) -> list[dict]:
         _, _, device = setup(args.device, args.deterministic)
         backbone, facts = load_backbone(args.weights, args.arch, args.width, args.stem)
         args.image_size = args.image_size or facts.get("resized_to")
-        sources = args.data or [facts[k] for k in ["data"] if k in facts]
+        sources = args.data or ([facts["data"]] if "data" in facts else [])
         if not sources:
             raise ValueError("which images? --data shapes, a torchvision data set's name or a folder")
         folder = Path(args.output_dir or Path(args.weights).parent)
         folder.mkdir(parents=True, exist_ok=True)
-        networks = [("pre-trained", backbone)]
+        networks = {"pre-trained": backbone}
         if args.untrained:
             torch.manual_seed(args.seed)
-            networks.append(("untrained", build_backbone(facts["arch"], facts["stem"], facts["width"])[0]))
-        table, lines = [], head_of(args, describe(facts["arch"]), facts["width"])
-        for line in lines:
-            say(line)
+            networks["untrained"], _ = build_backbone(facts["arch"], facts["stem"], facts["width"])
+        settings = {name: value for name, value in vars(args).items() if name in measure.__kwdefaults__}
+        settings["finetune_lr"] = args.finetune_lr if args.finetune else None
+
+        text = caption(args, facts) + "\n"
+        say(text)
+        lines, table = [], []
         for source in sources:
             train, test = (load_data(args, source, split) for split in ("train", "test"))
-            labelled = label_sets(args, source, train)
-            for name, network in networks:
-                for row in measure(network, facts, train, test, device, args, labelled):
-                    table.append({"data": Path(source).name, "network": name} | row)
-                    lines.append(line_of(args, table[-1], len(train.pixels)))
-                    say(lines[-1])
+            settings["labelled"] = label_sets(args, source, train)
+            for name, network in networks.items():
+                rows = measure(network, facts, train, test, device, **settings)
+                table += [{"data": Path(source).name, "network": name, **row} for row in rows]
+                known = len(lines)
+                lines = markdown([cells(args, row) for row in table])
+                say("\n".join(lines[known:]))
         if is_main():
             data = "-".join(dict.fromkeys(row["data"] for row in table))
-            (folder / f"linear_eval-{data}.md").write_text("\n".join(lines) + "\n")
+            (folder / f"linear_eval-{data}.md").write_text("\n".join([text, *lines, ""]))
     return table
-
-
-def head_of(args: argparse.Namespace, arch: str, width: float) -> list[str]:
-    """The table's first lines."""
-    columns = ["data", "network", "labels", "kNN", "linear" + " (augmented)" * args.augment]
-    columns += [f"{n}-shot" for n in args.shots] + ["fine-tuned"] * args.finetune + ["chosen", "s"]
-    return [
-        f"{arch} x{width:g} ({args.weights}), seed {args.seed}: test accuracy. kNN: k {args.knn_k}, T {args.knn_t:g}, "
-        "cosine; chosen: the probe's learning rate, weight decay and accuracy with them, on held-out training images"
-        + (f"; few-shot: mean of {args.draws} draws and its 95 % confidence interval" if args.shots else "")
-        + ("; fine-tuned: the whole network, and its learning rate" if args.finetune else ""),
-        "",
-        f"| {' | '.join(columns)} |",
-        "|---" * len(columns) + "|",
-    ]
-
-
-def line_of(args: argparse.Namespace, row: dict, images: int) -> str:
-    """A row of the table."""
-    share = "" if row["labels"] == images else f" ({100 * row['labels'] / images:.3g} %)"
-    cells = [row["data"], row["network"], f"{row['labels']:,}{share}"]
-    cells += [f"{100 * row[key]:.2f}" for key in ("knn", "linear")]
-    shots = (row[f"{n}-shot"] for n in args.shots)
-    cells += ["too few labels" if s is None else f"{100 * s[0]:.2f} ± {100 * s[1]:.2f}" for s in shots]
-    if args.finetune:
-        cells.append(f"{100 * row['finetuned']:.2f} (lr {row['finetune_lr']:g})")
-    cells.append(f"lr {row['lr']:g}, decay {row['weight_decay']:g}: {100 * row['held_out']:.2f}")
-    return f"| {' | '.join(cells)} | {row['seconds']:.0f} |"
 
 
 if __name__ == "__main__":

@@ -1,25 +1,22 @@
-"""Backbones whose keys are torchvision's, and MLP heads: handcrafted, from a list of operations, or searchable.
+"""Backbones with torchvision's keys, MLP heads, and the searchable forms of both. Imports nothing of ours.
 
-build_backbone(arch, stem, width)   (module, feature_dim): images (B, 3, H, W) -> features h (B, F)
-OPS, build_head(spec, dims)         the seven operations of NASiam (arXiv 2302.00059) and a chain of them
-SearchHead(dims)                    the full mixture of all seven in each layer, with its alphas (L, 7)
-PRESETS                             the seven genotypes that the authors published
+build_backbone(arch, stem, width)   (module, feature_dim); the module takes images (B, 3, H, W) to features h (B, F)
+SearchBackbone(space, width, stem)  the supernet of a space in SPACES, its alphas, and its subnets as slices of it
+build_head(spec, dims)              a chain of the operations in OPS, those of NASiam (arXiv 2302.00059)
+SearchHead(dims)                    the mixture of all operations in each layer, with its alpha (L, 7)
+PRESETS                             the seven genotypes that NASiam's authors published
 
-To add an operation, add a line to OPS; to add a backbone, a function to BACKBONES.
-
-How many heads there are. A layer in -> out has seven names, but not always seven functions (see `distinct_ops`):
-where in > out, `identity` is `linear_relu`; where in < out, five of the seven are the same bare Linear, and the
-activation that is recorded there means nothing. Where in == out, `identity` commutes with its neighbours: only the
-order of the other operations counts. SimSiam's space of 6 + 4 layers so has 7^10 = 282,475,249 names, 103,766,418
-choices that differ layer by layer and 43,333,938 heads that differ as functions (`count_heads`).
+To add a backbone of known blocks, add an entry to BACKBONES; an operation, to OPS; a space, to SPACES. A new kind of
+choice (squeeze-excite, say) is an entry in FIELDS and BlockSpec, a module with its MASKS in a block, a term of `macs`.
 """
 
 import copy
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import chain, pairwise, product
+from itertools import accumulate, chain, count, groupby, pairwise, product
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -30,134 +27,85 @@ from torch.func import functional_call
 from torchvision.models import mobilenetv2, resnet, vision_transformer
 from torchvision.ops import Conv2dNormActivation, StochasticDepth
 
-# ---- backbones ------------------------------------------------------------------------------------------------------
+# ---- architectures: plain data --------------------------------------------------------------------------------------
 
 
-class BasicBlock(resnet.BasicBlock):
-    """torchvision's, of any inner width and kernel."""
-
-    MASKS: ClassVar = {
-        "conv1.weight": "kernel",
-        "conv2.weight": "kernel inner",
-        "bn2.weight": "depth",
-        "bn2.bias": "depth",
-    }
-
-    def __init__(self, i: int, o: int, inner: int, kernel: int, stride: int):
-        super().__init__(i, o, stride, _shortcut(i, o, stride))
-        self.conv1, self.bn1 = _conv(i, inner, kernel, stride), nn.BatchNorm2d(inner)
-        self.conv2 = _conv(inner, o, kernel)
-        nn.init.zeros_(self.bn2.weight)
-
-    @staticmethod
-    def macs(i: int, o: int, inner: int, kernel: int, stride: int, side: int) -> int:
-        out = -(-side // stride)
-        return out**2 * (kernel**2 * inner * (i + o) + i * o * (stride > 1 or i != o))
-
-
-class Bottleneck(resnet.Bottleneck):
-    """torchvision's, of any inner width and kernel; o is four times the planes."""
-
-    MASKS: ClassVar = {
-        "conv2.weight": "kernel inner",
-        "conv3.weight": "inner",
-        "bn3.weight": "depth",
-        "bn3.bias": "depth",
-    }
-
-    def __init__(self, i: int, o: int, inner: int, kernel: int, stride: int):
-        super().__init__(i, o // self.expansion, stride, _shortcut(i, o, stride))
-        self.conv1, self.bn1 = _conv(i, inner, 1), nn.BatchNorm2d(inner)
-        self.conv2, self.bn2 = _conv(inner, inner, kernel, stride), nn.BatchNorm2d(inner)
-        self.conv3 = _conv(inner, o, 1)
-        nn.init.zeros_(self.bn3.weight)
-
-    @staticmethod
-    def macs(i: int, o: int, inner: int, kernel: int, stride: int, side: int) -> int:
-        out = -(-side // stride)
-        shortcut = i * o * (stride > 1 or i != o)
-        return side**2 * i * inner + out**2 * (kernel**2 * inner**2 + inner * o + shortcut)
-
-
-class InvertedResidual(mobilenetv2.InvertedResidual):
-    """torchvision's, of any kernel; inner is i times the expansion."""
-
-    MASKS: ClassVar = {
-        "conv.1.0.weight": "kernel",
-        "conv.2.weight": "inner",
-        "conv.3.weight": "depth",
-        "conv.3.bias": "depth",
-    }
-
-    def __init__(self, i: int, o: int, inner: int, kernel: int, stride: int):
-        super().__init__(i, o, stride, inner / i)
-        self.conv[-3] = Conv2dNormActivation(inner, inner, kernel, stride, groups=inner, activation_layer=nn.ReLU6)
-
-    @staticmethod
-    def macs(i: int, o: int, inner: int, kernel: int, stride: int, side: int) -> int:
-        out = -(-side // stride)
-        return side**2 * i * inner * (inner != i) + out**2 * inner * (kernel**2 + o)
-
-
-def _conv(i: int, o: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(i, o, kernel, stride, kernel // 2, bias=False)
-
-
-class Pointwise(nn.Conv2d):
-    """A 1x1 convolution without bias, of the pixels alone that its stride leaves: the backward of torch's own, strided,
-    corrupts memory on a CPU in channels_last (torch 2.11 and 2.15; 8 channels in, 64 px)."""
-
-    def __init__(self, i: int, o: int, stride: int):
-        super().__init__(i, o, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x[:, :, :: self.stride[0], :: self.stride[1]], self.weight)
-
-
-def _shortcut(i: int, o: int, stride: int) -> nn.Module | None:
-    return nn.Sequential(Pointwise(i, o, stride), nn.BatchNorm2d(o)) if stride > 1 or i != o else None
-
-
-def _kaiming(network: nn.Module) -> None:
-    for m in network.modules():
-        if isinstance(m, nn.Conv2d):
-            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-
-
-BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck, "inverted": InvertedResidual}
-
-
-def _handcrafted(block: str, depth: Sequence[int], inner: Sequence[float]) -> dict:
-    return {"block": block, "depth": list(depth), "inner": list(inner), "kernel": [3] * len(depth)}
-
-
-# An architecture, as it stands in arch.json: the block, and for every stage its depth, the inner width of its blocks
-# (a share of the planes; in inverted blocks a multiple of the input's channels) and their kernel.
-BACKBONES: dict[str, dict] = {
-    "resnet18": _handcrafted("basic", (2, 2, 2, 2), (1.0,) * 4),
-    "resnet34": _handcrafted("basic", (3, 4, 6, 3), (1.0,) * 4),
-    "resnet50": _handcrafted("bottleneck", (3, 4, 6, 3), (1.0,) * 4),
-    "mobilenet_v2": _handcrafted("inverted", (1, 2, 3, 4, 3, 3, 1), (1.0, *(6.0,) * 6)),
-}
-STEMS = {"imagenet": (7, 2, 2), "small": (3, 1, 1)}  # of ResNets: kernel, stride, stride of the pool
-
-
-class Place(NamedTuple):
-    """A block of a network: its stage, channels in, out and inside, kernel and stride."""
+class BlockSpec(NamedTuple):
+    """All that a block is built from; index: its place in its stage, from 0."""
 
     stage: int
-    i: int
-    o: int
+    c_in: int
+    c_out: int
     inner: int
     kernel: int
     stride: int
+    index: int = 0
+
+    @property
+    def reshapes(self) -> bool:
+        return self.stride > 1 or self.c_in != self.c_out
+
+    def strided(self, side: int) -> int:
+        """The side of the feature map that comes out of one that goes in."""
+        return -(-side // self.stride)
+
+
+# What an architecture says of each stage, and of what numbers: type, least, most, whether odd.
+FIELDS = {
+    "depth": (int, 1, 64, False),
+    "inner": ((int, float), 1 / 64, 64, False),  # a share of the planes; of inverted blocks: a multiple of c_in
+    "kernel": (int, 1, 31, True),
+}
+# An architecture, as it stands in arch.json: the block, and for each of FIELDS a list over the stages.
+BACKBONES: dict[str, dict] = {
+    "resnet18": {"block": "basic", "depth": [2, 2, 2, 2], "inner": [1.0] * 4, "kernel": [3] * 4},
+    "resnet34": {"block": "basic", "depth": [3, 4, 6, 3], "inner": [1.0] * 4, "kernel": [3] * 4},
+    "resnet50": {"block": "bottleneck", "depth": [3, 4, 6, 3], "inner": [1.0] * 4, "kernel": [3] * 4},
+    "mobilenet_v2": {
+        "block": "inverted",
+        "depth": [1, 2, 3, 4, 3, 3, 1],
+        "inner": [1.0] + [6.0] * 6,
+        "kernel": [3] * 7,
+    },
+}
+VITS = {"vit_tiny": {"dim": 192, "heads": 3}}
+ARCHS = (*BACKBONES, *VITS)
+
+
+def check_arch(arch: object, source: str = "arch") -> dict:
+    """An architecture as in BACKBONES; else ValueError, which says what is wrong with that of `source`."""
+    if not isinstance(arch, dict) or set(arch) != {"block", *FIELDS}:
+        *names, last = (f'"{name}"' for name in ("block", *FIELDS))
+        raise ValueError(f"{source}: an architecture has {', '.join(names)} and {last}, and nothing else")
+    if not isinstance(arch["block"], str) or arch["block"] not in BLOCKS:
+        raise ValueError(f"{source}: unknown block {arch['block']!r}: choose from {', '.join(BLOCKS)}")
+    stages = 7 if arch["block"] == "inverted" else 4
+    for name, (kind, low, high, odd) in FIELDS.items():
+        values = arch[name] if isinstance(arch[name], list) else []
+        good = [v for v in values if isinstance(v, kind) and not isinstance(v, bool)]  # True is an int
+        good = [v for v in good if low <= v <= high and (v % 2 or not odd)]
+        if not len(good) == len(values) == stages:
+            numbers = "odd numbers" if odd else "numbers"
+            raise ValueError(f'{source}: "{name}" must be a list of {stages} {numbers}, {low:g} to {high:g}')
+    return arch
+
+
+def describe(arch: str | dict) -> str:
+    """A line for a person: depth x inner width, kernel, stage after stage."""
+    if isinstance(arch, str):
+        return arch
+    stages = zip(arch["depth"], arch["inner"], arch["kernel"])
+    return f"{arch['block']} " + " ".join(f"{depth}x{inner:g}k{kernel}" for depth, inner, kernel in stages)
 
 
 class Plan(NamedTuple):
-    """What a network is built of: the stem's channels, kernel, stride and pool, its blocks, the last convolution's."""
+    """What a network is built from."""
 
-    stem: tuple[int, int, int, int]
-    blocks: list[Place]
+    channels: int  # of the stem's convolution
+    kernel: int
+    stride: int
+    pool: int  # stride of the max-pool behind it; 1: none
+    blocks: list[BlockSpec]
     last: int | None  # channels of MobileNetV2's last 1x1 convolution
 
 
@@ -167,37 +115,47 @@ def plan(arch: dict, width: float = 1.0, stem: str = "imagenet") -> Plan:
     stem  "imagenet": a convolution of stride 2, in ResNets 7x7 with a max-pool behind it; "small", for up to 64 px: 3x3
     of stride 1 and no pool, and MobileNetV2 keeps the resolution in its second stage too: 32 px end at 4x4.
     """
-    if arch["block"] == "inverted":
-        divisible = mobilenetv2._make_divisible
-        channels, last = divisible(32 * width, 8), divisible(1280 * max(1.0, width), 8)
-        outs = [divisible(c * width, 8) for c in (16, 24, 32, 64, 96, 160, 320)]
-        strides = [1, 1 if stem == "small" else 2, 2, 2, 1, 2, 1]
-        head = (channels, 3, STEMS[stem][1], 1)
+    inverted = arch["block"] == "inverted"
+    if inverted:
+        divisible = partial(mobilenetv2._make_divisible, divisor=8)
+        channels = divisible(32 * width)
+        kernel, stride, pool = (3, 1, 1) if stem == "small" else (3, 2, 1)
+        c_outs = [divisible(c * width) for c in (16, 24, 32, 64, 96, 160, 320)]
+        strides = [1, stride, 2, 2, 1, 2, 1]
+        last = divisible(1280 * max(1.0, width))  # torchvision never narrows it
     else:
-        channels, last = round(64 * width), None
-        outs = [channels * 2**stage * BLOCKS[arch["block"]].expansion for stage in range(4)]
+        channels = round(64 * width)
+        kernel, stride, pool = (3, 1, 1) if stem == "small" else (7, 2, 2)
+        expansion = BLOCKS[arch["block"]].expansion
+        c_outs = [channels * 2**stage * expansion for stage in range(4)]
         strides = [1, 2, 2, 2]
-        head = (channels, *STEMS[stem])
+        last = None
     blocks = []
-    for stage, (depth, inner, kernel) in enumerate(zip(arch["depth"], arch["inner"], arch["kernel"], strict=True)):
-        for j in range(depth):
-            base = channels if last else outs[stage] // BLOCKS[arch["block"]].expansion
-            stride = strides[stage] if j == 0 else 1
-            blocks.append(Place(stage, channels, outs[stage], max(1, round(base * inner)), kernel, stride))
-            channels = outs[stage]
-    return Plan(head, blocks, last)
+    c_in = channels
+    for stage, c_out in enumerate(c_outs):
+        values = {name: arch[name][stage] for name in FIELDS}
+        ratio = values.pop("inner")
+        for index in range(values.pop("depth")):
+            inner = max(1, round(ratio * (c_in if inverted else c_out // expansion)))
+            block_stride = strides[stage] if index == 0 else 1
+            blocks.append(BlockSpec(stage, c_in, c_out, inner, stride=block_stride, index=index, **values))
+            c_in = c_out
+    return Plan(channels, kernel, stride, pool, blocks, last)
 
 
 def stage_macs(arch: dict, width: float = 1.0, stem: str = "imagenet", size: int = 224) -> list[int]:
     """Multiply-accumulates of the convolutions for one image of size x size pixels, in closed form: of the stem, of
     every stage, and of the last convolution, if there is one."""
-    (channels, kernel, stride, pool), blocks, last = plan(arch, width, stem)
-    side = -(-size // stride)
-    parts, side = [side**2 * kernel**2 * 3 * channels] + [0] * len(arch["depth"]), -(-side // pool)
-    for stage, *shape, stride in blocks:
-        parts[1 + stage] += BLOCKS[arch["block"]].macs(*shape, stride, side)
-        side = -(-side // stride)
-    return parts + ([side**2 * blocks[-1].o * last] if last else [])
+    channels, kernel, stride, pool, blocks, last = plan(arch, width, stem)
+    side = -(-size // stride)  # padded: rounded up
+    parts = [side**2 * kernel**2 * 3 * channels] + [0] * len(arch["depth"])
+    side = -(-side // pool)
+    for spec in blocks:
+        parts[1 + spec.stage] += BLOCKS[arch["block"]].macs(spec, side)
+        side = spec.strided(side)
+    if last:
+        parts.append(side**2 * blocks[-1].c_out * last)
+    return parts
 
 
 def macs(arch: dict, width: float = 1.0, stem: str = "imagenet", size: int = 224) -> int:
@@ -205,11 +163,121 @@ def macs(arch: dict, width: float = 1.0, stem: str = "imagenet", size: int = 224
     return sum(stage_macs(arch, width, stem, size))
 
 
-def new_block(block: str, place: Place, n: int) -> nn.Module:
-    """The n-th block of a network, initialised."""
-    module = BLOCKS[block](*place[1:])
-    _kaiming(module)
+# ---- blocks ---------------------------------------------------------------------------------------------------------
+#
+# MASKS: the choices that mask a parameter of a block in the supernet, see SearchBackbone. Inner channels are masked
+# where the next convolution takes them in, that is after BN and activation: before BN, which undoes any scale, their
+# gates would have no gradients.
+
+
+class BasicBlock(resnet.BasicBlock):
+    """torchvision's, of any inner width and kernel."""
+
+    MASKS: ClassVar = {
+        "conv1.weight": ["kernel"],
+        "conv2.weight": ["kernel", "inner"],
+        "bn2.weight": ["depth"],
+        "bn2.bias": ["depth"],
+    }
+
+    def __init__(self, spec: BlockSpec):
+        super().__init__(spec.c_in, spec.c_out, spec.stride, _shortcut(spec))
+        self.conv1 = _conv(spec.c_in, spec.inner, spec.kernel, spec.stride)
+        self.bn1 = nn.BatchNorm2d(spec.inner)
+        self.conv2 = _conv(spec.inner, spec.c_out, spec.kernel)
+        nn.init.zeros_(self.bn2.weight)
+
+    @staticmethod
+    def macs(spec: BlockSpec, side: int) -> int:
+        convs = spec.kernel**2 * spec.inner * (spec.c_in + spec.c_out)
+        return spec.strided(side) ** 2 * (convs + spec.c_in * spec.c_out * spec.reshapes)
+
+
+class Bottleneck(resnet.Bottleneck):
+    """torchvision's, of any inner width and kernel; c_out: four times the planes."""
+
+    MASKS: ClassVar = {
+        "conv2.weight": ["kernel", "inner"],
+        "conv3.weight": ["inner"],
+        "bn3.weight": ["depth"],
+        "bn3.bias": ["depth"],
+    }
+
+    def __init__(self, spec: BlockSpec):
+        super().__init__(spec.c_in, spec.c_out // self.expansion, spec.stride, _shortcut(spec))
+        self.conv1 = _conv(spec.c_in, spec.inner, 1)
+        self.bn1 = nn.BatchNorm2d(spec.inner)
+        self.conv2 = _conv(spec.inner, spec.inner, spec.kernel, spec.stride)
+        self.bn2 = nn.BatchNorm2d(spec.inner)
+        self.conv3 = _conv(spec.inner, spec.c_out, 1)
+        nn.init.zeros_(self.bn3.weight)
+
+    @staticmethod
+    def macs(spec: BlockSpec, side: int) -> int:
+        convs = spec.kernel**2 * spec.inner**2 + spec.inner * spec.c_out
+        at_output = spec.strided(side) ** 2 * (convs + spec.c_in * spec.c_out * spec.reshapes)
+        return side**2 * spec.c_in * spec.inner + at_output
+
+
+class InvertedResidual(mobilenetv2.InvertedResidual):
+    """torchvision's, of any kernel; inner is c_in times the expansion. An expansion of 1 leaves out the first
+    convolution, which moves the keys: a space must not have it as an option."""
+
+    MASKS: ClassVar = {
+        "conv.1.0.weight": ["kernel"],
+        "conv.2.weight": ["inner"],
+        "conv.3.weight": ["depth"],
+        "conv.3.bias": ["depth"],
+    }
+
+    def __init__(self, spec: BlockSpec):
+        super().__init__(spec.c_in, spec.c_out, spec.stride, spec.inner / spec.c_in)
+        self.conv[-3] = Conv2dNormActivation(
+            spec.inner, spec.inner, spec.kernel, spec.stride, groups=spec.inner, activation_layer=nn.ReLU6
+        )
+
+    @staticmethod
+    def macs(spec: BlockSpec, side: int) -> int:
+        expand = spec.c_in * spec.inner if spec.inner != spec.c_in else 0
+        return side**2 * expand + spec.strided(side) ** 2 * spec.inner * (spec.kernel**2 + spec.c_out)
+
+
+def _conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
+
+
+class Pointwise(nn.Conv2d):
+    """A 1x1 convolution without bias, of the pixels alone that its stride leaves: the backward of torch's own, strided,
+    corrupts memory on a CPU in channels_last (torch 2.11 and 2.15; 8 channels in, 64 px)."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int):
+        super().__init__(c_in, c_out, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x[:, :, :: self.stride[0], :: self.stride[1]], self.weight)
+
+
+def _shortcut(spec: BlockSpec) -> nn.Module | None:
+    if not spec.reshapes:
+        return None
+    return nn.Sequential(Pointwise(spec.c_in, spec.c_out, spec.stride), nn.BatchNorm2d(spec.c_out))
+
+
+BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck, "inverted": InvertedResidual}
+
+
+def _kaiming(module: nn.Module) -> nn.Module:
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
     return module
+
+
+def new_block(block: str, spec: BlockSpec) -> nn.Module:
+    return _kaiming(BLOCKS[block](spec))
+
+
+# ---- networks -------------------------------------------------------------------------------------------------------
 
 
 class ResNet(nn.Module):
@@ -218,42 +286,67 @@ class ResNet(nn.Module):
     The last BN of each residual branch starts at zero, as SimSiam's authors do.
     """
 
-    def __init__(self, arch: dict, width: float = 1.0, stem: str = "imagenet", make: Callable = new_block):
+    def __init__(self, arch: dict, width: float = 1.0, stem: str = "imagenet", make_block: Callable = new_block):
         super().__init__()
-        (channels, kernel, stride, pool), blocks, _ = plan(arch, width, stem)
-        self.conv1, self.bn1 = _conv(3, channels, kernel, stride), nn.BatchNorm2d(channels)
+        channels, kernel, stride, pool, blocks, _ = plan(arch, width, stem)
+        self.conv1 = _conv(3, channels, kernel, stride)
+        self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1) if pool > 1 else nn.Identity()
         for stage in range(4):
-            layer = (make(arch["block"], place, n) for n, place in enumerate(blocks) if place.stage == stage)
+            layer = [make_block(arch["block"], spec) for spec in blocks if spec.stage == stage]
             setattr(self, f"layer{stage + 1}", nn.Sequential(*layer))
-        self.feature_dim = blocks[-1].o
-        self.places = [[f"layer{s + 1}.{j}" for j in range(d)] for s, d in enumerate(arch["depth"])]
+        self.feature_dim = blocks[-1].c_out
         _kaiming(self.conv1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @staticmethod
+    def prefixes(arch: dict) -> list[list[str]]:  # of the keys of each stage's blocks
+        return [[f"layer{stage + 1}.{index}" for index in range(depth)] for stage, depth in enumerate(arch["depth"])]
+
+    def stages(self, x: Tensor) -> list[Tensor]:
+        """The feature maps (B, C, h, w) of the four stages."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return x.mean((2, 3))  # (B, F, h, w) -> (B, F)
+        maps = []
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+            maps.append(x)
+        return maps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stages(x)[-1].mean((2, 3))  # (B, F, h, w) -> (B, F)
 
 
 class MobileNetV2(nn.Module):
     """torchvision's MobileNetV2 (1801.04381) without its classifier; images (B, 3, H, W) -> h (B, F)."""
 
-    def __init__(self, arch: dict, width: float = 1.0, stem: str = "imagenet", make: Callable = new_block):
+    def __init__(self, arch: dict, width: float = 1.0, stem: str = "imagenet", make_block: Callable = new_block):
         super().__init__()
-        (channels, kernel, stride, _), blocks, self.feature_dim = plan(arch, width, stem)
+        channels, kernel, stride, _, blocks, self.feature_dim = plan(arch, width, stem)
         self.features = nn.Sequential(
             Conv2dNormActivation(3, channels, kernel, stride, activation_layer=nn.ReLU6),
-            *(make("inverted", place, n) for n, place in enumerate(blocks)),
-            Conv2dNormActivation(blocks[-1].o, self.feature_dim, 1, activation_layer=nn.ReLU6),
+            *(make_block("inverted", spec) for spec in blocks),
+            Conv2dNormActivation(blocks[-1].c_out, self.feature_dim, 1, activation_layer=nn.ReLU6),
         )
-        names = (f"features.{n}" for n in range(1, len(blocks) + 2))
-        self.places = [[next(names) for _ in range(d)] for d in (*arch["depth"], 1)]  # the last convolution is one more
-        _kaiming(self.features[0]), _kaiming(self.features[-1])
+        self.ends = set(accumulate(arch["depth"]))  # where in `features` a stage ends
+        _kaiming(self.features[0])
+        _kaiming(self.features[-1])
+
+    @staticmethod
+    def prefixes(arch: dict) -> list[list[str]]:  # here the last convolution is one stage more
+        numbers = count(1)  # features.0 is the stem
+        return [[f"features.{next(numbers)}" for _ in range(depth)] for depth in (*arch["depth"], 1)]
+
+    def stages(self, x: Tensor) -> list[Tensor]:
+        """The feature maps (B, C, h, w) of the seven stages, the last one behind the last 1x1 convolution."""
+        maps = []
+        for n, module in enumerate(self.features):
+            x = module(x)
+            if n in self.ends:
+                maps.append(x)
+        return [*maps[:-1], x]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.features(x).mean((2, 3))
+        return self.stages(x)[-1].mean((2, 3))  # (B, F, h, w) -> (B, F)
 
 
 class ViT(nn.Module):
@@ -273,7 +366,7 @@ class ViT(nn.Module):
         self.conv_proj = nn.Conv2d(3, dim, self.patch, self.patch)
         self.encoder = vision_transformer.Encoder(grid**2 + 1, layers, heads, dim, 4 * dim, 0.0, 0.0, norm)
         for block, p in zip(self.encoder.layers, torch.linspace(0, drop_path, layers).tolist()):
-            if p:  # after the attention and after the MLP; neither dropout nor its place has a key
+            if p:  # after the attention and after the MLP, where torchvision has dropout, which has no keys either
                 block.dropout = block.mlp[-1] = StochasticDepth(p, "row")
         self.feature_dim = dim
         fan_in = 3 * self.patch**2
@@ -282,27 +375,37 @@ class ViT(nn.Module):
 
     def tokens(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, 1 + patches, dim), with position embeddings of that size."""
-        if x.shape[2] % self.patch or x.shape[3] % self.patch:
-            raise ValueError(
-                f"views of {x.shape[2]} x {x.shape[3]} px: a ViT needs multiples of its patch, {self.patch}"
-            )
-        x = self.conv_proj(x)
+        height, width = x.shape[2:]
+        if height % self.patch or width % self.patch:
+            raise ValueError(f"views of {height} x {width} px: a ViT needs multiples of its patch, {self.patch}")
+        x = self.conv_proj(x)  # (B, dim, rows, columns)
         rows, columns = x.shape[2:]
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)
         cls, position = self.encoder.pos_embedding.split([1, self.encoder.pos_embedding.shape[1] - 1], 1)
         grid = math.isqrt(position.shape[1])
         if (rows, columns) != (grid, grid):
-            position = position.transpose(1, 2).unflatten(2, (grid, grid))
+            position = position.transpose(1, 2).unflatten(2, (grid, grid))  # (1, dim, grid, grid)
             position = F.interpolate(position, (rows, columns), mode="bicubic").flatten(2).transpose(1, 2)
         return x + torch.cat([cls, position], 1)
 
+    def encode(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, 1 + patches, dim), after the last norm."""
+        return self.encoder.ln(self.encoder.layers(self.tokens(x)))
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.encoder.ln(self.encoder.layers(self.tokens(x)))[:, 0]
+        return self.encode(x)[:, 0]
+
+    def stages(self, x: Tensor) -> list[Tensor]:
+        """One feature map (B, dim, rows, columns): the patches' tokens after the last norm."""
+        rows = x.shape[2] // self.patch
+        patches = self.encode(x)[:, 1:]  # (B, rows * columns, dim)
+        return [patches.transpose(1, 2).unflatten(2, (rows, -1))]
 
     def last_blocks(self, x: Tensor, n: int) -> Tensor:
         """The class tokens after each of the last n blocks, normed, side by side: (B, n dim), as DINO's linear
         evaluation takes them (2104.14294)."""
-        x, out = self.tokens(x), []
+        x = self.tokens(x)
+        out = []
         for k, block in enumerate(self.encoder.layers):
             x = block(x)
             if k >= len(self.encoder.layers) - n:
@@ -310,124 +413,109 @@ class ViT(nn.Module):
         return torch.cat(out, 1)
 
 
-VITS = {"vit_tiny": {"dim": 192, "heads": 3}}
 NETWORKS = {"basic": ResNet, "bottleneck": ResNet, "inverted": MobileNetV2}
-ARCHS = (*BACKBONES, *VITS)
-MOST_PARAMETERS = 2_000_000_000
-
-
-def check_arch(arch: object, source: str = "arch") -> dict:
-    """An architecture as in BACKBONES; else ValueError, which says what is wrong with that of `source`."""
-    if not isinstance(arch, dict) or set(arch) != {"block", "depth", "inner", "kernel"}:
-        raise ValueError(f'{source}: an architecture has "block", "depth", "inner" and "kernel", and nothing else')
-    if not isinstance(arch["block"], str) or arch["block"] not in BLOCKS:
-        raise ValueError(f"{source}: unknown block {arch['block']!r}: choose from {', '.join(BLOCKS)}")
-    stages = 7 if arch["block"] == "inverted" else 4
-    for key, kind, low, high in ("depth", int, 1, 64), ("inner", (int, float), 1 / 64, 64), ("kernel", int, 1, 31):
-        values = arch[key] if isinstance(arch[key], list) else [None]
-        ok = len(values) == stages and all(type(v) is not bool and isinstance(v, kind) for v in values)
-        if not ok or not all(low <= v <= high and (key != "kernel" or v % 2) for v in values):
-            odd = "odd numbers" if key == "kernel" else "numbers"
-            raise ValueError(f'{source}: "{key}" must be a list of {stages} {odd}, {low:g} to {high:g}')
-    return arch
-
-
-def describe(arch: str | dict) -> str:
-    """A line for a person: depth x inner width, kernel, stage after stage."""
-    if isinstance(arch, str):
-        return arch
-    stages = zip(arch["depth"], arch["inner"], arch["kernel"])
-    return f"{arch['block']} " + " ".join(f"{d}x{r:g}k{k}" for d, r, k in stages)
+MAX_PARAMETERS = 2_000_000_000
 
 
 def build_backbone(
     arch: str | dict, stem: str = "imagenet", width: float = 1.0, drop_path: float = 0.0
 ) -> tuple[nn.Module, int]:
-    """(module, feature_dim) of a name in ARCHS or of an architecture as in BACKBONES. Raises ValueError for others."""
+    """(module, feature_dim) of a name in ARCHS or of an architecture as in BACKBONES; width: a factor of all channels.
+
+    Raises ValueError for any other architecture, one of too many parameters, or a drop_path that has no meaning.
+    """
     if isinstance(arch, str) and arch not in ARCHS:
         raise ValueError(f"unknown --arch '{arch}': choose from {', '.join(ARCHS)}")
     if isinstance(arch, str) and arch in VITS:
-        dim, heads = max(1, round(VITS[arch]["dim"] * width / VITS[arch]["heads"])), VITS[arch]["heads"]
-        return ViT(dim * heads, heads, stem=stem, drop_path=drop_path), dim * heads
+        heads = VITS[arch]["heads"]
+        dim = heads * max(1, round(VITS[arch]["dim"] * width / heads))
+        return ViT(dim, heads, stem=stem, drop_path=drop_path), dim
     if drop_path:
         raise ValueError(f"--drop-path {drop_path:g} means nothing to {describe(arch)}: it is for a ViT")
+    spec = BACKBONES[arch] if isinstance(arch, str) else check_arch(arch)
+    network = NETWORKS[spec["block"]]
     if not isinstance(arch, str) or width > 8:  # anyone's numbers: how large would it be?
-        spec = BACKBONES[arch] if isinstance(arch, str) else check_arch(arch)
         with torch.device("meta"):
-            size = sum(p.numel() for p in NETWORKS[spec["block"]](spec, width, stem).parameters())
-        if size > MOST_PARAMETERS:
-            raise ValueError(f"{describe(arch)} x{width:g} has {size:,} parameters, more than {MOST_PARAMETERS:,}")
-    arch = BACKBONES[arch] if isinstance(arch, str) else arch
-    module = NETWORKS[arch["block"]](arch, width, stem)
+            size = sum(p.numel() for p in network(spec, width, stem).parameters())
+        if size > MAX_PARAMETERS:
+            raise ValueError(f"{describe(arch)} x{width:g} has {size:,} parameters, more than {MAX_PARAMETERS:,}")
+    module = network(spec, width, stem)
     return module, module.feature_dim
 
 
 # ---- searchable backbones -------------------------------------------------------------------------------------------
 
 
-class Space(NamedTuple):
-    """Architectures with every choice made anew in each of some stages; the other stages are the handcrafted one's."""
+@dataclass(frozen=True)
+class Space:
+    """Architectures with every choice made anew in each of some stages; the rest is as in a handcrafted one.
+
+    choices: values for some of FIELDS, the largest last.
+    """
 
     handcrafted: str
     stages: tuple[int, ...]
-    depth: tuple[int, ...]
-    inner: tuple[float, ...]
-    kernel: tuple[int, ...]
+    choices: dict[str, tuple] = field(hash=False)
 
     @property
-    def options(self) -> list[tuple[int, float, int]]:
-        """All (depth, inner, kernel) of a stage, the largest last: O of them."""
-        return list(product(self.depth, self.inner, self.kernel))
+    def options(self) -> list[tuple]:
+        """All combinations of a stage's choices, the largest last: O of them."""
+        return list(product(*self.choices.values()))
 
     def arch(self, choice: Sequence[int]) -> dict:
         """The architecture with the choice[s]-th option in the s-th searched stage."""
         arch = copy.deepcopy(BACKBONES[self.handcrafted])
-        for stage, o in zip(self.stages, choice, strict=True):
-            arch["depth"][stage], arch["inner"][stage], arch["kernel"][stage] = self.options[o]
+        options = self.options
+        for stage, option in zip(self.stages, choice, strict=True):
+            for name, value in zip(self.choices, options[option]):
+                arch[name][stage] = value
         return arch
 
     def choice(self, arch: str | dict) -> list[int] | None:
         """The choice that makes up an architecture; None where it is no point of the space."""
         arch = BACKBONES[arch] if isinstance(arch, str) else arch
         try:
-            choice = [self.options.index((arch["depth"][s], arch["inner"][s], arch["kernel"][s])) for s in self.stages]
-        except (ValueError, IndexError):
+            options = [tuple(arch[name][stage] for name in self.choices) for stage in self.stages]
+            choice = [self.options.index(option) for option in options]
+        except (ValueError, IndexError):  # no such option, or fewer stages
             return None
         return choice if self.arch(choice) == arch else None
 
     def costs(self, width: float, stem: str, size: int) -> tuple[int, Tensor]:
-        """(base, (S, O)): MACs of the smallest network, and what each option adds to it, which is independent of the
-        other stages since widths between stages are fixed: a network's MACs are base + the sum of its choices'."""
+        """(base, table (S, O)): MACs of the smallest network, and what each option adds to it, which is independent of
+        the other stages since widths between stages are fixed: a network's MACs are base + the sum of its choices'."""
         smallest = [0] * len(self.stages)
         base = macs(self.arch(smallest), width, stem, size)
         table = torch.zeros(len(self.stages), len(self.options), dtype=torch.float64)
-        for s, o in product(range(len(self.stages)), range(len(self.options))):
-            choice = [o if stage == s else 0 for stage in range(len(self.stages))]
-            table[s, o] = macs(self.arch(choice), width, stem, size) - base
+        for s, option in product(range(len(self.stages)), range(len(self.options))):
+            choice = list(smallest)
+            choice[s] = option
+            table[s, option] = macs(self.arch(choice), width, stem, size) - base
         return base, table
 
 
+RESNET_CHOICES = {"depth": (1, 2, 3, 4), "inner": (0.25, 0.5, 0.75, 1.0), "kernel": (3, 5)}
+MOBILENET_CHOICES = {"depth": (1, 2, 3, 4), "inner": (2.0, 4.0, 6.0), "kernel": (3, 5, 7)}
 # ResNet18 and MobileNetV2 are points of their spaces; ResNet50, with its stage of 6 blocks, is not.
 SPACES: dict[str, Space] = {
-    "resnet": Space("resnet18", (0, 1, 2, 3), (1, 2, 3, 4), (0.25, 0.5, 0.75, 1.0), (3, 5)),
-    "bottleneck": Space("resnet50", (0, 1, 2, 3), (1, 2, 3, 4), (0.25, 0.5, 0.75, 1.0), (3, 5)),
-    "mobilenet": Space("mobilenet_v2", (1, 2, 3, 4, 5), (1, 2, 3, 4), (2.0, 4.0, 6.0), (3, 5, 7)),
+    "resnet": Space("resnet18", (0, 1, 2, 3), RESNET_CHOICES),
+    "bottleneck": Space("resnet50", (0, 1, 2, 3), RESNET_CHOICES),
+    "mobilenet": Space("mobilenet_v2", (1, 2, 3, 4, 5), MOBILENET_CHOICES),
 }
 BAND = 0.95, 1.0  # a network meets its target with MACs in this band of it
 
 
 class Choices(nn.Module):
-    """Alphas (S, options) of depth, inner width and kernel, and the gates sampled last: one-hot, of the same shapes.
+    """An alpha (S, options) for each choice of a space, and the gates sampled last: one-hot, of the same shapes.
 
-    A copy is the thing itself: a momentum twin has the student's alphas and takes its gates.
+    A copy is the same object: a momentum teacher has the student's alphas and takes its gates.
     """
 
     def __init__(self, space: Space):
         super().__init__()
         self.space = space
-        self.depth_alpha, self.inner_alpha, self.kernel_alpha = (
-            nn.Parameter(torch.zeros(len(space.stages), len(options))) for options in space[2:]
-        )
+        for name, values in space.choices.items():
+            setattr(self, f"{name}_alpha", nn.Parameter(torch.zeros(len(space.stages), len(values))))
         self.set_largest()
 
     def __deepcopy__(self, memo):
@@ -437,64 +525,69 @@ class Choices(nn.Module):
     def largest(self) -> list[int]:
         return [len(self.space.options) - 1] * len(self.space.stages)
 
-    def alphas(self) -> list[nn.Parameter]:
-        return [self.depth_alpha, self.inner_alpha, self.kernel_alpha]
+    def alphas(self) -> dict[str, nn.Parameter]:
+        return {name: self.get_parameter(f"{name}_alpha") for name in self.space.choices}
 
     def sample(self, tau: float, rng: np.random.Generator) -> None:
-        """Gates from a Gumbel softmax of temperature tau, hard, with straight-through gradients where alphas have any.
-
-        The noise comes from the host, in one copy, so that ranks and devices sample the same.
-        """
+        """Gates from a Gumbel softmax of temperature tau (1611.01144), hard, with straight-through gradients where
+        alphas have any. The noise comes from the host, in one copy, so that ranks and devices sample the same."""
         alphas = self.alphas()
-        noise = rng.gumbel(size=(len(alphas[0]), sum(a.shape[1] for a in alphas)))
-        noise, device = torch.from_numpy(noise).to(alphas[0].dtype), alphas[0].device
-        noise = noise.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else noise.to(device)
-        self.gates, self.known = [], None
-        for alpha, own in zip(alphas, noise.split([a.shape[1] for a in alphas], 1)):
-            soft = ((alpha + own) / tau).softmax(1)
+        sizes = [alpha.shape[1] for alpha in alphas.values()]
+        first = next(iter(alphas.values()))
+        noise = torch.from_numpy(rng.gumbel(size=(len(first), sum(sizes)))).to(first.dtype)
+        if first.device.type == "cuda":
+            noise = noise.pin_memory()  # from pageable memory the host would wait for the copy
+        noise = noise.to(first.device, non_blocking=True)
+        self.gates = {}
+        self.known_choice = None
+        for (name, alpha), gumbel in zip(alphas.items(), noise.split(sizes, 1)):
+            soft = ((alpha + gumbel) / tau).softmax(1)
             hard = F.one_hot(soft.argmax(1), soft.shape[1]).to(soft.dtype)
-            self.gates.append(hard + (soft - soft.detach()) if alpha.requires_grad else hard)
+            self.gates[name] = hard + (soft - soft.detach()) if alpha.requires_grad else hard
 
     def set(self, choice: Sequence[int]) -> None:
-        """Gates of one option a stage."""
-        options = torch.unravel_index(torch.tensor(choice), [a.shape[1] for a in self.alphas()])
-        self.gates = [F.one_hot(o, a.shape[1]).to(a) for o, a in zip(options, self.alphas())]
-        self.known = list(choice)
+        """Gates of one option a stage; copies nothing to a GPU."""
+        self.gates = {name: torch.zeros_like(alpha, requires_grad=False) for name, alpha in self.alphas().items()}
+        values = list(product(*(range(gate.shape[1]) for gate in self.gates.values())))
+        for row, option in enumerate(choice):
+            for gate, value in zip(self.gates.values(), values[option]):
+                gate[row, value] = 1.0
+        self.known_choice = list(choice)
 
     def set_largest(self) -> None:
-        """Gates of the largest network; unlike `set` it copies nothing to a GPU."""
-        last = [torch.arange(a.shape[1], device=a.device) == a.shape[1] - 1 for a in self.alphas()]
-        self.gates = [one.to(a).expand_as(a) for one, a in zip(last, self.alphas())]
-        self.known = self.largest
+        self.set(self.largest)
 
     def choice(self) -> list[int]:
         """The options that the gates hold now, as Space.arch takes them; of sampled ones it waits for the device."""
-        if self.known is None:
-            d, r, k = (gate.argmax(1) for gate in self.gates)
-            self.known = ((d * self.inner_alpha.shape[1] + r) * self.kernel_alpha.shape[1] + k).tolist()
-        return self.known
+        if self.known_choice is None:
+            option = 0
+            for gate in self.gates.values():
+                option = option * gate.shape[1] + gate.argmax(1)
+            self.known_choice = option.tolist()
+        return self.known_choice
 
     def log_probabilities(self) -> Tensor:
-        """(S, O): of every option, the sum over its depth, inner width and kernel, which are independent."""
-        d, r, k = (alpha.log_softmax(1) for alpha in self.alphas())
-        return (d[:, :, None, None] + r[:, None, :, None] + k[:, None, None, :]).flatten(1)
+        """(S, O): of every option, the sum over its choices, which are independent."""
+        total, *others = (alpha.log_softmax(1) for alpha in self.alphas().values())
+        for other in others:
+            total = (total[:, :, None] + other[:, None, :]).flatten(1)
+        return total
 
     def expected_macs(self, base: int, table: Tensor) -> Tensor:
         """E[MACs] under the alphas, in closed form and differentiable; (base, table) from Space.costs, on the alphas'
         device."""
-        p = self.log_probabilities().exp()
-        return base + (p * table).sum()
+        return base + (self.log_probabilities().exp() * table).sum()
 
 
 class SearchBackbone(nn.Module):
-    """The largest network of a space, used in part: every choice is a mask on its weights (2203.08130; design ours).
+    """The supernet: the largest network of a space, of which every choice masks part (2203.08130; the design is ours).
 
-    A kernel is the centre of the largest; inner channels are the first ones, masked where the next convolution takes
-    them in, that is after BN and activation; a block that depth leaves out has its last BN at zero. So the masked
-    network costs what the largest costs, every option gets a gradient, and what is left out changes nothing: the
-    network cut out of the weights gives the same numbers but for the order of sums. Gates with gradients run the
-    masked network, whose shapes never change, as a compiler wants it; gates without run the cut, at its own cost, and
-    blocks that it leaves out have no gradient, so that no optimiser moves them.
+    A kernel is the centre of the largest, inner channels are the first ones, and a block that depth leaves out has its
+    last BN at zero. So the masked network costs what the largest costs, every option gets a gradient, and what is left
+    out changes nothing: a subnet, sliced out of the weights, gives the same numbers but for the order of sums.
+
+    Gates with gradients run the masked network, whose shapes never change, as a compiler wants it. Gates without run
+    the subnet, at its own cost; weights outside it have no gradient, so that no optimiser moves them.
     """
 
     def __init__(self, space: Space, width: float = 1.0, stem: str = "imagenet"):
@@ -502,99 +595,111 @@ class SearchBackbone(nn.Module):
         self.space, self.width, self.stem = space, width, stem
         self.choices = Choices(space)
         arch = space.arch(self.choices.largest)
-        self.largest, self.feature_dim = build_backbone(arch, stem, width)
-        kernel = max(space.kernel)
-        away = (torch.arange(kernel) - kernel // 2).abs()
-        away = torch.maximum(away[:, None], away)
-        self._constant("kernel_masks", away <= torch.tensor(space.kernel)[:, None, None] // 2)  # (options, k, k)
-        inner = {o: plan(arch | {"inner": self._inner(o)}, width, stem).blocks for o in space.inner}
-        for n, (prefix, place) in enumerate(zip(chain(*self.largest.places), inner[space.inner[-1]])):
-            if place.stage in space.stages:
-                counts = torch.tensor([blocks[n].inner for blocks in inner.values()])
-                mask = torch.arange(place.inner) < counts[:, None]
-                self._constant(f"inner_masks_{prefix.replace('.', '_')}", mask)  # (options, inner)
+        self.supernet, self.feature_dim = build_backbone(arch, stem, width)
+        shapes = {choice: [self._shapes(choice, value) for value in values] for choice, values in space.choices.items()}
+        rows = {prefix: row for row, s in enumerate(space.stages) for prefix in self.supernet.prefixes(arch)[s]}
+        self.masked = []  # what the n-th buffer of masks is for: (row of the gates, choice, parameter, shape)
+        for prefix, row in rows.items():
+            block = self.supernet.get_submodule(prefix)
+            for name, parameter in block.named_parameters():
+                for choice in block.MASKS.get(name, []):
+                    if choice in space.choices:
+                        masks = _masks([small.get(f"{prefix}.{name}") for small in shapes[choice]], parameter.shape)
+                        # flat: Module.to(channels_last) refuses tensors of five dimensions
+                        self.register_buffer(f"masks_{len(self.masked)}", masks.flatten(0, -2), persistent=False)
+                        self.masked.append((row, choice, f"{prefix}.{name}", masks.shape[:-1]))
 
-    def _inner(self, value: float) -> list[float]:
-        fixed = BACKBONES[self.space.handcrafted]["inner"]
-        return [value if s in self.space.stages else r for s, r in enumerate(fixed)]
-
-    def _constant(self, name: str, mask: Tensor) -> None:
-        self.register_buffer(name, mask.float(), persistent=False)
+    def _shapes(self, choice: str, value: float) -> dict[str, torch.Size]:
+        """By the supernet's names: of the parameters of the subnet that is the largest in all but one choice."""
+        option = tuple(value if name == choice else values[-1] for name, values in self.space.choices.items())
+        network, names = self.skeleton([self.space.options.index(option)] * len(self.space.stages))
+        return {names[name]: parameter.shape for name, parameter in network.named_parameters()}
 
     def masked_weights(self) -> dict[str, Tensor]:
-        """The largest network's parameters under the gates, by name: those that a choice touches."""
-        out = {}
-        for stage, depth, inner, kernel in zip(self.space.stages, *self.choices.gates):
-            kernel = torch.einsum("o,oxy->xy", kernel, self.kernel_masks)
-            for j, prefix in enumerate(self.largest.places[stage]):
-                block = self.largest.get_submodule(prefix)
-                channels = inner @ getattr(self, f"inner_masks_{prefix.replace('.', '_')}")
-                on = sum(gate for gate, d in zip(depth, self.space.depth) if d > j)
-                masks = {"kernel": kernel, "inner": channels[:, None, None], "depth": on}
-                for name, kinds in block.MASKS.items():
-                    if kinds == "depth" and j < self.space.depth[0]:
-                        continue  # never left out
-                    weight = block.get_parameter(name)
-                    for kind in kinds.split():
-                        weight = weight * masks[kind]
-                    out[f"{prefix}.{name}"] = weight
-        return out
+        """The supernet's parameters under the gates, by name: those that a choice touches."""
+        weights = {}
+        for n, (row, choice, name, size) in enumerate(self.masked):
+            masks = getattr(self, f"masks_{n}")  # (elements, options)
+            # a matrix product would round the gates' gradients under autocast
+            mask = (masks * self.choices.gates[choice][row]).sum(-1).view(size)
+            weights[name] = weights.get(name, self.supernet.get_parameter(name)) * mask
+        return weights
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.choices.gates[0].requires_grad:
-            return functional_call(self.largest, self.masked_weights(), x)
-        network, _ = self.skeleton(self.choices.choice())
+        if any(gate.requires_grad for gate in self.choices.gates.values()):
+            return functional_call(self.supernet, self.masked_weights(), x)
+        choice = self.choices.choice()
+        network, _ = self.skeleton(choice)
         network.train(self.training)
-        return functional_call(network, self.slices(self.choices.choice()), x)
+        return functional_call(network, self.slices(choice), x)
 
     def skeleton(self, choice: Sequence[int]) -> tuple[nn.Module, dict[str, str]]:
-        synced = any(isinstance(m, nn.SyncBatchNorm) for m in self.largest.modules())
-        return _skeleton(self.space, tuple(choice), self.stem, self.width, synced)
+        """(the subnet without memory, its names -> those of the same things in the supernet)"""
+        synced = any(isinstance(m, nn.SyncBatchNorm) for m in self.supernet.modules())
+        return _skeleton(self.space, tuple(choice), self.width, self.stem, synced)
 
     def slices(self, choice: Sequence[int]) -> dict[str, Tensor]:
-        """Views of the largest network's parameters and buffers that make up a network of the space, by its names."""
+        """Views of the supernet's parameters and buffers that make up a subnet, by its names."""
         network, names = self.skeleton(choice)
-        full = dict(chain(self.largest.named_parameters(), self.largest.named_buffers()))
-        out = {}
-        for name, small in chain(network.named_parameters(), network.named_buffers()):
-            big = full[names[name]]
-            for dim, n in enumerate(small.shape):
-                if n < big.shape[dim]:
-                    big = big.narrow(dim, (big.shape[dim] - n) // 2 if dim > 1 else 0, n)
-            out[name] = big
-        return out
+        supernet = dict(chain(self.supernet.named_parameters(), self.supernet.named_buffers()))
+        own = chain(network.named_parameters(), network.named_buffers())
+        return {name: _slice(supernet[names[name]], tensor.shape) for name, tensor in own}
 
-    def cut(self, choice: Sequence[int]) -> nn.Module:
+    def subnet(self, choice: Sequence[int]) -> nn.Module:
         """A network of the space with a copy of its part of the weights; its BN statistics want `recalibrate`."""
         network, _ = build_backbone(self.space.arch(choice), self.stem, self.width)
-        network.to(self.largest.get_parameter(next(iter(network.state_dict()))))  # device and precision
+        network.to(next(self.supernet.parameters()))  # device and precision
         network.load_state_dict(self.slices(choice))
         return network
 
 
+def _slice(large: Tensor, shape: Sequence[int]) -> Tensor:
+    """The part of a supernet's tensor that a subnet has: of channels the first ones, of a kernel the centre."""
+    for dim, n in enumerate(shape):
+        if n < large.shape[dim]:
+            start = (large.shape[dim] - n) // 2 if dim > 1 else 0
+            large = large.narrow(dim, start, n)
+    return large
+
+
+def _masks(small: list[Sequence[int] | None], large: Sequence[int]) -> Tensor:
+    """(..., options): ones where the slice of shape small[option] lies, zeros elsewhere; None: nothing of it is used.
+
+    Of size 1 along dimensions where all options have all, and along what the parameter puts out: see MASKS.
+    """
+    least = [min(sizes) for sizes in zip(*filter(None, small))]
+    size = [n if dim > 0 and n > least[dim] else 1 for dim, n in enumerate(large)]
+    masks = torch.zeros(*size, len(small))
+    for option, shape in enumerate(small):
+        if shape is not None:
+            _slice(masks[..., option], [min(n, most) for n, most in zip(shape, size)]).fill_(1)
+    return masks
+
+
+# A search visits a new subnet nearly every step, so blocks, which take long to make, are kept for the next. A block's
+# spec says which block of its stage it is, so no network holds one twice.
 @lru_cache(maxsize=4096)
-def _meta_block(block: str, place: Place, n: int) -> nn.Module:
+def _meta_block(block: str, spec: BlockSpec) -> nn.Module:
     with torch.device("meta"):
-        return BLOCKS[block](*place[1:])
+        return BLOCKS[block](spec)
 
 
 @lru_cache(maxsize=256)
 def _skeleton(
-    space: Space, choice: tuple[int, ...], stem: str, width: float, synced: bool
+    space: Space, choice: tuple[int, ...], width: float, stem: str, synced: bool
 ) -> tuple[nn.Module, dict[str, str]]:
-    """(network without memory, its names -> those of the same things in the largest network); synced: BN over ranks.
-
-    A search visits a new network nearly every step, so blocks, which take long to make, are kept for the next.
-    """
-    archs = space.arch(choice), space.arch([-1] * len(choice))
+    """See SearchBackbone.skeleton; synced: with BN over ranks."""
+    arch = space.arch(choice)
     with torch.device("meta"):
-        small, big = (NETWORKS[arch["block"]](arch, width, stem, _meta_block) for arch in archs)
-    renamed = {a: b for ours, theirs in zip(small.places, big.places) for a, b in zip(ours, theirs)}
+        network = NETWORKS[arch["block"]](arch, width, stem, _meta_block)
+    renamed = {}
+    for own, supernets in zip(network.prefixes(arch), network.prefixes(space.arch([-1] * len(choice)))):
+        renamed.update(zip(own, supernets))
     names = {}
-    for name, _ in chain(small.named_parameters(), small.named_buffers()):
-        head = ".".join(name.split(".")[:2])
-        names[name] = renamed.get(head, head) + name[len(head) :]
-    return (nn.SyncBatchNorm.convert_sync_batchnorm(small) if synced else small), names
+    for name, _ in chain(network.named_parameters(), network.named_buffers()):
+        prefix = ".".join(name.split(".")[:2])
+        names[name] = renamed.get(prefix, prefix) + name[len(prefix) :]
+    return (nn.SyncBatchNorm.convert_sync_batchnorm(network) if synced else network), names
 
 
 def derive(scores: Tensor, base: int, table: Tensor, target: float) -> list[int]:
@@ -603,36 +708,44 @@ def derive(scores: Tensor, base: int, table: Tensor, target: float) -> list[int]
     With scores = log probabilities the likeliest network that meets the target; each stage's own argmax would miss it.
     Raises ValueError where no network does.
     """
-    scores, table = scores.detach().double().cpu(), table.cpu()
-    score, cost = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    for s in range(1, len(table)):  # all choices of all stages but the first
-        score = (score[:, None] + scores[s]).flatten()
-        cost = (cost[:, None] + table[s]).flatten()
-    best, best_choice = -math.inf, None
-    for o in range(table.shape[1]):
-        total = base + table[0, o] + cost
-        good = torch.where((total >= BAND[0] * target) & (total <= BAND[1] * target), score, -math.inf)
-        n = int(good.argmax())
-        if good[n] + scores[0, o] > best:
-            rest = torch.unravel_index(torch.tensor(n), [table.shape[1]] * (len(table) - 1))
-            best, best_choice = float(good[n] + scores[0, o]), [o, *map(int, rest)]
-    if best_choice is None:
-        low, high = base, base + float(table.max(1).values.sum())
-        raise ValueError(
-            f"no network of the space has {BAND[0]:g} to {BAND[1]:g} of {target / 1e6:.4g} MMACs: they go from "
-            f"{low / 1e6:.4g} to {high / 1e6:.4g} MMACs"
-        )
-    return best_choice
+    scores = scores.detach().double().cpu()
+    table = table.cpu()
+    stages, options = table.shape
+    low, high = BAND[0] * target, BAND[1] * target
+    # all combinations of all stages but the first: with that one too they would take O times the memory
+    rest_score = torch.zeros(1, dtype=torch.float64)
+    rest_cost = torch.zeros(1, dtype=torch.float64)
+    for s in range(1, stages):
+        rest_score = (rest_score[:, None] + scores[s]).flatten()
+        rest_cost = (rest_cost[:, None] + table[s]).flatten()
+    best, best_score = None, -math.inf
+    for first in range(options):
+        cost = base + table[0, first] + rest_cost
+        score = torch.where((cost >= low) & (cost <= high), rest_score, -math.inf)
+        rest = score.argmax()
+        total = float(score[rest] + scores[0, first])
+        if total > best_score:
+            best_score = total
+            best = [first, *map(int, torch.unravel_index(rest, [options] * (stages - 1)))]
+    if best is None:
+        largest = base + float(table.max(1).values.sum())
+        wanted = f"{BAND[0]:g} to {BAND[1]:g} of {target / 1e6:.4g} MMACs"
+        have = f"they go from {base / 1e6:.4g} to {largest / 1e6:.4g} MMACs"
+        raise ValueError(f"no network of the space has {wanted}: {have}")
+    return best
 
 
 def random_choice(base: int, table: Tensor, target: float, generator: torch.Generator) -> list[int]:
-    """A choice drawn evenly from those whose MACs lie in BAND of the target (there must be one: see `derive`)."""
+    """A choice drawn evenly from those whose MACs lie in BAND of the target. Raises ValueError where there is none."""
+    table = table.cpu()
+    stages, options = table.shape
     while True:
-        choices = torch.randint(table.shape[1], (4096, len(table)), generator=generator)
-        total = base + table.cpu()[torch.arange(len(table)), choices].sum(1)
-        good = choices[(total >= BAND[0] * target) & (total <= BAND[1] * target)]
+        choices = torch.randint(options, (4096, stages), generator=generator)
+        cost = base + table[torch.arange(stages), choices].sum(1)
+        good = choices[(cost >= BAND[0] * target) & (cost <= BAND[1] * target)]
         if len(good):
             return good[0].tolist()
+        derive(table, base, table, target)  # raises
 
 
 @torch.no_grad()
@@ -642,13 +755,15 @@ def recalibrate(module: nn.Module, batches: Iterable, forward: Callable | None =
     forward: what takes a batch, by default the module itself.
     """
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta, training, seen = [m.momentum for m in norms], module.training, dict.fromkeys(norms, 0)
+    momenta = [m.momentum for m in norms]
+    training = module.training
+    calls = dict.fromkeys(norms, 0)
 
-    def count(m, _):  # a plain average; with momentum None a BN reads its count of batches back from a GPU each time
-        seen[m] += 1
-        m.momentum = 1 / seen[m]
+    def average(norm, _):  # momentum None averages too, but then BN reads its count back from a GPU each time
+        calls[norm] += 1
+        norm.momentum = 1 / calls[norm]
 
-    hooks = [m.register_forward_pre_hook(count) for m in norms]
+    hooks = [m.register_forward_pre_hook(average) for m in norms]
     for m in norms:
         m.reset_running_stats()
     module.train()
@@ -663,71 +778,62 @@ def recalibrate(module: nn.Module, batches: Iterable, forward: Callable | None =
 # ---- heads ----------------------------------------------------------------------------------------------------------
 
 
-def _linear(activation):
+def _linear(activation: type[nn.Module], in_dim: int, out_dim: int) -> nn.Module:
     """Linear, BN, activation; where the layer widens, a bare Linear."""
-
-    def build(i, o):
-        return nn.Linear(i, o) if i < o else nn.Sequential(nn.Linear(i, o, bias=False), nn.BatchNorm1d(o), activation())
-
-    return build
+    if in_dim < out_dim:
+        return nn.Linear(in_dim, out_dim)
+    return nn.Sequential(nn.Linear(in_dim, out_dim, bias=False), nn.BatchNorm1d(out_dim), activation())
 
 
-def _fit(i, o):
-    """What brings i features to o ahead of an operation that itself keeps their number."""
-    return [] if i == o else [_linear(nn.ReLU)(i, o)]
+def _identity(in_dim: int, out_dim: int) -> nn.Sequential:
+    """Nothing, where the layer keeps the number of features; else what brings them to out_dim."""
+    return nn.Sequential() if in_dim == out_dim else nn.Sequential(_linear(nn.ReLU, in_dim, out_dim))
 
 
-class FeaturePool(nn.Module):
-    """Pooling of window 3, stride 1, padding 1 along the feature axis of (B, C); the average counts the padding."""
-
-    def __init__(self, pool: type[nn.Module]):
-        super().__init__()
-        self.pool = pool(3, 1, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pool(x[:, None])[:, 0]  # (B, C) -> (B, 1, C) -> (B, C)
+def _pool(pool: type[nn.Module], in_dim: int, out_dim: int) -> nn.Sequential:
+    """Pooling along the features, the average with the padding: torch takes (B, F) for B channels of length F."""
+    return nn.Sequential(*_identity(in_dim, out_dim), pool(3, 1, 1), nn.BatchNorm1d(out_dim))
 
 
-def _pool(pool):
-    return lambda i, o: nn.Sequential(*_fit(i, o), FeaturePool(pool), nn.BatchNorm1d(o))
-
-
-OPS: dict[str, Callable[[int, int], nn.Module]] = {  # (in, out) -> module on (B, in); 2302.00059, as its code has them
-    "maxpool_3x3": _pool(nn.MaxPool1d),
-    "avgpool_3x3": _pool(nn.AvgPool1d),
-    "identity": lambda i, o: nn.Sequential(*_fit(i, o)),
-    "linear_relu": _linear(nn.ReLU),
-    "linear_silu": _linear(nn.SiLU),
-    "linear_hardswish": _linear(nn.Hardswish),
-    "linear_elu": _linear(nn.ELU),
+OPS: dict[str, Callable[[int, int], nn.Module]] = {  # (in_dim, out_dim) -> module; 2302.00059, as its code has them
+    "maxpool_3x3": partial(_pool, nn.MaxPool1d),
+    "avgpool_3x3": partial(_pool, nn.AvgPool1d),
+    "identity": _identity,
+    "linear_relu": partial(_linear, nn.ReLU),
+    "linear_silu": partial(_linear, nn.SiLU),
+    "linear_hardswish": partial(_linear, nn.Hardswish),
+    "linear_elu": partial(_linear, nn.ELU),
 }
+
+
+def _genotype(ops: str) -> list[str]:
+    """Names of OPS from the authors' shorter ones."""
+    return [op if op in OPS else f"linear_{op}" for op in ops.split()]
+
 
 PRESETS: dict[str, dict[str, list[str]]] = {
-    name: {head: [OP if OP in OPS else "linear_" + OP for OP in ops.split()] for head, ops in heads.items()}
-    for name, heads in {
-        "simsiam_cifar10_resnet18": {
-            "projector": "relu silu elu identity identity relu",
-            "predictor": "hardswish avgpool_3x3 avgpool_3x3 hardswish",
-        },
-        "simsiam_cifar10_resnet50": {
-            "projector": "silu hardswish hardswish hardswish silu silu",
-            "predictor": "hardswish hardswish avgpool_3x3 silu",
-        },
-        "simsiam_cifar100_resnet50": {
-            "projector": "identity silu silu elu silu elu",
-            "predictor": "elu elu elu hardswish",
-        },
-        "moco_cifar10_resnet18": {"projector": "avgpool_3x3 avgpool_3x3 avgpool_3x3 avgpool_3x3"},
-        "moco_cifar100_resnet18": {"projector": "avgpool_3x3 avgpool_3x3 avgpool_3x3 avgpool_3x3"},
-        "moco_cifar10_resnet50": {"projector": "identity avgpool_3x3 avgpool_3x3 avgpool_3x3"},
-        "simclr_cifar10_resnet50": {"projector": "hardswish hardswish avgpool_3x3 relu relu relu"},
-    }.items()
+    "simsiam_cifar10_resnet18": {
+        "projector": _genotype("relu silu elu identity identity relu"),
+        "predictor": _genotype("hardswish avgpool_3x3 avgpool_3x3 hardswish"),
+    },
+    "simsiam_cifar10_resnet50": {
+        "projector": _genotype("silu hardswish hardswish hardswish silu silu"),
+        "predictor": _genotype("hardswish hardswish avgpool_3x3 silu"),
+    },
+    "simsiam_cifar100_resnet50": {
+        "projector": _genotype("identity silu silu elu silu elu"),
+        "predictor": _genotype("elu elu elu hardswish"),
+    },
+    "moco_cifar10_resnet18": {"projector": _genotype("avgpool_3x3 avgpool_3x3 avgpool_3x3 avgpool_3x3")},
+    "moco_cifar100_resnet18": {"projector": _genotype("avgpool_3x3 avgpool_3x3 avgpool_3x3 avgpool_3x3")},
+    "moco_cifar10_resnet50": {"projector": _genotype("identity avgpool_3x3 avgpool_3x3 avgpool_3x3")},
+    "simclr_cifar10_resnet50": {"projector": _genotype("hardswish hardswish avgpool_3x3 relu relu relu")},
 }
 
 
-def head_dims(layers: int, i: int, hidden: int, o: int) -> list[int]:
-    """L + 1 feature counts of a head of L layers: in, then hidden, and out at the end."""
-    return [i] + [hidden] * (layers - 1) + [o]
+def head_dims(layers: int, in_dim: int, hidden: int, out_dim: int) -> list[int]:
+    """Numbers of features before, between and after the layers of a head: layers + 1 of them."""
+    return [in_dim] + [hidden] * (layers - 1) + [out_dim]
 
 
 def build_head(spec: Sequence[str], dims: Sequence[int]) -> nn.Sequential:
@@ -737,7 +843,7 @@ def build_head(spec: Sequence[str], dims: Sequence[int]) -> nn.Sequential:
     unknown = [name for name in spec if name not in OPS]
     if unknown:
         raise ValueError(f"unknown operation {unknown[0]!r} in a head: choose from {', '.join(OPS)}")
-    return nn.Sequential(*(OPS[name](i, o) for name, i, o in zip(spec, dims, dims[1:])))
+    return nn.Sequential(*(OPS[name](*layer) for name, layer in zip(spec, pairwise(dims))))
 
 
 class SearchHead(nn.Module):
@@ -747,7 +853,7 @@ class SearchHead(nn.Module):
         super().__init__()
         self.dims = list(dims)
         self.alpha = nn.Parameter(torch.zeros(len(dims) - 1, len(OPS)))
-        self.layers = nn.ModuleList(nn.ModuleList(op(i, o) for op in OPS.values()) for i, o in pairwise(dims))
+        self.layers = nn.ModuleList(nn.ModuleList(op(*layer) for op in OPS.values()) for layer in pairwise(dims))
 
     def forward(self, x: Tensor) -> Tensor:  # to join the Linears of a layer in one product was no faster
         for ops, weights in zip(self.layers, self.alpha.softmax(1)):
@@ -765,16 +871,24 @@ class SearchHead(nn.Module):
         return (torch.special.entr(p).sum(1) / math.log(len(OPS))).tolist()
 
 
-def true_name(op: str, i: int, o: int) -> str:
-    """What an operation comes to in a layer i -> o: its name, or that of the one that it coincides with there."""
-    if i > o and op == "identity":
+# How many heads there are. A layer has seven names, but not always seven functions. Where it narrows, `identity` is
+# `linear_relu`. Where it widens, five of the seven are the same bare Linear. Where it keeps the number of features,
+# `identity` is nothing, and only the order of the other operations counts. So SimSiam's space of 6 + 4 layers has
+# 7^10 = 282,475,249 names, 103,766,418 choices that differ layer by layer, and 43,333,938 different functions.
+
+
+def true_name(op: str, in_dim: int, out_dim: int) -> str:
+    """What an operation comes to in such a layer: its name, or that of the one that it coincides with there."""
+    if in_dim > out_dim and op == "identity":
         return "linear_relu"
-    return "linear" if i < o and op not in ("maxpool_3x3", "avgpool_3x3") else op
+    if in_dim < out_dim and op not in ("maxpool_3x3", "avgpool_3x3"):
+        return "linear"
+    return op
 
 
-def distinct_ops(i: int, o: int) -> list[str]:
-    """The operations that differ as functions in a layer i -> o, one name for each."""
-    return list({true_name(op, i, o): op for op in OPS}.values())
+def distinct_ops(in_dim: int, out_dim: int) -> list[str]:
+    """The operations that differ as functions in such a layer, one name for each."""
+    return list({true_name(op, in_dim, out_dim): op for op in OPS}.values())
 
 
 def random_head(layers: int, rng: random.Random) -> list[str]:
@@ -783,19 +897,12 @@ def random_head(layers: int, rng: random.Random) -> list[str]:
 
 
 def count_heads(dims: Sequence[int]) -> tuple[int, int, int]:
-    """How many heads there are: by name, by choices that differ within their layer, and as functions.
-
-    The third counts a run of m layers with in == out as its sequences of 0..m operations without identity.
-    """
-    names = choices = functions = 1
-    run = 0
-    for i, o in [*pairwise(dims), (0, 1)]:
-        if i == o:
-            run += 1
+    """How many heads there are: by name, by choices that differ within their layer, and as functions."""
+    layers = list(pairwise(dims))
+    functions = 1
+    for (in_dim, out_dim), run in groupby(layers):
+        if in_dim == out_dim:  # m layers alike: all sequences of 0 to m operations other than identity
+            functions *= sum((len(OPS) - 1) ** k for k in range(len(list(run)) + 1))
         else:
-            functions *= sum((len(OPS) - 1) ** k for k in range(run + 1))
-            run = 0
-    for i, o in pairwise(dims):
-        names, choices = names * len(OPS), choices * len(distinct_ops(i, o))
-        functions *= len(distinct_ops(i, o)) if i != o else 1
-    return names, choices, functions
+            functions *= math.prod(len(distinct_ops(*layer)) for layer in run)
+    return len(OPS) ** len(layers), math.prod(len(distinct_ops(*layer)) for layer in layers), functions

@@ -1,4 +1,4 @@
-"""Optimisers, their groups and schedules."""
+"""Optimisers, their groups of parameters and schedules."""
 
 import argparse
 import math
@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from losses import reduced
+from losses import own_rows, reduced, whole_rows
 from models import ViT
 
 
@@ -26,7 +26,7 @@ class LARS(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+            momenta = [self.state[p]["momentum"] for p in params]
             d = torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"])
             if group["scale"]:
                 norms = zip(torch._foreach_norm(params), torch._foreach_norm(d))
@@ -48,9 +48,12 @@ class Settings(NamedTuple):
 
 # A ViT by SGD does not learn: 2e-3 at batch 1024 and .04 to .4, 2104.14294 and 2210.02808
 OF_A_VIT = Settings("adamw", 5e-4, 0.04, 2.5e-6, 0.4)
-
-
 OTHERS = {"sgd": (0.12, 5e-4), "adamw": (1e-3, 0.05), "lars": (0.48, 1e-6)}  # where --optimizer is not the method's
+
+
+# Batches below the smallest of published CIFAR runs take its rate: with half of it, at 64, short runs learned 2 points
+# less (results/README.md).
+SMALLEST_BATCH = 128
 
 
 def settings_of(method: nn.Module, args: argparse.Namespace) -> Settings:
@@ -61,39 +64,101 @@ def settings_of(method: nn.Module, args: argparse.Namespace) -> Settings:
         settings = OF_A_VIT
     if args.optimizer and args.optimizer != settings.optimizer:
         settings = Settings(args.optimizer, *OTHERS[args.optimizer])
+    if method.fixed_lr is None or settings.optimizer != method.optimizer:
+        least = max(1.0, SMALLEST_BATCH / args.batch_size)
+        settings = settings._replace(lr=settings.lr * least, final_lr=settings.final_lr * least)
     flags = {name: getattr(args, name) for name in Settings._fields[1:]}
     return settings._replace(**{name: value for name, value in flags.items() if value is not None})
+
+
+def kind_of(p: Tensor) -> str:
+    """ "vector" (biases and norms), "depthwise" (kernels of one channel each) or "matrix"."""
+    if p.ndim < 2:
+        return "vector"
+    return "depthwise" if p.ndim == 4 and p.shape[1] == 1 < p.shape[0] else "matrix"
+
+
+UNDECAYED = {"sgd": (), "adamw": ("vector",), "lars": ("vector", "depthwise")}  # kinds without weight decay
+
+
+def parameter_groups(named: list[tuple[str, nn.Parameter]], method: nn.Module, optimizer: str) -> list[dict]:
+    """Groups by whether the learning rate stays (SimSiam's predictor) and by kind of tensor."""
+    groups = []
+    for constant in (False, True):
+        for kind in ("matrix", "depthwise", "vector"):
+            params = [p for n, p in named if n.startswith(method.constant_lr) == constant and kind_of(p) == kind]
+            group = {"params": params, "constant": constant, "decays": kind not in UNDECAYED[optimizer]}
+            if optimizer == "lars":
+                group["scale"] = kind != "vector"
+            if params:
+                groups.append(group)
+    return groups
 
 
 def optimizer_of(
     named: list[tuple[str, nn.Parameter]], method: nn.Module, args: argparse.Namespace
 ) -> torch.optim.Optimizer:
-    """SGD with momentum .9, AdamW or LARS, by `settings_of`.
-
-    Groups: parameters of the method whose learning rate stays (SimSiam's predictor); for AdamW and LARS tensors of one
-    dimension, which do not decay; for LARS depthwise kernels, which do not either.
-    """
-    optimizer, lr, decay, final_lr, final_decay = settings_of(method, args)
+    """SGD with momentum .9, AdamW or LARS, by `settings_of`; its state is there from the start, so that a checkpoint's
+    can be checked against it."""
+    settings = settings_of(method, args)
     scale = args.batch_size / 256
-    lr *= scale
-    groups: dict[tuple, dict] = {}
-    for name, p in named:
-        kind = "1-D" if p.ndim < 2 else "depthwise" if p.ndim == 4 and p.shape[1] == 1 < p.shape[0] else "normal"
-        kind = kind if optimizer == "lars" or (optimizer == "adamw" and kind == "1-D") else "normal"
-        group = {"constant": name.startswith(method.constant_lr), "decays": kind == "normal"}
-        if optimizer == "lars":
-            group["scale"] = kind != "1-D"
-        groups.setdefault(tuple(group.values()), group | {"params": []})["params"].append(p)
-    ends = {"peak": lr, "final_lr": final_lr * scale, "first_decay": decay, "final_decay": final_decay}
-    parts = [g | ends | {"weight_decay": decay * g["decays"]} for g in groups.values()]
-    kind = named[0][1].device.type
-    if optimizer == "sgd":
-        sgd = torch.optim.SGD(parts, lr, momentum=0.9, fused=kind == "cuda" or None)
-        for _, p in named:  # fused SGD fails where some have one and others do not; .9 x 0 + g is g
-            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        return sgd
-    # on a CPU too: else DIET's classifier would need its size in temporaries, twice
-    return LARS(parts, lr) if optimizer == "lars" else torch.optim.AdamW(parts, lr, fused=kind != "mps")
+    groups = parameter_groups(named, method, settings.optimizer)
+    for group in groups:
+        group["peak"] = settings.lr * scale
+        group["final_lr"] = settings.final_lr * scale
+        group["first_decay"] = settings.weight_decay
+        group["final_decay"] = settings.final_weight_decay
+        group["weight_decay"] = settings.weight_decay if group["decays"] else 0.0
+    lr, device = settings.lr * scale, named[0][1].device.type
+    if settings.optimizer == "sgd":
+        optimizer = torch.optim.SGD(groups, lr, momentum=0.9, fused=device == "cuda" or None)
+        zeros = ("momentum_buffer",)  # fused SGD fails where some have one and others do not; .9 x 0 + g is g
+    elif settings.optimizer == "adamw":
+        # fused on a CPU too: else DIET's classifier would need its size in temporaries, twice
+        optimizer = torch.optim.AdamW(groups, lr, fused=device != "mps")
+        zeros = ("exp_avg", "exp_avg_sq")
+    else:
+        optimizer = LARS(groups, lr)
+        zeros = ("momentum",)
+    return with_state(optimizer, zeros, method)
+
+
+def with_state(optimizer: torch.optim.Optimizer, zeros: tuple[str, ...], method: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser with its state at zero. What it saves is whole, though of some of the method's parameters every
+    rank has its own rows; what it loads must be of the same shapes (ValueError), which torch does not look at."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = {name: torch.zeros_like(p) for name in zeros}
+            if isinstance(optimizer, torch.optim.AdamW):
+                state["step"] = torch.zeros((), device=p.device if group["fused"] else "cpu")
+            optimizer.state[p] = state
+    own = {id(method.get_parameter(name)) for name in method.sharded}
+
+    def change(state: dict, change_rows) -> dict:
+        changed = {}
+        for i, tensors in state["state"].items():
+            rows = id(params[i]) in own
+            changed[i] = {k: change_rows(x, method.n) if rows and x.ndim else x for k, x in tensors.items()}
+        return {**state, "state": changed}
+
+    def save(_, state: dict) -> dict:
+        return change(state, whole_rows) if own else state
+
+    def load(_, state: dict) -> dict:
+        state = change(state, own_rows) if own else state
+        for i, p in enumerate(params):
+            want = {name: x.shape for name, x in optimizer.state[p].items()}
+            if {name: x.shape for name, x in state["state"][i].items()} != want:
+                raise ValueError(f"the optimiser's state of parameter {i}")
+        return state
+
+    optimizer.register_state_dict_post_hook(save)
+    optimizer.register_load_state_dict_pre_hook(load)
+    return optimizer
+
+
+# ---- a step ---------------------------------------------------------------------------------------------------------
 
 
 def distributed(method: nn.Module, **options) -> nn.Module:
@@ -104,30 +169,39 @@ def distributed(method: nn.Module, **options) -> nn.Module:
     return DistributedDataParallel(method, **options)
 
 
+def clip_gradients(method: nn.Module, most: float) -> None:
+    """Scales all gradients down together to a norm of `most`. Every rank's rows of a sharded parameter count, so that
+    all ranks scale alike."""
+    named = [(name, p) for name, p in method.named_parameters() if p.grad is not None]
+    whole = nn.utils.get_total_norm([p.grad for name, p in named if name not in method.sharded]) ** 2
+    if method.sharded:
+        whole = whole + reduced(nn.utils.get_total_norm([p.grad for name, p in named if name in method.sharded]) ** 2)
+    nn.utils.clip_grads_with_norm_([p for _, p in named], most, whole.sqrt())
+
+
 def warmup_steps(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> int:
     """By default none of SGD, with which published CIFAR runs start at full rate: it would cost a short run a tenth."""
-    epochs = 0 if isinstance(optimizer, torch.optim.SGD) else min(10, args.epochs / 10)
-    return round((epochs if args.warmup_epochs is None else args.warmup_epochs) * steps_per_epoch)
+    if args.warmup_epochs is not None:
+        return round(args.warmup_epochs * steps_per_epoch)
+    if isinstance(optimizer, torch.optim.SGD):
+        return 0
+    return round(min(10, args.epochs / 10) * steps_per_epoch)
+
+
+def cosine(step: int, first_step: int, last_step: int, first: float, last: float) -> float:
+    """From `first` to `last` by half a cosine."""
+    progress = (step - first_step) / max(1, last_step - first_step)
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, step: int, warmup: int, total: int) -> float:
     """Linear warm-up, then a cosine to the group's final_lr, where its lr is not constant; weight decay by a cosine
     over the whole run, where it has an end. Returns the first group's lr."""
-    cosine, whole = (0.5 * (1 + math.cos(math.pi * (step - s) / max(1, total - s))) for s in (warmup, 0))
     for group in optimizer.param_groups:
-        peak, final, last_decay = group["peak"], group["final_lr"], group["final_decay"]
-        if not group["constant"]:
-            group["lr"] = peak * (step + 1) / warmup if step < warmup else final + (peak - final) * cosine
-        if last_decay is not None and group["decays"]:
-            group["weight_decay"] = last_decay + (group["first_decay"] - last_decay) * whole
+        if not group["constant"] and step < warmup:
+            group["lr"] = group["peak"] * (step + 1) / warmup
+        elif not group["constant"]:
+            group["lr"] = cosine(step, warmup, total, group["peak"], group["final_lr"])
+        if group["final_decay"] is not None and group["decays"]:
+            group["weight_decay"] = cosine(step, 0, total, group["first_decay"], group["final_decay"])
     return optimizer.param_groups[0]["lr"]
-
-
-def clip_gradients(method: nn.Module, most: float) -> None:
-    """Scales all gradients down together to a norm of `most`. Every rank's rows of a shared-out parameter count, so
-    that all ranks scale alike."""
-    named = [(n, p) for n, p in method.named_parameters() if p.grad is not None]
-    gradients = [[p.grad for n, p in named if (n in method.sharded) == rows] for rows in (False, True)]
-    whole, rows = (nn.utils.get_total_norm(g) ** 2 for g in gradients)
-    norm = (whole + reduced(rows) if method.sharded else whole).sqrt()
-    nn.utils.clip_grads_with_norm_([p for _, p in named], most, norm)

@@ -76,12 +76,12 @@ def draw_backbone(networks: dict[str, tuple[dict, int]], width: float, stem: str
         plans[name] = (plan(arch, width, stem).blocks, arch, stage_macs(arch, width, stem, size), parameters)
     stages = range(max(len(arch["depth"]) for _, arch, _, _ in plans.values()))
     deepest = [max(arch["depth"][s] for _, arch, _, _ in plans.values()) for s in stages]
-    widest = max(place.inner for blocks, *_ in plans.values() for place in blocks)
+    widest = max(spec.inner for blocks, *_ in plans.values() for spec in blocks)
     box, gap, tall = 20, 5, 96
     room = [max(d * (box + gap) + 22, 118) for d in deepest]
     svg = [f'<text x="20" y="26" font-size="15">{escape(title)}</text>']
     x = 20
-    for kernel in sorted({place.kernel for blocks, *_ in plans.values() for place in blocks}):
+    for kernel in sorted({spec.kernel for blocks, *_ in plans.values() for spec in blocks}):
         colour = KERNEL_COLOURS.get(kernel, "#555555")
         svg.append(f'<rect x="{x}" y="40" width="14" height="14" rx="2" fill="{colour}"/>')
         svg.append(f'<text x="{x + 20}" y="51">{kernel}x{kernel}</text>')
@@ -95,10 +95,10 @@ def draw_backbone(networks: dict[str, tuple[dict, int]], width: float, stem: str
         x = 20
         for s in stages:
             floor = top + 16 + tall
-            mine = [place for place in blocks if place.stage == s]
-            for j, place in enumerate(mine):
-                h = max(4, tall * math.sqrt(place.inner / widest))
-                colour = KERNEL_COLOURS.get(place.kernel, "#555555")
+            mine = [spec for spec in blocks if spec.stage == s]
+            for j, spec in enumerate(mine):
+                h = max(4, tall * math.sqrt(spec.inner / widest))
+                colour = KERNEL_COLOURS.get(spec.kernel, "#555555")
                 svg.append(
                     f'<rect x="{x + j * (box + gap)}" y="{floor - h:.1f}" width="{box}" height="{h:.1f}" rx="3" '
                     f'fill="{colour}"/>'
@@ -106,7 +106,7 @@ def draw_backbone(networks: dict[str, tuple[dict, int]], width: float, stem: str
             svg.append(f'<path d="M{x} {floor + 4} h{len(mine) * (box + gap) - gap}" stroke="#666"/>')
             kind = "x input" if arch["block"] == "inverted" else "of planes"
             ratio, kernel = arch["inner"][s], arch["kernel"][s]
-            svg.append(f'<text x="{x}" y="{floor + 19}">stage {s + 1}: {mine[-1].o} wide</text>')
+            svg.append(f'<text x="{x}" y="{floor + 19}">stage {s + 1}: {mine[-1].c_out} wide</text>')
             svg.append(f'<text x="{x}" y="{floor + 34}">{len(mine)} deep, {kernel}x{kernel}</text>')
             svg.append(f'<text x="{x}" y="{floor + 49}">inner {ratio:g} {kind}</text>')
             svg.append(f'<text x="{x}" y="{floor + 64}" fill="#666">{macs[1 + s] / 1e6:,.3g} MMACs</text>')

@@ -10,49 +10,36 @@
 The output folder gets views.png (look at it first), log.txt (a JSON line an epoch), checkpoint.pth (the same command
 again goes on from it, to the same weights) and at the end backbone.pth with backbone.json: a plain state dict that
 torchvision's own model loads, and what it is.
+
+To change something, copy this file: main() builds what a run needs, a line each, and train() is the loop.
 """
 
-import launch  # noqa: F401  # ahead of torch: it says how threads wait
+import launch  # ahead of torch: it says how threads wait
 
 # isort: split
 
 import argparse
-import inspect
 import json
 import math
 import os
 import platform
+import statistics
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid, save_image
 
-from checkpoint import Keeper, load_arch, load_heads, load_weights, save_backbone, write_atomic
-from data import Images, Stream, channel_stats, decoded, in_turn, load_data, split_images, to_device
-from launch import (
-    Parser,
-    barrier,
-    command_line,
-    data_flags,
-    mean_over_ranks,
-    memory_format,
-    say,
-    setup,
-    synced,
-    user_errors,
-)
+from checkpoint import Checkpoint, load_arch, load_heads, load_weights, save_backbone, versions, write_atomic
+from data import HELD_OUT, Batches, Images, Stream, channel_stats, decoded, fingerprint, load_data, split_images
+from launch import Meter, Parser, barrier, dashed, given, is_main, memory_format, say, user_errors
 from linear_eval import extract, knn_accuracy
-from losses import METHODS
-from models import ARCHS, VITS, SearchBackbone, SearchHead, Space, build_backbone, build_head, describe, head_dims
+from losses import METHODS, Method
+from models import ARCHS, VITS, build_backbone, build_head, describe, head_dims
 from optim import clip_gradients, distributed, optimizer_of, set_lr, warmup_steps
 from views import RECIPES, MultiCrop, adjust
 
@@ -62,88 +49,118 @@ from views import RECIPES, MultiCrop, adjust
 def training_flags(parser: Parser) -> None:
     """What search.py and pretrain.py have in common."""
     on_off = argparse.BooleanOptionalAction
-    group = parser.add_argument_group("model and method")
+    group = parser.add_argument_group("model")
     group.add_argument("--data", default="shapes", help="shapes (made in memory), a torchvision name or a folder")
-    group.add_argument("--method", choices=list(METHODS), default="simsiam")
     group.add_argument("--arch", default="resnet18", help=f"{', '.join(ARCHS)}, or an arch.json with a backbone")
     group.add_argument("--heads", default="default", help="default (handcrafted), a preset's name, or an arch.json")
     group.add_argument("--width", type=float, default=0.25, help="times torchvision's channels; 1 is the full network")
-    group.add_argument("--drop-path", type=float, default=None, help="a ViT's share of skipped branches; None is .1")
+    group.add_argument("--drop-path", type=float, help="a ViT's share of skipped branches; left out, .1")
     group.add_argument("--stem", choices=["auto", "small", "imagenet"], default="auto", help="auto: small up to 64 px")
-    group.add_argument("--out-dim", type=int, default=None, help="dimensions of z; None is the method's")
-    group.add_argument("--temperature", type=float, default=None, help="of all but simsiam; None is the method's")
-    group.add_argument("--momentum-teacher", type=float, default=None, help="of moco and dino; None is the method's")
-    group.add_argument("--queue-size", type=int, default=None, help="of moco and swav; None fits it to the data")
-    group.add_argument("--prototypes", type=int, default=None, help="of swav; None is 3000, fewer for few images")
-    group.add_argument("--symmetric", action=on_off, default=None, help="moco: keys of both global views; None is yes")
-    group.add_argument("--projector", choices=["none", "mlp"], default=None, help="None is mlp, but for diet none")
-    group.add_argument(
-        "--teacher", choices=["none", "ema"], default=None, help="of simsiam and moco; None is the method's"
-    )
-    group.add_argument("--smoothing", type=float, default=None, help="of diet's labels; None is 0.8")
+    group = parser.add_argument_group("method, and its knobs (left out: its own, in brackets)")
+    group.add_argument("--method", choices=list(METHODS), default="simsiam")
     group.add_argument("--freeze-last-layer", type=float, default=1.0, help="epochs; swav's prototypes, dino's last")
-    group = parser.add_argument_group("views (None is the recipe's)")
-    group.add_argument("--recipe", choices=list(RECIPES), default=None, help="None is the method's")
-    group.add_argument("--boundary", type=float, default=None, help="s: globals of [s, 1] of the area, locals [.05, s]")
-    group.add_argument("--global-scale", type=float, nargs=2, default=None, help="shares of the area")
-    group.add_argument("--local-scale", type=float, nargs=2, default=None, help="shares of the area")
-    group.add_argument("--views-per-image", type=int, choices=[1, 2], default=None, help="global views; 1 is for diet")
-    group.add_argument("--locals", type=int, default=None, help="number of local views")
-    group.add_argument("--global-size", type=int, default=None, help="edge in pixels")
-    group.add_argument("--local-size", type=int, default=None, help="edge in pixels")
-    group.add_argument("--blur", type=float, nargs=3, default=None, help="probability: first global, second, locals")
-    group.add_argument("--solarize", type=float, nargs=3, default=None, help="probability: as --blur")
-    group.add_argument("--balance", type=float, nargs=2, default=None, help="lambda_gg, lambda_gl of pairs of views")
+    launch.keyword_flags(group, METHODS)
+    group = parser.add_argument_group("views (left out: as the recipe has it)")
+    group.add_argument("--recipe", choices=list(RECIPES), help="left out, the method's")
+    launch.keyword_flags(group, {"": adjust})
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=int, default=12)
     group.add_argument("--batch-size", type=int, default=64, help="images a step, over all ranks together")
-    group.add_argument("--optimizer", choices=["sgd", "adamw", "lars"], default=None, help="None is the method's")
-    group.add_argument("--lr", type=float, default=None, help="at batch size 256, scaled with it; None is the method's")
-    group.add_argument(
-        "--final-lr", type=float, default=None, help="at batch size 256, scaled as --lr; None: 0, or a ViT's"
-    )
-    group.add_argument("--weight-decay", type=float, default=None, help="None is the method's, or the optimiser's")
-    group.add_argument(
-        "--final-weight-decay", type=float, default=None, help="by a cosine; None: it stays, but .4 for a ViT"
-    )
-    group.add_argument("--warmup-epochs", type=float, default=None, help="None: 10, a tenth of the run at most; sgd 0")
-    group.add_argument("--clip-grad", type=float, default=None, help="largest norm of all gradients; None is no limit")
+    group.add_argument("--optimizer", choices=["sgd", "adamw", "lars"], help="left out, the method's; a ViT's is adamw")
+    group.add_argument("--lr", type=float, help="at batch size 256, scaled with it; short runs want more (.24)")
+    group.add_argument("--final-lr", type=float, help="at batch size 256, scaled as --lr; left out: 0, or a ViT's")
+    group.add_argument("--weight-decay", type=float, help="left out, the method's, or the optimiser's")
+    group.add_argument("--final-weight-decay", type=float, help="by a cosine; left out it stays, but .4 for a ViT")
+    group.add_argument("--warmup-epochs", type=float, help="left out: 10, a tenth of the run at most; sgd 0")
+    group.add_argument("--clip-grad", type=float, help="largest norm of all gradients, where a run diverges")
     group.add_argument("--held-out", type=float, default=0.1, help="share of the training images kept for the monitor")
     group.add_argument(
         "--knn-every", type=int, default=5, help="epochs between the monitor's figures; 0: the end alone"
     )
     group.add_argument("--knn-k", type=int, default=200, help="neighbours of the monitor")
     group.add_argument("--knn-t", type=float, default=0.1, help="temperature of the monitor's votes")
-    group.add_argument("--amp", action=on_off, default=None, help="bf16 autocast; None: on CUDA, and on a CPU with AMX")
-    group.add_argument("--compile", action=on_off, default=None, help="torch.compile; None is on CUDA alone")
+    group.add_argument("--amp", action=on_off, help="bf16 autocast; left out: on CUDA, and on a CPU with AMX")
+    group.add_argument("--compile", action=on_off, help="torch.compile; left out: on CUDA alone")
     group.add_argument(
         "--compile-mode",
         choices=["default", "reduce-overhead"],
         default="default",
         help="the latter, by CUDA graphs, for small networks",
     )
-    group.add_argument(
-        "--sync-bn", action=on_off, default=None, help="BN over several GPUs; None: below 64 images on each"
-    )
+    group.add_argument("--sync-bn", action=on_off, help="BN over several GPUs; left out: below 64 images on each")
     group.add_argument("--print-every", type=int, default=50, help="steps between lines on the console")
     group.add_argument("--resume", action=on_off, default=True, help="go on from a checkpoint of this command")
     group.add_argument("--checkpoint-minutes", type=float, default=5.0, help="between checkpoints; 0: at the end alone")
     group.add_argument("--bench", action="store_true", help="time the parts of a step and stop; leaves no run behind")
-    group.add_argument("--bench-json", default=None, metavar="FILE", help="what --bench says goes there too")
+    group.add_argument("--bench-json", metavar="FILE", help="what --bench says goes there too")
     group.add_argument("--profile", action="store_true", help="write a trace of steps 4 to 6 to the output folder")
-    data_flags(parser)
+    launch.data_flags(parser)
+
+
+# flags that change nothing in the result, so a resumed run may have others
+FREE_FLAGS = {
+    "output_dir",
+    "print_every",
+    "workers",
+    "resume",
+    "checkpoint_minutes",
+    "bench",
+    "bench_json",
+    "profile",
+    "resident_gb",
+    "data_root",
+    "device",
+}
 
 
 def get_parser() -> Parser:
     parser = Parser(description=__doc__.split("\n\n")[0])
     training_flags(parser)
-    parser.add_argument("--weights", default=None, help="a backbone.pth of --arch to start from; None starts at random")
+    parser.add_argument("--weights", help="a backbone.pth of --arch to start from; left out it starts at random")
     parser.add_argument("--output-dir", default="runs/pretrain")
     return parser
 
 
-# Numbers are drawn from (--seed, what for, step): a run's batch depends on these alone, so it resumes from its step.
-WEIGHTS, ALPHAS, GATES, HELD_OUT, RECALIBRATION, ORDER = range(6)
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError or OSError for flags that cannot be."""
+    for name in ("epochs", "batch_size", "width", "print_every"):
+        if getattr(args, name) <= 0:
+            raise ValueError(f"{dashed(name)} {getattr(args, name)}: must be above 0")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: must be 0 or above")
+    if not 0 <= args.held_out < 1:
+        raise ValueError(f"--held-out {args.held_out}: must be a share, 0 up to 1")
+    if args.clip_grad is not None and args.clip_grad <= 0:
+        raise ValueError(f"--clip-grad {args.clip_grad}: must be above 0")
+    if args.checkpoint_minutes < 0:
+        raise ValueError(f"--checkpoint-minutes {args.checkpoint_minutes}: must be above 0, or 0 for never")
+    if args.bench_json and not args.bench:
+        raise ValueError("--bench-json says where the figures of --bench go: give both")
+    if args.bench_json and not Path(args.bench_json).parent.is_dir():
+        raise FileNotFoundError(f"--bench-json '{args.bench_json}': there is no such folder")
+    if not args.bench:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        if not os.access(args.output_dir, os.W_OK):
+            raise PermissionError(f"cannot write to --output-dir '{args.output_dir}'")
+
+
+# ---- what a run is built of -----------------------------------------------------------------------------------------
+
+
+def start(args: argparse.Namespace) -> tuple[argparse.Namespace, torch.device]:
+    """(args, device): checked, with what depends on the machine decided."""
+    check(args)
+    _, world, device = launch.setup(args.device, args.deterministic)
+    if args.batch_size % world:
+        raise ValueError(
+            f"--batch-size {args.batch_size} is the total over ranks and does not divide by {world} of them"
+        )
+    torch._dynamo.reset()  # a process compiles eight networks of one class at most, and then runs eager
+    args = argparse.Namespace(**vars(args))
+    args.amp = bf16_pays(device) if args.amp is None else args.amp
+    args.compile = device.type == "cuda" if args.compile is None else args.compile
+    args.sync_bn = args.batch_size // world < 64 if args.sync_bn is None else args.sync_bn
+    return args, device
 
 
 def bf16_pays(device: torch.device) -> bool:
@@ -152,245 +169,162 @@ def bf16_pays(device: torch.device) -> bool:
     return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_amx_tile_supported())
 
 
-# ---- what both loops need -------------------------------------------------------------------------------------------
+def load_training_images(args: argparse.Namespace, device: torch.device, images: Images | None) -> Images:
+    """With pixels on the device, where they are resident. images: what the flags name, if it is loaded already."""
+    images = images or load_data(args, args.data, "train")
+    return images if isinstance(images.pixels, Stream) else images._replace(pixels=images.pixels.to(device))
 
 
-class Run:
-    """Everything that flags decide before the first step: process, images, views, network. Checks all of it first."""
+def split(images: Images, args: argparse.Namespace, parts: int = 1) -> list[Tensor]:
+    """[held-out, part, ...]: rows of the images. Raises ValueError where a part does not fill a batch."""
+    rows = split_images(len(images.pixels), args.held_out, parts)
+    shortest = min(len(part) for part in rows[1:])
+    if shortest < args.batch_size:
+        raise ValueError(
+            f"{shortest} training images{' in each part' * (parts > 1)} do not fill one batch of "
+            f"{args.batch_size}: lower --batch-size{', --held-out' * (args.held_out > 0)} or give more images"
+        )
+    steps = args.epochs * (shortest // args.batch_size)
+    if args.profile and steps < 6:
+        raise ValueError(f"--profile traces steps 4 to 6, and this run has {steps}")
+    return rows
+
+
+def stem_of(args: argparse.Namespace, images: Images) -> str:
+    if args.stem != "auto":
+        return args.stem
+    return "small" if images.pixels.shape[-1] <= 64 else "imagenet"
+
+
+def build_views(args: argparse.Namespace, images: Images, stats: tuple, device: torch.device) -> MultiCrop:
+    """By the method's recipe or --recipe, with its knobs turned. stats: (mean, std) of the images' channels."""
+    kind, size = METHODS[args.method], images.pixels.shape[-1]
+    usual = kind.small_recipe if kind.small_recipe and (args.global_size or size) <= 64 else kind.recipe
+    recipe = adjust(RECIPES[args.recipe or usual], **given(args, {"": adjust}, "", "--recipe"))
+    if len(recipe.globals) < 2 and not kind.classifies_instances:
+        raise ValueError(
+            f"--method {args.method} compares two views of an image, and the recipe has one: "
+            "--views-per-image 2, or another --recipe"
+        )
+    views = MultiCrop(recipe, size, *stats, device)
+    if args.compile:
+        views.compile()
+    return views
+
+
+def build_method(
+    args: argparse.Namespace,
+    encoder: nn.Module,
+    heads: dict[str, nn.Module] | None,
+    n_images: int,
+    views: MultiCrop,
+    device: torch.device,
+) -> Method:
+    """The method by its flags, on the device. n_images: those that are trained on."""
+    method = METHODS[args.method](encoder, heads, n_images, **given(args, METHODS, args.method, "--method"))
+    method.balance = views.balance
+    method = launch.synced(method, device) if args.sync_bn else method
+    return method.to(device, memory_format=memory_format(device))
+
+
+def build_heads(args: argparse.Namespace, feature_dim: int) -> tuple[dict | None, dict | None]:
+    """(operations, modules) by the names of the method's heads; (None, None) where these are the handcrafted ones."""
+    spaces = METHODS[args.method].heads(feature_dim, args.out_dim)
+    operations = load_heads(args.heads, list(spaces))
+    if operations is None:
+        return None, None
+    modules = {}
+    for name, ops in operations.items():
+        modules[name] = build_head(ops, head_dims(*spaces[name]._replace(layers=len(ops))))
+    return operations, modules
+
+
+def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
+
+
+def compile_options(args: argparse.Namespace) -> dict:
+    return {"mode": args.compile_mode} if args.compile_mode != "default" else {}
+
+
+def facts_of(args: argparse.Namespace, arch: str | dict, heads: dict | None, images: Images, free: set[str]) -> dict:
+    """What a checkpoint is of: flags, networks and images, by the words of a message."""
+    facts = {dashed(k): v for k, v in vars(args).items() if k not in free and k not in ("arch", "heads")}
+    facts["network (--arch)"] = {"is": arch}
+    facts["set of heads (--heads)"] = {"are": heads}
+    *shape, pixels = fingerprint(images)
+    facts["set of images (--data)"] = shape
+    if pixels is not None:  # of a stream they are not known
+        facts["set of images (--data), by their pixels"] = [pixels]
+    return facts
+
+
+# ---- what can be said of a method while it trains -------------------------------------------------------------------
+
+
+class Monitor:
+    """monitor(method) -> std of z and RankMe of h, and, unless full=False, kNN accuracy and loss on held-out images."""
 
     def __init__(
         self,
         args: argparse.Namespace,
-        search_heads: bool = False,
-        space: Space | None = None,
-        parts: int = 1,
-        images: Images | None = None,
+        images: Images,
+        stats: tuple,
+        held_out: Tensor,
+        rows: Tensor,
+        views: MultiCrop,
+        device: torch.device,
     ):
-        """search_heads: mixtures in place of --heads; space: its largest network in place of --arch; parts: into how
-        many the training images are cut; images: what the flags of the data name, if it is loaded already."""
-        for flag in ("epochs", "batch_size", "width", "print_every"):
-            if getattr(args, flag) <= 0:
-                raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be above 0")
-        if args.seed < 0:
-            raise ValueError(f"--seed {args.seed}: must be 0 or above")
-        if not 0 <= args.held_out < 1:
-            raise ValueError(f"--held-out {args.held_out}: must be a share, 0 up to 1")
-        if args.clip_grad is not None and args.clip_grad <= 0:
-            raise ValueError(f"--clip-grad {args.clip_grad}: must be above 0")
-        if args.checkpoint_minutes < 0:
-            raise ValueError(f"--checkpoint-minutes {args.checkpoint_minutes}: must be above 0, or 0 for never")
-        if args.bench_json and not args.bench:
-            raise ValueError("--bench-json says where the figures of --bench go: give both")
-        if args.bench_json and not Path(args.bench_json).parent.is_dir():
-            raise FileNotFoundError(f"--bench-json '{args.bench_json}': there is no such folder")
-        self.args = args
-        self.rank, self.world, self.device = setup(args.device, args.deterministic)
-        if args.batch_size % self.world:
-            raise ValueError(
-                f"--batch-size {args.batch_size} is the total over ranks and does not divide by {self.world} of them"
-            )
-        cuda = self.device.type == "cuda"
-        self.amp = bf16_pays(self.device) if args.amp is None else args.amp
-        self.compile = cuda if args.compile is None else args.compile
-        torch._dynamo.reset()  # a process compiles eight networks of one class at most, and then runs eager
-        torch.backends.cudnn.benchmark = cuda and space is None and not args.deterministic  # shapes are always the same
-        self.arch = space.handcrafted if space else load_arch(args.arch)
-        self.epochs, self.output = args.epochs, Path(args.output_dir)
-        if not args.bench:
-            self.output.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.output, os.W_OK):
-                raise PermissionError(f"cannot write to --output-dir '{self.output}'")
+        self.args, self.images, self.stats = args, images, stats
+        self.held_out, self.rows = held_out, rows
+        self.views, self.device = views, device
 
-        torch.manual_seed(args.seed)
-        self.method_class = METHODS[args.method]
-        self.images = images or load_data(args, args.data, "train")
-        self.held_out, *self.parts = split_images(len(self.images.pixels), args.held_out, parts)
-        shortest = min(len(p) for p in self.parts)
-        if shortest < args.batch_size:
-            raise ValueError(
-                f"{shortest} training images{' in each part' * (parts > 1)} do not fill one batch of "
-                f"{args.batch_size}: lower --batch-size{', --held-out' * (args.held_out > 0)} or give more images"
-            )
-        self.steps_per_epoch = shortest // args.batch_size
-        if args.profile and self.epochs * self.steps_per_epoch < 6:
-            raise ValueError(f"--profile traces steps 4 to 6, and this run has {self.epochs * self.steps_per_epoch}")
-        places = torch.full((len(self.images.pixels),), -1)  # of each image among those that are trained on
-        places[torch.cat(self.parts)] = torch.arange(sum(map(len, self.parts)))
-        self.places = places.to(self.device)
-        streamed = isinstance(self.images.pixels, Stream)
-        self.pixels = self.images.pixels if streamed else self.images.pixels.to(self.device)
-        self.size = self.pixels.shape[-1]
-        self.stem = args.stem if args.stem != "auto" else "small" if self.size <= 64 else "imagenet"
-        self.mean, self.std = channel_stats(self.images.pixels)
-        knobs = ("boundary", "global_scale", "local_scale", "global_size", "local_size", "blur", "solarize", "balance")
-        kind = self.method_class
-        small = (args.global_size or self.size) <= 64
-        usual = kind.small_recipe if kind.small_recipe and small else kind.recipe
-        recipe = RECIPES[args.recipe or usual]
-        counts = {"n_locals": args.locals, "n_globals": args.views_per_image}
-        recipe = adjust(recipe, **counts, **{k: getattr(args, k) for k in knobs})
-        if len(recipe.globals) < 2 and not self.method_class.classifies_instances:
-            raise ValueError(
-                f"--method {args.method} compares two views of an image, and the recipe has one: "
-                "--views-per-image 2, or another --recipe"
-            )
-        self.views = MultiCrop(recipe, self.size, self.mean, self.std, self.device)
-        method = self.build_method(search_heads, space)
-        small_share = args.batch_size // self.world < 64
-        method = synced(method, self.device) if args.sync_bn or (args.sync_bn is None and small_share) else method
-        self.method = method.to(self.device, memory_format=memory_format(self.device))
-        self.method.balance = self.views.balance
-        self.drawn: dict[tuple[int, int], Future] = {}  # parameters of the steps to come, see `parameters`
-        self.drawer = ThreadPoolExecutor(1)
-        if self.compile:
-            self.views.compile()
-            if space is None:  # else sampled networks differ from step to step; search.py compiles the masked one
-                self.method.compile(**self.compile_options())
+    def features(self, encoder: nn.Module, rows: Tensor) -> Tensor:
+        where = rows.to(self.images.pixels.device)
+        return extract(encoder, self.images.pixels, *self.stats, self.device, rows=where)
 
-    def build_method(self, search_heads: bool, space: Space | None) -> nn.Module:
-        """The method with its encoder and heads: searchable, or those that flags name."""
-        args = self.args
-        if space:
-            encoder = SearchBackbone(space, args.width, self.stem)
-        else:
-            drop_path = 0.1 * (describe(self.arch) in VITS) if args.drop_path is None else args.drop_path
-            encoder, _ = build_backbone(self.arch, self.stem, args.width, drop_path)
-        if weights := getattr(args, "weights", None):
-            load_weights(encoder, weights, f"{describe(self.arch)} x{args.width:g} with the {self.stem} stem")
-        self.spaces = self.method_class.heads(encoder.feature_dim, args.out_dim)
-        self.specs = None if search_heads else load_heads(args.heads, list(self.spaces))
-        self.heads = None  # the method's handcrafted ones
-        if search_heads:
-            self.heads = {name: SearchHead(head_dims(*dims)) for name, dims in self.spaces.items()}
-        elif self.specs:
-            spaces = {name: self.spaces[name]._replace(layers=len(ops)) for name, ops in self.specs.items()}
-            self.heads = {name: build_head(self.specs[name], head_dims(*space)) for name, space in spaces.items()}
-        known, options = inspect.signature(self.method_class).parameters, {}
-        for option, flag in (
-            ("temperature", "temperature"),
-            ("momentum", "momentum-teacher"),
-            ("queue_size", "queue-size"),
-            ("prototypes", "prototypes"),
-            ("symmetric", "symmetric"),
-            ("projector", "projector"),
-            ("teacher", "teacher"),
-            ("smoothing", "smoothing"),
-        ):
-            value = getattr(args, flag.replace("-", "_"))
-            if value is not None and option not in known:
-                raise ValueError(f"--{flag} means nothing to --method {args.method}: leave it out")
-            if value is not None:
-                options[option] = value
-        if "n_images" in known:
-            options["n_images"] = min(map(len, self.parts))  # a queue is for a part
-        return self.method_class(encoder, self.heads, args.out_dim, **options)
-
-    def after_backward(self, done: int) -> None:
-        """After `done` steps and a backward pass: no gradient for the method's last layer, if it has one, in the first
-        epochs; the others clipped."""
-        if done < self.args.freeze_last_layer * self.steps_per_epoch and hasattr(self.method, "last_layer"):
-            for p in self.method.last_layer.parameters():
-                p.grad = None
-        if self.args.clip_grad is not None:
-            clip_gradients(self.method, self.args.clip_grad)
-
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16) if self.amp else nullcontext()
-
-    def compile_options(self) -> dict:
-        return {"mode": self.args.compile_mode} if self.args.compile_mode != "default" else {}
-
-    def shuffled(self, rows: Tensor, epoch: int, stream: int = WEIGHTS) -> Tensor:
-        """The rows in the order of an epoch: a function of the seed and these."""
-        rng = np.random.default_rng((self.args.seed, ORDER, stream, epoch))
-        return rows[torch.from_numpy(rng.permutation(len(rows)))]
-
-    def parameters(self, seed: tuple[int, ...]) -> Tensor:
-        """This rank's share (V, B, P) of what a step's views are rendered from, on the device; all draw for all ranks,
-        so that one or many see the same views. On a GPU the next step's are drawn by a thread while this one runs."""
-
-        def draw(seed: tuple[int, ...]) -> Tensor:
-            parameters = self.views.sample(self.args.batch_size, *self.pixels.shape[2:], np.random.default_rng(seed))
-            share = parameters[:, self.share()].contiguous()
-            return share.pin_memory() if self.device.type == "cuda" else share
-
-        waiting = self.drawn.pop(seed, None)
-        parameters = waiting.result() if waiting else draw(seed)
-        if self.device.type == "cuda":
-            following = *seed[:-1], seed[-1] + 1
-            self.drawn = {k: v for k, v in self.drawn.items() if k[:-1] != seed[:-1]}
-            self.drawn[following] = self.drawer.submit(draw, following)
-        return parameters.to(self.device, non_blocking=True)
-
-    def share(self) -> slice:
-        """This rank's places in a batch."""
-        b = self.args.batch_size // self.world
-        return slice(self.rank * b, (self.rank + 1) * b)
-
-    def batch(self, order: Tensor, step: int, seed: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
-        """(views, index) of this rank's share of a batch.
-
-        order: rows of the images; step: which batch of these; index: their places among those trained on, -1 for the
-        others. seed: of the views, the step that counts up last.
-        """
-        n = self.args.batch_size
-        parameters = self.parameters(seed)
-        rows, following = (order[s * n : (s + 1) * n][self.share()] for s in (step, step + 1))
-        there = to_device(rows, self.device)
-        if isinstance(self.pixels, Stream):
-            pixels = to_device(next(in_turn(self.pixels, [rows, following])), self.device)
-        else:
-            pixels = self.pixels[there]
-        views = self.views.render(pixels, parameters)
-        return [v.contiguous(memory_format=memory_format(self.device)) for v in views], self.places[there]
-
-    def monitor(self, knn: bool, method: nn.Module | None = None) -> dict[str, float]:
-        """Of the method now: std of z and RankMe of h; and, if asked for, kNN accuracy and loss on held-out training
-        images."""
-        args, method, facts = self.args, method or self.method, {}
-
-        def features(rows):
-            return extract(method.encoder, self.pixels, self.mean, self.std, self.device, rows=rows.to(self.device))
-
-        if knn and self.images.labelled and len(self.held_out):
-            train, labels = torch.cat(self.parts), self.images.labels
-            sets = []
-            for rows in (train, self.held_out):
-                h = features(rows)
-                shown = decoded(self.pixels, rows)
-                sets += [h[shown.to(h.device)], labels[rows[shown]]]
-            facts["knn"] = knn_accuracy(*sets, args.knn_k, args.knn_t)
-        h = features((self.held_out if len(self.held_out) >= 256 else self.parts[0])[:1024])
+    def __call__(self, method: Method, full: bool = True) -> dict[str, float]:
+        facts = self.knn(method.encoder) if full else {}
+        h = self.features(method.encoder, (self.held_out if len(self.held_out) >= 256 else self.rows)[:1024])
         method.eval()
         with torch.no_grad():
             z = nn.functional.normalize(method.projector(h), dim=1)
         method.train()
-        facts |= {"z_std": (z.std(0).mean() * z.shape[1] ** 0.5).item(), "rankme": rankme(h)}
-        return facts | (self.held_out_loss(method) if knn else {})
+        facts["z_std"] = (z.std(0).mean() * z.shape[1] ** 0.5).item()
+        facts["rankme"] = rankme(h)
+        return {**facts, **(self.held_out_loss(method) if full else {})}
+
+    def knn(self, encoder: nn.Module) -> dict[str, float]:
+        """{} without labels or held-out images."""
+        if not self.images.labelled or not len(self.held_out):
+            return {}
+        sets = []
+        for rows in (self.rows, self.held_out):
+            h, shown = self.features(encoder, rows), decoded(self.images.pixels, rows)
+            sets += [h[shown.to(h.device)], self.images.labels[rows[shown]]]
+        return {"knn": knn_accuracy(*sets, self.args.knn_k, self.args.knn_t)}
 
     @torch.no_grad()
-    def held_out_loss(self, method: nn.Module) -> dict[str, float]:
-        """{"held_out_loss": its mean over views of the held-out images, always the same ones, in eval mode}; {} where
-        these do not fill a batch. A method that classifies instances knows no others: there it is of views that it has
-        not seen, of as many training images."""
+    def held_out_loss(self, method: Method) -> dict[str, float]:
+        """The mean over views of the held-out images, always the same ones, in eval mode; {} where these do not fill a
+        batch. A method that classifies instances knows no others: there it is of views that it has not seen, of as many
+        training images."""
+        rows = self.rows[: len(self.held_out)] if method.classifies_instances else self.held_out
+        batches = Batches(
+            self.images.pixels, rows, self.views, self.args.batch_size, self.device, stream=HELD_OUT, shuffle=False
+        )
         losses = []
-        images = self.parts[0][: len(self.held_out)] if method.classifies_instances else self.held_out
         method.eval()
-        for step in range(len(images) // self.args.batch_size):
-            views, index = self.batch(images, step, (0, HELD_OUT, step))
-            with self.autocast():
-                losses.append(method.loss(*method.outputs(views, index)))
+        for step in range(batches.steps_per_epoch):
+            with autocast(self.args, self.device):
+                losses.append(method.loss(*method.outputs(*batches(step))))
         method.train()
-        return {"held_out_loss": mean_over_ranks(torch.stack(losses).mean()).item()} if losses else {}
+        return {"held_out_loss": launch.mean_over_ranks(torch.stack(losses).mean()).item()} if losses else {}
 
-    def resources(self, start: float) -> dict[str, float]:
-        """Seconds since `start`, and the most memory so far, in MiB: of the GPU, else of this process."""
-        return {"seconds": time.time() - start, "peak_mib": peak_memory(self.device) / 2**20}
-
-    def monitor_due(self, epoch: int) -> bool:
+    def due(self, epoch: int) -> bool:
         """After `epoch` epochs."""
         every = self.args.knn_every
-        return epoch == self.epochs or (every > 0 and epoch % every == 0)
+        return epoch == self.args.epochs or (every > 0 and epoch % every == 0)
 
 
 def rankme(h: Tensor) -> float:
@@ -416,13 +350,6 @@ def collapsed(facts: dict[str, float], steps: int) -> str | None:
     return None
 
 
-def warn(run: Run, facts: dict[str, float], loss: float, done: int) -> None:
-    """What an epoch's figures, after `done` steps, say in words."""
-    for warning in (collapsed(facts, done), plateau(loss, run.method.chance(run.args.batch_size), done)):
-        if warning:
-            say(f"warning: {warning}")
-
-
 def plateau(loss: float, chance: float | None, steps: int) -> str | None:
     """A warning in words where the loss, after that many steps, is that of a network that tells nothing apart."""
     if steps >= 100 and chance is not None and abs(loss / chance - 1) < 0.002:
@@ -433,11 +360,23 @@ def plateau(loss: float, chance: float | None, steps: int) -> str | None:
     return None
 
 
+def warn(method: Method, facts: dict[str, float], loss: float, batch_size: int, steps: int) -> None:
+    """What an epoch's figures, after that many steps, say in words."""
+    for warning in (collapsed(facts, steps), plateau(loss, method.chance(batch_size), steps)):
+        if warning:
+            say(f"warning: {warning}")
+
+
+def machine(args: argparse.Namespace, device: torch.device) -> str:
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    return f"{ranks} x {device.type}{', bf16' * args.amp}{', compiled' * args.compile}"
+
+
 def announce(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: int) -> None:
     """The learning rate on the console, and where it may not be the right one."""
     peak = optimizer.param_groups[0]["peak"]
     base = peak * 256 / args.batch_size
-    say(f"batch {args.batch_size} over all ranks, base lr {base:g} x {args.batch_size}/256 = {peak:g}")
+    say(f"batch {args.batch_size} over all ranks, lr {peak:g} (as --lr {base:g} gives it, which is for a batch of 256)")
     if args.lr is None and steps < 1000:
         say(
             f"these are {steps:,} steps, and published learning rates are for longer runs: a larger --lr may learn more"
@@ -451,90 +390,21 @@ def in_words(facts: dict[str, float]) -> str:
     return "".join(shown) + (f"  kNN {100 * facts['knn']:.2f} (held-out)" if "knn" in facts else "")
 
 
-class Console:
-    """Speed, and the losses of an epoch, read from the device only when a line or a checkpoint is due."""
-
-    def __init__(self, run: Run, total: int):
-        self.run, self.total = run, total
-
-    def begin(self, epoch: int, partial: dict[str, Tensor], **orders: Tensor) -> None:
-        """An epoch; partial: what `read` gave, if it was stopped in its middle; orders: of the images, for each kind of
-        loss."""
-        self.start, self.views_s, self.epoch, self.orders = time.time(), 0.0, epoch, orders
-        self.known = {name: partial[name].tolist() for name in orders if name in partial}
-        self.waiting: dict[str, list[Tensor]] = {}
-        self.lrs: list[float] = []  # of the steps whose losses wait
-        self.before = self.steps = len(self.known.get("loss", []))
-        self.lr = partial["lr"].item() if "lr" in partial else math.nan
-
-    def add(self, views_s: float, lr: float, **losses: Tensor) -> None:
-        """One step; losses: this rank's `loss` and, where the alphas made a step too, `alpha_loss`."""
-        for name, loss in losses.items():
-            self.waiting.setdefault(name, []).append(loss.detach().clone())  # CUDA graphs write over theirs
-        self.views_s, self.steps, self.lr = self.views_s + views_s, self.steps + 1, lr
-        self.lrs.append(lr)
-
-    def read(self) -> dict[str, Tensor]:
-        """The losses of the epoch's steps so far, means over ranks; one that is not finite stops the run."""
-        for name, losses in self.waiting.items():
-            known = self.known.setdefault(name, [])
-            new = mean_over_ranks(torch.stack(losses).float()).tolist() if losses else []
-            for i, loss in enumerate(new):
-                if not math.isfinite(loss):
-                    self.stop(name, loss, i - len(new), [*known, *new[:i]])
-            known += new
-            losses.clear()
-        self.lrs.clear()
-        return {name: torch.tensor(x, dtype=torch.float64) for name, x in (self.known | {"lr": self.lr}).items()}
-
-    def stop(self, name: str, loss: float, back: int, before: list[float]) -> None:
-        """Ends the run, as of a wrong command, and leaves what the loss that is not finite was computed on; back: -1
-        for the last step."""
-        run, n, step, lr = self.run, self.run.args.batch_size, self.steps + back, self.lrs[back]
-        rows = self.orders[name][step * n : (step + 1) * n].tolist()
-        facts = {"what": name, "value": str(loss), "epoch": self.epoch + 1, "step": step + 1, "lr": lr}
-        facts |= {"last_finite": before[-1] if before else None, "rows": rows}
-        facts["images"] = [run.images.names[i] for i in rows]
-        with user_errors():
-            if run.rank == 0:
-                write_atomic(json.dumps(facts, indent=2) + "\n", run.output / "not-finite.json")
-            barrier()
-            raise ValueError(
-                f"the {name.replace('_', ' ')} is {loss} at epoch {self.epoch + 1}, step {step + 1} (lr {lr:.3g}, "
-                f"the last finite one {facts['last_finite']}): stopped; a checkpoint is from before, the batch is in "
-                f"'{run.output / 'not-finite.json'}'. Try a lower --lr, longer --warmup-epochs or --clip-grad"
-            )
-
-    def line(self, done: int) -> None:
-        """Every --print-every steps."""
-        if self.steps % self.run.args.print_every == 0:
-            where = f"epoch {self.epoch + 1}/{self.run.epochs} step {self.steps}/{self.run.steps_per_epoch}"
-            self.text(where, self.read()["loss"].mean(), done)
-
-    def text(self, where: str, loss: float, done: int, more: str = "") -> None:
-        """done: steps of the whole run."""
-        if self.steps == self.before:  # gone on from a checkpoint after the epoch's last step
-            say(f"{where}  loss {loss:.4f}{more}")
-            return
-        seconds = (time.time() - self.start) / (self.steps - self.before)
-        eta = time.strftime("%H:%M:%S", time.gmtime((self.total - done) * seconds))
-        say(
-            f"{where}  loss {loss:.4f}  lr {self.lr:.4f}  views {1e3 * self.views_s / (self.steps - self.before):.0f} "
-            f"ms  step {1e3 * seconds:.0f} ms  {self.run.args.batch_size / seconds:,.0f} images/s  ETA {eta}{more}"
-        )
+def resources(begun: float, device: torch.device) -> dict[str, float]:
+    """Seconds since `begun`, and the most memory so far, in MiB: of the GPU, else of this process."""
+    return {"seconds": time.time() - begun, "peak_mib": peak_memory(device) / 2**20}
 
 
-def save_views(run: Run, views: list[Tensor]) -> None:
-    """views.png: the views of the batch's first images, an image a column, or a row where there are more views."""
-    mean, std = run.views.mean, run.views.std
+def save_views(views: list[Tensor], crop: MultiCrop, path: Path) -> None:
+    """The views of a batch's first images, an image a column, or a row where there are more views."""
     side = max(v.shape[-1] for v in views)
     n = min(16, len(views[0]), max(4, 1024 // side))
-    tiles = [nn.functional.pad(v[:n] * std + mean, [0, side - v.shape[-1]] * 2, value=1.0) for v in views]
+    tiles = [nn.functional.pad(v[:n] * crop.std + crop.mean, [0, side - v.shape[-1]] * 2, value=1.0) for v in views]
     grid = torch.stack(tiles, 0 if n >= len(views) else 1).flatten(0, 1).cpu().clamp(0, 1)
-    save_image(make_grid(grid, nrow=max(n, len(views)), pad_value=1.0), run.output / "views.png")
+    save_image(make_grid(grid, nrow=max(n, len(views)), pad_value=1.0), path)
 
 
-# ---- the script -----------------------------------------------------------------------------------------------------
+# ---- --bench and --profile ------------------------------------------------------------------------------------------
 
 
 def clock(device: torch.device) -> float:
@@ -553,189 +423,271 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def step_flop(run: Run, views: list[Tensor], index: Tensor) -> int:
+def step_flop(method: Method, views: list[Tensor], index: Tensor) -> int:
     """Floating-point operations of a step's networks, counted: a forward pass, and twice as much backward but for
     momentum networks. (To count the backward pass itself gives too many for grouped convolutions.)"""
     counter, teacher, hooks = FlopCounterMode(display=False), [], []
-    for name, module in run.method.named_children():
+    for name, module in method.named_children():
         if name.startswith("momentum"):
             hooks.append(module.register_forward_pre_hook(lambda *_: teacher.append(-counter.get_total_flops())))
             hooks.append(module.register_forward_hook(lambda *_: teacher.append(counter.get_total_flops())))
-    with torch.no_grad(), run.autocast(), counter:
-        run.method.outputs(views, index)
+    with torch.no_grad(), counter:
+        method.outputs(views, index)
     for hook in hooks:
         hook.remove()
     return 3 * counter.get_total_flops() - 2 * sum(teacher)
 
 
-def product_peak(run: Run) -> float:
-    """FLOP/s of a large matrix product in the networks' precision, the best of ten."""
-    n, times = 8192 if run.device.type == "cuda" else 2048, []
-    a = torch.randn(n, n, device=run.device, dtype=torch.bfloat16 if run.amp else torch.float32)
+def product_peak(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of a large matrix product, the best of ten."""
+    n, times = 8192 if device.type == "cuda" else 2048, []
+    a = torch.randn(n, n, device=device, dtype=dtype)
     for _ in range(10):
-        start = clock(run.device)
+        begun = clock(device)
         a @ a
-        times.append(clock(run.device) - start)
+        times.append(clock(device) - begun)
     return 2 * n**3 / min(times)
 
 
-def bench(run: Run, optimizer: torch.optim.Optimizer, steps: int = 20, warm_up: int = 5) -> dict:
+def bench(
+    args: argparse.Namespace,
+    method: Method,
+    batches: Batches,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    steps: int = 20,
+    warm_up: int = 5,
+) -> dict:
     """Where a step's time goes: median seconds of its parts, which take turns, so that a noisy machine bears on all
     alike; memory in bytes at the peak, and before the steps; FLOP/s beside a matrix product's. Prints and returns them.
 
     network is the bare forward and backward of encoder and heads; loss is the mathematics on their outputs, both ways.
     """
-    before = peak_memory(run.device)
-    method, order = run.method, run.shuffled(run.parts[0], 0)
-    options = run.compile_options()
-    outputs, criterion = ((torch.compile(f, **options) if run.compile else f) for f in (method.outputs, method.loss))
-    seconds: dict[str, list[float]] = {"views": [], "network": [], "loss": [], "optimiser": []}
-    drawing: list[float] = []
-
+    before = peak_memory(device)
+    outputs, criterion = method.outputs, method.loss
+    if args.compile:
+        outputs, criterion = (torch.compile(f, **compile_options(args)) for f in (outputs, criterion))
+    seconds: dict[str, list[float]] = {"views": [], "network": [], "loss": [], "optimiser": [], "host": []}
     for step in range(warm_up + steps):
-        t0 = clock(run.device)
-        views, index = run.batch(order, step % run.steps_per_epoch, (run.args.seed, WEIGHTS, step))
-        t1 = clock(run.device)
-        with run.autocast():
+        t0 = clock(device)
+        views, index = batches(step)
+        t1 = clock(device)
+        with autocast(args, device):
             out = outputs(views, index)
-        t2 = clock(run.device)
+        t2 = clock(device)
         leaves = [o.detach().requires_grad_(o.requires_grad) for o in out]
         criterion(*leaves).backward()
-        t3 = clock(run.device)
+        t3 = clock(device)
         pairs = [(o, leaf.grad) for o, leaf in zip(out, leaves) if o.requires_grad]
         torch.autograd.backward(*zip(*pairs))
-        t4 = clock(run.device)
+        t4 = clock(device)
         optimizer.step()
         optimizer.zero_grad()
         method.after_step(0.0)
-        t5 = clock(run.device)
+        t5 = clock(device)
+        batches.draw(step)  # what the host does for the views, without a wait
+        t6 = time.perf_counter()
         if step >= warm_up:
-            for part, t in zip(seconds, (t1 - t0, t2 - t1 + t4 - t3, t3 - t2, t5 - t4)):
+            for part, t in zip(seconds, (t1 - t0, t2 - t1 + t4 - t3, t3 - t2, t5 - t4, t6 - t5)):
                 seconds[part].append(t)
-        t0 = time.perf_counter()  # what the host does for it, without a wait
-        run.parameters((run.args.seed, HELD_OUT, 2 * step))
-        drawing.append(time.perf_counter() - t0)
-    median = {part: sorted(t)[len(t) // 2] for part, t in seconds.items()}
-    total, peak = sum(median.values()), peak_memory(run.device)
-    flop, most = step_flop(run, views, index), product_peak(run)
-    share = "  ".join(f"{part} {1e3 * t:.1f} ms ({100 * t / total:.1f} %)" for part, t in median.items())
+    median = {part: statistics.median(times) for part, times in seconds.items()}
+    host = median.pop("host")
+    total, peak = sum(median.values()), peak_memory(device)
+    with autocast(args, device):
+        flop = step_flop(method, views, index)
+    most = product_peak(torch.bfloat16 if args.amp else torch.float32, device)
     added = total / median["network"] - 1
-    say(f"{run.args.batch_size / total:,.0f} images/s: {share}")
+    share = "  ".join(f"{part} {1e3 * t:.1f} ms ({100 * t / total:.1f} %)" for part, t in median.items())
+    say(f"{args.batch_size / total:,.0f} images/s: {share}")
     say(f"views, loss and optimiser add {100 * added:.1f} % to the network's own forward and backward")
-    host = sorted(drawing)[len(drawing) // 2]
-    say(f"of the views {1e3 * host:.2f} ms are the host's, to draw their parameters and hand them over")
+    say(f"of the views {1e3 * host:.2f} ms are the host's, to draw their parameters")
     say(
         f"{flop / 1e9:,.1f} GFLOP a step on each rank, {flop / total / 1e12:.3f} TFLOP/s, "
         f"{100 * flop / total / most:.1f} % of a matrix product's {most / 1e12:.3f}"
     )
     say(f"peak memory {peak / 2**20:,.0f} MiB, {before / 2**20:,.0f} before the first step")
-    figures = {
-        "images_per_s": run.args.batch_size / total,
+    return {
+        "images_per_s": args.batch_size / total,
         "seconds": median,
         "added": added,
-        "flop": flop,
         "host": host,
+        "flop": flop,
+        "flop_per_s": flop / total,
+        "product_flop_per_s": most,
+        "memory": peak,
+        "memory_before": before,
     }
-    figures |= {"flop_per_s": flop / total, "product_flop_per_s": most, "memory": peak, "memory_before": before}
-    return figures
 
 
-def write_bench(run: Run, figures: dict, command: str) -> None:
+def write_bench(args: argparse.Namespace, figures: dict, device: torch.device, command: str) -> None:
     """--bench-json: the figures, and where they were taken."""
-    cuda = run.device.type == "cuda"
-    where = {"device": torch.cuda.get_device_name(run.device) if cuda else platform.processor() or platform.machine()}
-    where |= {"ranks": run.world, "threads": torch.get_num_threads(), "torch": torch.__version__, "command": command}
-    if run.args.bench_json and run.rank == 0:
-        write_atomic(json.dumps(figures | where, indent=2) + "\n", Path(run.args.bench_json))
+    cpu = platform.processor() or platform.machine()
+    where = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "ranks": dist.get_world_size() if dist.is_initialized() else 1,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "command": command,
+    }
+    if args.bench_json and is_main():
+        write_atomic(json.dumps({**figures, **where}, indent=2) + "\n", Path(args.bench_json))
 
 
-def profiled(run: Run) -> Callable[[], None]:
-    """What to call after each step. With --profile, steps 4 to 6 go to trace.json, for chrome://tracing or
+def profiler_of(args: argparse.Namespace, folder: Path) -> torch.profiler.profile | None:
+    """With --profile: its .step() after each step; steps 4 to 6 go to trace.json, for chrome://tracing or
     ui.perfetto.dev."""
-    if not run.args.profile or run.rank > 0:
-        return lambda: None
+    if not args.profile or not is_main():
+        return None
 
     def write(profiler):
-        profiler.export_chrome_trace(str(run.output / "trace.json"))
-        say(f"wrote {run.output / 'trace.json'}")
+        profiler.export_chrome_trace(str(folder / "trace.json"))
+        say(f"wrote {folder / 'trace.json'}")
 
     schedule = torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1)
     profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=write, record_shapes=True)
     profiler.start()
-    return profiler.step
+    return profiler
 
 
-def train(run: Run, optimizer: torch.optim.Optimizer, keeper: Keeper) -> list[dict]:
-    """The loop: a line of history an epoch; goes on from where the keeper is."""
-    args, method, total = run.args, run.method, run.epochs * run.steps_per_epoch
-    warmup, tick = warmup_steps(args, optimizer, run.steps_per_epoch), profiled(run)
-    model, console = distributed(method), Console(run, total)
-    done = keeper.epoch * run.steps_per_epoch + keeper.step
-    with keeper:
-        for epoch in range(keeper.epoch, args.epochs):
-            start, order = time.time(), run.shuffled(run.parts[0], epoch)
-            console.begin(epoch, keeper.partial, loss=order)
-            for step in range(keeper.step, run.steps_per_epoch):
+# ---- the script -----------------------------------------------------------------------------------------------------
+
+
+def seed_step(seed: int, step: int) -> None:
+    """For what networks draw themselves in a step, as a ViT's skipped branches: a function of the seed, the step and
+    the rank, so that a run resumes from its step."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    torch.manual_seed((seed << 40) + step * world + rank)
+
+
+def train(
+    args: argparse.Namespace,
+    method: Method,
+    batches: Batches,
+    optimizer: torch.optim.Optimizer,
+    monitor: Monitor,
+    meter: Meter,
+    checkpoint: Checkpoint,
+    device: torch.device,
+) -> None:
+    """The loop. It goes on from the checkpoint's step, and leaves a line of checkpoint.history an epoch."""
+    total, per_epoch = checkpoint.total, batches.steps_per_epoch
+    warmup = warmup_steps(args, optimizer, per_epoch)
+    model, profiler = distributed(method), profiler_of(args, checkpoint.folder)
+    with checkpoint:  # SIGTERM and Ctrl-C: finish the step, save, exit with 128 + signal
+        begun = time.time()
+        for step in range(checkpoint.step, total):
+            seed_step(args.seed, step)
+            lr = set_lr(optimizer, step, warmup, total)
+            views, index = batches(step)  # [(B, 3, S, S), ...] globals first, (B,)
+            if step == 0 and is_main():
+                save_views(views, batches.views, checkpoint.folder / "views.png")
+            with autocast(args, device):
+                loss = model(views, index)
+            loss.backward()
+            if step < args.freeze_last_layer * per_epoch:
+                method.drop_last_layer_grad()
+            if args.clip_grad:
+                clip_gradients(method, args.clip_grad)
+            optimizer.step()
+            optimizer.zero_grad()
+            method.after_step((step + 1) / total)  # teacher, queue, centre
+            meter.add(step, lr, loss=loss)
+            meter.print(step)  # the only wait for the device in a step; a loss that is not finite stops the run here
+            if (step + 1) % per_epoch == 0:
+                epoch, loss = (step + 1) // per_epoch, meter.end_epoch()["loss"]
+                facts = monitor(method, args.knn_every > 0) if monitor.due(epoch) else {}
+                if method.classifies_instances:
+                    facts["normalised"] = method.normalised(loss)
+                say(f"epoch {epoch}/{args.epochs}  loss {loss:.4f}{meter.speed(step)}{in_words(facts)}")
+                warn(method, facts, loss, args.batch_size, step + 1)
+                checkpoint.log({"epoch": epoch, "loss": loss, "lr": lr, **facts, **resources(begun, device)})
                 begun = time.time()
-                views, index = run.batch(order, step, (args.seed, WEIGHTS, done))
-                views_s = time.time() - begun
-                if done == 0 and run.rank == 0:
-                    with user_errors():
-                        save_views(run, views)
-                lr = set_lr(optimizer, done, warmup, total)
-                with run.autocast():
-                    loss = model(views, index)
-                loss.backward()
-                run.after_backward(done)
-                optimizer.step()
-                optimizer.zero_grad()
-                done += 1
-                method.after_step(done / total)
-                console.add(views_s, lr, loss=loss)
-                console.line(done)
-                keeper.after_step(step + 1, console.read)
-                tick()
-            loss = console.read()["loss"].mean().item()
-            facts = run.monitor(args.knn_every > 0) if run.monitor_due(epoch + 1) else {}
-            if method.classifies_instances:
-                facts["normalised"] = method.normalised(loss)
-            console.text(f"epoch {epoch + 1}/{args.epochs}", loss, done, in_words(facts))
-            warn(run, facts, loss, done)
-            keeper.after_epoch({"epoch": epoch + 1, "loss": loss, "lr": console.lr} | facts | run.resources(start))
-    return keeper.history
+                meter.restart()
+            checkpoint.after_step(step + 1)
+            if profiler:
+                profiler.step()
 
 
 def main(args: argparse.Namespace, images: Images | None = None) -> dict[str, float]:
     """Returns the last line of the log. images: what the flags of the data name, if it is loaded already."""
+    command, asked = launch.command_line("pretrain.py", get_parser(), args), args
     with user_errors():
-        run = Run(args, images=images)
-        method = run.method
+        args, device = start(args)
+        folder = Path(args.output_dir)
+        arch = load_arch(args.arch)
+        images = load_training_images(args, device, images)
+        held_out, rows = split(images, args)
+        stats = channel_stats(images.pixels)
+        views = build_views(args, images, stats, device)
+        stem, what = stem_of(args, images), f"{describe(arch)} x{args.width:g}"
+        torch.manual_seed(args.seed)
+        drop_path = 0.1 * (what.split()[0] in VITS) if args.drop_path is None else args.drop_path
+        encoder, feature_dim = build_backbone(arch, stem, args.width, drop_path)
+        if args.weights:
+            load_weights(encoder, args.weights, f"{what} with the {stem} stem")
+        operations, heads = build_heads(args, feature_dim)
+        method = build_method(args, encoder, heads, len(rows), views, device)
+        if args.compile:
+            method.compile(**compile_options(args))
+        torch.backends.cudnn.benchmark = device.type == "cuda" and not args.deterministic  # shapes are always the same
+        batches = Batches(images.pixels, rows, views, args.batch_size, device, seed=args.seed)
         optimizer = optimizer_of([(n, p) for n, p in method.named_parameters() if p.requires_grad], method, args)
-        command = command_line("pretrain.py", get_parser(), args)
-        keeper = None if args.bench else Keeper(run, [optimizer], command)
-    say(
-        f"{args.method}, {describe(run.arch)} x{args.width:g} ({sum(p.numel() for p in method.encoder.parameters()):,} "
-        f"parameters), heads {args.heads}, {len(run.parts[0]):,} images of {run.size} px ({len(run.held_out):,} "
-        f"held out), {run.world} x {run.device.type}{', bf16' * run.amp}{', compiled' * run.compile}"
-    )
-    announce(args, optimizer, run.epochs * run.steps_per_epoch)
-    if args.bench:
-        figures = bench(run, optimizer)
-        write_bench(run, figures, command)
-        return figures
-    if keeper.epoch or keeper.step:
-        say(f"goes on after {keeper} of {keeper.path}")
-    if args.knn_every and not run.images.labelled:
+        monitor = Monitor(args, images, stats, held_out, rows, views, device)
+        total = args.epochs * batches.steps_per_epoch
+        meter = Meter(total, {"loss": batches}, images.names, folder, args.print_every)
+        say(
+            f"{args.method}, {what} ({sum(p.numel() for p in encoder.parameters()):,} parameters), heads {args.heads}, "
+            f"{len(rows):,} images of {images.pixels.shape[-1]} px ({len(held_out):,} held out), "
+            f"{machine(args, device)}"
+        )
+        announce(args, optimizer, total)
+        if args.bench:
+            figures = bench(args, method, batches, optimizer, device)
+            write_bench(args, figures, device, command)
+            return figures
+        checkpoint = Checkpoint(
+            folder,
+            {"method": method, "optimizer": optimizer, "meter": meter},
+            facts_of(asked, arch, operations, images, FREE_FLAGS),
+            command,
+            device,
+            total,
+            args.checkpoint_minutes,
+            args.resume,
+        )
+    if args.knn_every and not images.labelled:
         say("no labels: the monitor gives std and RankMe, but no kNN")
-
-    last = train(run, optimizer, keeper)[-1]
-    if run.rank == 0:
+    train(args, method, batches, optimizer, monitor, meter, checkpoint, device)
+    last = checkpoint.history[-1]
+    if is_main():
         with user_errors():
-            knn = {k: last[k] for k in ("knn",) if k in last}
-            save_backbone(run, method.encoder, command, run.output, heads=args.heads, **knn)
+            knn = {"knn": last["knn"]} if "knn" in last else {}
+            save_backbone(
+                encoder, {**backbone_facts(args, arch, stem, stats, command), "heads": args.heads, **knn}, folder
+            )
     barrier()
-    say(f"wrote {run.output / 'backbone.pth'}; next: torchrun linear_eval.py --weights {run.output / 'backbone.pth'}")
+    say(f"wrote {folder / 'backbone.pth'}; next: torchrun linear_eval.py --weights {folder / 'backbone.pth'}")
     return last
+
+
+def backbone_facts(
+    args: argparse.Namespace, arch: str | dict, stem: str, stats: tuple, command: str
+) -> dict[str, object]:
+    """What backbone.json says."""
+    return {
+        "arch": arch,
+        "width": args.width,
+        "stem": stem,
+        "mean": stats[0],
+        "std": stats[1],
+        "data": args.data,
+        "resized_to": args.image_size,
+        "method": args.method,
+        "epochs": args.epochs,
+        "seed": args.seed,
+        "command": command,
+        "versions": versions(),
+    }
 
 
 if __name__ == "__main__":

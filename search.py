@@ -39,49 +39,24 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torchvision
 from torch import Tensor, nn
 
-import optim
+import models
 import pretrain
-from checkpoint import Keeper, load_backbone, save_backbone, write_arch, write_atomic
-from compare import compare, facts_of, prepare, searched, shared_flags
-from launch import Parser, command_line, is_main, mean_over_ranks, say, user_errors
-from models import (
-    BACKBONES,
-    BAND,
-    OPS,
-    SPACES,
-    SearchBackbone,
-    count_heads,
-    derive,
-    describe,
-    head_dims,
-    macs,
-    random_choice,
-    recalibrate,
-    true_name,
-)
-from optim import distributed, optimizer_of, set_lr
+from checkpoint import Checkpoint, load_arch, load_backbone, save_backbone, versions, write_atomic, write_json
+from compare import compare, facts_of_network, prepare, searched, shared_flags
+from data import ALPHAS, GATES, RECALIBRATION, Batches, channel_stats
+from launch import Meter, Parser, command_line, is_main, mean_over_ranks, say, user_errors
+from losses import METHODS, Method
+from models import BACKBONES, BAND, OPS, SPACES, Choices, SearchBackbone, SearchHead
+from optim import clip_gradients, distributed, optimizer_of, set_lr, warmup_steps, with_state
 from pictures import draw_backbone, draw_heads
-from pretrain import (
-    ALPHAS,
-    GATES,
-    RECALIBRATION,
-    WEIGHTS,
-    Console,
-    Run,
-    announce,
-    clock,
-    in_words,
-    profiled,
-    warn,
-    write_bench,
-)
+from pretrain import Monitor, autocast, clock, compile_options
 
 # The paper steps its alphas by 1e-3 (AdamW) 4,800 times. Adam moves an alpha by about lr a step, so a shorter search
 # with the same lr decides nothing; --arch-lr's default keeps lr x steps at the paper's value, for a backbone's alphas
@@ -114,6 +89,10 @@ def get_parser() -> Parser:
     return parser
 
 
+# of --compare, which may be asked for once the search is done
+NOT_OF_THE_SEARCH = {"compare", "compare_seeds", "compare_epochs", "compare_data", "compare_with"}
+
+
 def check_flags(args: argparse.Namespace) -> None:
     """Raises ValueError for flags that contradict each other."""
     backbones = [name for name in args.space if name != "heads"]
@@ -127,7 +106,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError("--target-macs means nothing to --space heads: name a backbone space too")
     if args.strategy != "gradient" and (not backbones or "heads" in args.space):
         raise ValueError(f"--strategy {args.strategy} is for a backbone alone: --space {' or '.join(SPACES)}")
-    if "heads" in args.space and pretrain.METHODS[args.method].classifies_instances:
+    if "heads" in args.space and METHODS[args.method].classifies_instances:
         raise ValueError(f"--method {args.method} has no heads to search: choose --space {' or '.join(SPACES)}")
     if min(args.tau) <= 0:
         raise ValueError(f"--tau {args.tau[0]:g} {args.tau[1]:g}: must be above 0")
@@ -140,7 +119,7 @@ def parse_target(text: str, width: float, stem: str, size: int) -> float:
     match = re.fullmatch(rf"(?:([\d.]+)x)?({'|'.join(BACKBONES)})", text)
     try:
         if match:
-            return float(match[1] or 1) * macs(BACKBONES[match[2]], width, stem, size)
+            return float(match[1] or 1) * models.macs(BACKBONES[match[2]], width, stem, size)
         return float(text)
     except ValueError as error:
         raise ValueError(f"--target-macs '{text}' is neither a number nor like 0.5xresnet18") from error
@@ -174,6 +153,109 @@ def alpha_gradients(
             p.requires_grad_(True)
 
 
+# ---- what a backbone costs ------------------------------------------------------------------------------------------
+
+
+class Cost(NamedTuple):
+    """MACs of a space's networks: base, and what each option of a stage adds to it."""
+
+    base: int
+    table: Tensor  # (S, O), float64 on the CPU
+    device_table: Tensor  # the same, fp32 on the device
+    target: float
+
+    def macs(self, choice: list[int]) -> int:
+        return int(self.base + sum(self.table[s, o].item() for s, o in enumerate(choice)))
+
+    def expected(self, choices: Choices) -> Tensor:
+        """E[MACs] / target under the alphas, differentiable."""
+        return choices.expected_macs(self.base, self.device_table) / self.target
+
+    def derive(self, choices: Choices) -> list[int]:
+        """The likeliest network among those whose MACs are in BAND of the target."""
+        return models.derive(choices.log_probabilities(), self.base, self.table, self.target)
+
+    def random(self, n: int, seed: int) -> list[list[int]]:
+        """n of those, drawn evenly."""
+        generator = torch.Generator().manual_seed(seed)
+        return [models.random_choice(self.base, self.table, self.target, generator) for _ in range(n)]
+
+
+def gradients_of(f: Callable[[], Tensor], alphas: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """(value, gradients) of a function of the alphas, which want a gradient here alone."""
+    for alpha in alphas:
+        alpha.requires_grad_(True)
+    value = f()
+    gradients = torch.autograd.grad(value, alphas)
+    for alpha in alphas:
+        alpha.requires_grad_(False)
+    return value.detach(), list(gradients)
+
+
+def cost_gradients(choices: Choices, cost: Cost, weight: float) -> list[Tensor]:
+    """Of |E[MACs] / target - 1| to the alphas, at `weight` times the norm of their own gradients.
+
+    The cost is added, since a factor would change its sense with the loss's sign. Without the norms it would drown
+    the loss, whose gradient to an alpha is hundreds of times smaller: then the alphas of all stages go where MACs
+    alone send them.
+    """
+    alphas = list(choices.alphas().values())
+    _, gradients = gradients_of(lambda: (cost.expected(choices) - 1).abs(), alphas)
+    own = torch.cat([a.grad.flatten() for a in alphas]).norm()
+    its = torch.cat([g.flatten() for g in gradients]).norm()
+    return [weight * own / its.clamp(min=1e-12) * g for g in gradients]
+
+
+@torch.no_grad()
+def meet_target(choices: Choices, cost: Cost) -> None:
+    """Moves the alphas, as little as it takes, to where E[MACs] is in BAND of the target.
+
+    Left to the cost's gradient and Adam, which moves all alphas by the same amount, the way from uniform alphas to
+    the target would take dozens of steps and decide for the smaller options of every stage alike.
+    """
+    alphas = list(choices.alphas().values())
+    for _ in range(100):
+        with torch.enable_grad():
+            expected, gradients = gradients_of(lambda: cost.expected(choices), alphas)
+        if BAND[0] <= expected <= BAND[1]:
+            return
+        newton = (expected - statistics.mean(BAND)) / sum(g.square().sum() for g in gradients)
+        largest = newton.abs() * max(g.abs().max() for g in gradients)
+        for alpha, gradient in zip(alphas, gradients):
+            alpha -= newton / largest.clamp(min=1) * gradient  # by 1 at the most: softmax saturates
+
+
+# ---- the searchable network and its steps ---------------------------------------------------------------------------
+
+
+class AlphaGradients:
+    """The loss's gradients to all alphas, one (A,) for each alpha step of the epoch."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.steps = device, []
+
+    def add(self, gradients: list[Tensor]) -> None:
+        self.steps.append(torch.cat([g.flatten() for g in gradients]))
+
+    def signal(self) -> float:
+        """In units of its noise, a step: root mean square of mean / standard deviation, less what chance adds. At s,
+        some 1 / s^2 steps tell an alpha's direction; a search with fewer moves its alphas at random."""
+        gradients = torch.stack(self.steps).double()
+        t2 = gradients.mean(0) ** 2 / (gradients.var(0) / len(gradients)).clamp(min=1e-30)
+        return math.sqrt(max(0.0, t2.mean().item() - 1) / len(gradients))
+
+    def dead(self, names: list[str]) -> list[str]:
+        """Those of the alphas that no step had a gradient for, which so stay as they are."""
+        moved = torch.stack(self.steps).abs().amax(0) > 0
+        return [name for name, got in zip(names, moved.tolist(), strict=True) if not got]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"steps": torch.stack(self.steps)} if self.steps else {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.steps = list(state["steps"].to(self.device)) if state else []
+
+
 class Search:
     """The searchable network, its weights and alphas, and an optimiser for each.
 
@@ -184,50 +266,76 @@ class Search:
     to what memorises pixels, and unlike in a single-level search the alphas do not share the weights' batch.
     """
 
-    def __init__(self, args: argparse.Namespace):
-        check_flags(args)
-        self.args, learns = args, args.strategy == "gradient"
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        """args: as pretrain.start gives them. Raises ValueError for what cannot be searched."""
+        self.args, self.device, learns = args, device, args.strategy == "gradient"
+        self.images = pretrain.load_training_images(args, device, None)
+        parts = 1 if METHODS[args.method].classifies_instances else 2
+        self.held_out, *self.rows = pretrain.split(self.images, args, parts if learns else 1)
+        self.stem, self.size = pretrain.stem_of(args, self.images), self.images.pixels.shape[-1]
+        self.stats = channel_stats(self.images.pixels)
+        self.views = pretrain.build_views(args, self.images, self.stats, device)
+
+        torch.manual_seed(args.seed)
         self.space = next((SPACES[name] for name in args.space if name in SPACES), None)
-        self.halves = 1 if pretrain.METHODS[args.method].classifies_instances else 2
-        self.run = Run(args, "heads" in args.space, self.space, parts=self.halves if learns else 1)
-        self.parts = [self.run.parts[0], self.run.parts[-1]] if learns else self.run.parts  # of weights, of alphas
-        self.method, self.heads = self.run.method, (self.run.heads or {}) if "heads" in args.space else {}
-        self.choices = self.method.encoder.choices if self.space else None
-        self.total = self.run.epochs * self.run.steps_per_epoch
-        share = (0.25 if self.space else 0.0) if args.arch_warmup is None else args.arch_warmup
-        self.warmup = round(share * self.total) if learns else self.total  # steps on weights alone
+        self.arch = self.space.handcrafted if self.space else load_arch(args.arch)
         if self.space:
-            where = args.width, self.run.stem, self.run.size
-            self.base, self.table = self.space.costs(*where)
-            self.device_table = self.table.float().to(self.run.device)
-            self.target = parse_target(args.target_macs or self.space.handcrafted, *where)
-            derive(self.choices.log_probabilities(), self.base, self.table, self.target)  # raises: nothing meets it
-            if not learns:
-                self.plan_baseline()
+            encoder = SearchBackbone(self.space, args.width, self.stem)
+        else:
+            encoder, _ = models.build_backbone(self.arch, self.stem, args.width)
+        if "heads" in args.space:
+            spaces = METHODS[args.method].heads(encoder.feature_dim, args.out_dim)
+            self.dims = {name: models.head_dims(*head) for name, head in spaces.items()}
+            self.operations, heads = None, {name: SearchHead(dims) for name, dims in self.dims.items()}
+            self.heads = heads
+        else:
+            self.dims, self.heads = {}, {}
+            self.operations, heads = pretrain.build_heads(args, encoder.feature_dim)
+        n_images = min(map(len, self.rows))  # a queue is for a part
+        self.method = pretrain.build_method(args, encoder, heads, n_images, self.views, device)
+        self.choices = encoder.choices if self.space else None
+        self.cost = self.cost_of_space() if self.space else None
+        self.candidates = 0
+        if not learns:
+            self.candidates, args.epochs = plan_baseline(
+                args, self.choices, self.cost, parts, n_images, len(self.held_out)
+            )
+        self.batches = self.batches_of(self.rows[0])
+        self.alpha_batches = self.batches_of(self.rows[-1], stream=ALPHAS)
+        self.total = args.epochs * self.batches.steps_per_epoch
+        share = args.arch_warmup if args.arch_warmup is not None else 0.25 if self.space else 0.0
+        self.warmup = round(share * self.total) if learns else self.total  # steps on weights alone
 
         named = [(n, p) for n, p in self.method.named_parameters() if p.requires_grad and not n.endswith("alpha")]
         self.weights = [p for _, p in named]
         self.optimizer = optimizer_of(named, self.method, args)
-        steps, lr = max(1, self.total - self.warmup), args.arch_lr
-        groups = []
-        if self.heads:
-            alphas = {"params": [head.alpha for head in self.heads.values()], "weight_decay": args.arch_weight_decay}
-            groups.append(alphas | {"lr": max(1e-3, TRAVEL / steps) if lr is None else lr})
-        if self.space:
-            alphas = {"params": self.choices.alphas(), "weight_decay": 0.0, "betas": (0.5, 0.999)}
-            groups.append(alphas | {"lr": min(0.1, max(1e-2, TRAVEL / steps)) if lr is None else lr})
-        self.alpha_optimizer = torch.optim.AdamW(groups)
-        self.alphas = [alpha for group in groups for alpha in group["params"]]
+        self.alpha_optimizer = alpha_optimizer_of(self)
+        self.alphas = [alpha for group in self.alpha_optimizer.param_groups for alpha in group["params"]]
         for alpha in self.alphas:
             alpha.requires_grad_(False)
-        self.gradients: list[Tensor] = []  # of the loss to all alphas, one for each alpha step since `signal`
+        self.gradients = AlphaGradients(device)
         # a sampled network leaves weights without gradients
-        self.model = distributed(self.method, find_unused_parameters=bool(self.space))
-        # where a backbone is searched alphas see the masked network, whose shapes stay, and weights the sampled one
-        compiled = self.space and self.run.compile
-        self.alpha_model = torch.compile(self.method, **self.run.compile_options()) if compiled else self.method
+        self.model = distributed(self.method, find_unused_parameters=self.space is not None)
+        self.alpha_model = self.method
+        if args.compile and self.space:  # alphas see the masked network, whose shapes stay, and weights the sampled one
+            self.alpha_model = torch.compile(self.method, **compile_options(args))
+        elif args.compile:
+            self.method.compile(**compile_options(args))
 
-    # ---- steps
+    def cost_of_space(self) -> Cost:
+        """Raises ValueError where no network of the space meets --target-macs."""
+        where = self.args.width, self.stem, self.size
+        base, table = self.space.costs(*where)
+        target = parse_target(self.args.target_macs or self.space.handcrafted, *where)
+        cost = Cost(base, table, table.float().to(self.device), target)
+        cost.derive(self.choices)
+        return cost
+
+    def batches_of(self, rows: Tensor, **options) -> Batches:
+        args = self.args
+        return Batches(
+            self.images.pixels, rows, self.views, args.batch_size, self.device, **{"seed": args.seed, **options}
+        )
 
     def sample(self, step: int, alphas: bool) -> None:
         """Gates for one step, with gradients to the alphas or without; in the warm-up every other is the largest."""
@@ -237,201 +345,167 @@ class Search:
             alpha.requires_grad_(alphas)
         if step < self.warmup and step % 2:
             self.choices.set_largest()
-        else:
-            first, last = self.args.tau
-            progress = (step - self.warmup) / max(1, self.total - self.warmup)
-            rng = np.random.default_rng((self.args.seed, GATES, int(alphas), step))
-            self.choices.sample(first * (last / first) ** max(0.0, progress), rng)
+            return
+        first, last = self.args.tau
+        progress = max(0.0, (step - self.warmup) / max(1, self.total - self.warmup))
+        rng = np.random.default_rng((self.args.seed, GATES, int(alphas), step))
+        self.choices.sample(first * (last / first) ** progress, rng)
 
-    def cost_gradients(self) -> list[Tensor]:
-        """Of |E[MACs] / target - 1| to the backbone's alphas, at cost_weight times the norm of their own gradients.
-
-        The cost is added, since a factor would change its sense with the loss's sign. Without the norms it would drown
-        the loss, whose gradient to an alpha is hundreds of times smaller: then the alphas of all stages go where MACs
-        alone send them.
-        """
-        alphas = self.choices.alphas()
-        for alpha in alphas:
-            alpha.requires_grad_(True)
-        cost = (self.choices.expected_macs(self.base, self.device_table) / self.target - 1).abs()
-        gradients = torch.autograd.grad(cost, alphas)
-        for alpha in alphas:
-            alpha.requires_grad_(False)
-        own, its = (torch.cat([g.flatten() for g in gs]).norm() for gs in ([a.grad for a in alphas], gradients))
-        return [self.args.cost_weight * own / its.clamp(min=1e-12) * g for g in gradients]
-
-    def meet_target(self) -> None:
-        """Moves a backbone's alphas, as little as it takes, to where E[MACs] is in BAND of the target.
-
-        Left to the cost's gradient and Adam, which moves all alphas by the same amount, the way from uniform alphas to
-        the target would take dozens of steps and decide for the smaller options of every stage alike.
-        """
-        alphas = self.choices.alphas()
-        for _ in range(100):
-            for alpha in alphas:
-                alpha.requires_grad_(True)
-            expected = self.choices.expected_macs(self.base, self.device_table) / self.target
-            gradients = torch.autograd.grad(expected, alphas)
-            for alpha in alphas:
-                alpha.requires_grad_(False)
-            if BAND[0] <= expected <= BAND[1]:
-                return
-            newton = (expected.detach() - statistics.mean(BAND)) / sum(g.square().sum() for g in gradients)
-            largest = newton.abs() * max(g.abs().max() for g in gradients)
-            for alpha, gradient in zip(alphas, gradients):
-                alpha -= newton / largest.clamp(min=1) * gradient  # by 1 at the most: softmax saturates
-
-    def alpha_step(self, order: Tensor, step: int, done: int = 0) -> Tensor:
-        """step: of the epoch, which says what batch; done: of the search, which says what temperature."""
-        if self.space and done <= self.warmup:
-            self.meet_target()
-        views, index = self.run.batch(order, step, (self.args.seed, ALPHAS, done))
-        self.sample(max(done, self.warmup), alphas=True)
-        parts = self.method, self.alpha_model, views, index, self.alphas, self.weights
-        loss, gradients = alpha_gradients(*parts)
+    def alpha_step(self, step: int) -> Tensor:
+        """Returns the loss on the alphas' batch."""
+        if self.space and step <= self.warmup:
+            meet_target(self.choices, self.cost)
+        views, index = self.alpha_batches(step)
+        self.sample(max(step, self.warmup), alphas=True)
+        loss, gradients = alpha_gradients(self.method, self.alpha_model, views, index, self.alphas, self.weights)
         for alpha, gradient in zip(self.alphas, gradients):
             alpha.grad = mean_over_ranks(gradient)
-        self.gradients.append(torch.cat([alpha.grad.flatten() for alpha in self.alphas]))
+        self.gradients.add([alpha.grad for alpha in self.alphas])
         if self.space:
-            for alpha, gradient in zip(self.choices.alphas(), self.cost_gradients()):
+            extra = cost_gradients(self.choices, self.cost, self.args.cost_weight)
+            for alpha, gradient in zip(self.choices.alphas().values(), extra):
                 alpha.grad += gradient
         self.alpha_optimizer.step()
         self.alpha_optimizer.zero_grad()
         return loss
 
-    def weight_step(self, order: Tensor, step: int, progress: float, done: int = 0) -> tuple[Tensor, float]:
-        start = time.time()
-        views, index = self.run.batch(order, step, (self.args.seed, WEIGHTS, done))
-        views_s = time.time() - start
-        self.sample(done, alphas=False)
-        with self.run.autocast():
+    def weight_step(self, step: int) -> Tensor:
+        """Returns the loss on the weights' batch."""
+        views, index = self.batches(step)
+        self.sample(step, alphas=False)
+        with autocast(self.args, self.device):
             loss = self.model(views, index)
         loss.backward()
-        self.run.after_backward(done)
+        if step < self.args.freeze_last_layer * self.batches.steps_per_epoch:
+            self.method.drop_last_layer_grad()
+        if self.args.clip_grad:
+            clip_gradients(self.method, self.args.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.method.after_step(progress)
-        return loss, views_s
-
-    def dead(self) -> list[str]:
-        """The alphas that have had no gradient in any step since the last call of `signal`, which so stay as they
-        are."""
-        names = [f"{n} {k + 1} {op}" for n, head in self.heads.items() for k in range(len(head.alpha)) for op in OPS]
-        if self.space:
-            for name, alpha in zip(("depth", "inner", "kernel"), self.choices.alphas()):
-                names += [f"stage {s + 1}'s {name} {o + 1}" for s in range(len(alpha)) for o in range(alpha.shape[1])]
-        got = torch.stack(self.gradients).abs().amax(0) > 0
-        return [name for name, moved in zip(names, got.tolist(), strict=True) if not moved]
-
-    def signal(self) -> float:
-        """The alphas' gradient in units of its noise, a step: root mean square of mean / standard deviation over the
-        steps since the last call, less what chance adds. At s, some 1 / s^2 steps tell an alpha's direction; a search
-        with fewer moves its alphas at random.
-        """
-        gradients, self.gradients = torch.stack(self.gradients).double(), []
-        t2 = gradients.mean(0) ** 2 / (gradients.var(0) / len(gradients)).clamp(min=1e-30)
-        return math.sqrt(max(0.0, t2.mean().item() - 1) / len(gradients))
+        self.method.after_step((step + 1) / self.total)
+        return loss
 
     # ---- what is found
+
+    def alpha_names(self) -> list[str]:
+        """Of all alphas' entries, in the order of their gradients."""
+        names = []
+        for head_name, head in self.heads.items():
+            names += [f"{head_name} {layer + 1} {op}" for layer in range(len(head.alpha)) for op in OPS]
+        for kind, alpha in (self.choices.alphas() if self.space else {}).items():
+            stages, options = alpha.shape
+            names += [f"stage {s + 1}'s {kind} {o + 1}" for s in range(stages) for o in range(options)]
+        return names
 
     def state(self) -> dict:
         """Alphas, their entropy and what they choose so far, by head and of the backbone."""
         state = {
-            "alphas": {n: h.alpha.detach().softmax(1).tolist() for n, h in self.heads.items()},
-            "entropy": {n: h.entropy() for n, h in self.heads.items()},
-            "ops": {n: h.discretise() for n, h in self.heads.items()},
+            "alphas": {name: head.alpha.detach().softmax(1).tolist() for name, head in self.heads.items()},
+            "entropy": {name: head.entropy() for name, head in self.heads.items()},
+            "ops": {name: head.discretise() for name, head in self.heads.items()},
         }
         if self.space:
-            for name, alpha in zip(("depth", "inner", "kernel"), self.choices.alphas()):
+            for kind, alpha in self.choices.alphas().items():
                 p = alpha.detach().double().softmax(1)
-                state["alphas"][name] = p.tolist()
-                state["entropy"][name] = (torch.special.entr(p).sum(1) / math.log(p.shape[1])).tolist()
-            state["expected_macs"] = self.choices.expected_macs(self.base, self.device_table).item()
-            state["arch"] = self.space.arch(self.derive())
+                state["alphas"][kind] = p.tolist()
+                state["entropy"][kind] = (torch.special.entr(p).sum(1) / math.log(p.shape[1])).tolist()
+            state["expected_macs"] = self.choices.expected_macs(self.cost.base, self.cost.device_table).item()
+            state["arch"] = self.space.arch(self.cost.derive(self.choices))
         return state
 
-    def derive(self) -> list[int]:
-        return derive(self.choices.log_probabilities(), self.base, self.table, self.target)
-
-    def macs(self, choice: list[int]) -> int:
-        return int(self.base + sum(self.table[s, o].item() for s, o in enumerate(choice)))
-
-    def standalone(self, choice: list[int], batches: int) -> nn.Module:
+    def standalone(self, choice: list[int], n_batches: int) -> Method:
         """The method with a copy of that network's weights in place of the searchable one, BN recalibrated."""
-        twin = copy.deepcopy(self.method)
-        for name, child in twin.named_children():
+        method = copy.deepcopy(self.method)
+        for name, child in method.named_children():
             if isinstance(child, SearchBackbone):
-                setattr(twin, name, child.cut(choice))
-        order, seed = self.run.parts[0], (self.args.seed, RECALIBRATION)
-        batches = (self.run.batch(order, i % self.run.steps_per_epoch, (*seed, i)) for i in range(batches))
+                setattr(method, name, child.subnet(choice))
+        batches = self.batches_of(self.rows[0], stream=RECALIBRATION, shuffle=False)
 
         def forward(batch: tuple[list[Tensor], Tensor]) -> None:
-            with self.run.autocast():
-                twin.outputs(*batch)
+            with autocast(self.args, self.device):
+                method.outputs(*batch)
 
-        return recalibrate(twin, batches, forward)
+        return models.recalibrate(method, (batches(i) for i in range(n_batches)), forward)
 
-    # ---- baselines of the same cost
 
-    def plan_baseline(self) -> None:
-        """Sets epochs and candidates so that a random strategy costs what --epochs of gradient search would.
+def alpha_optimizer_of(search: Search) -> torch.optim.Optimizer:
+    """AdamW: a group for the heads' alphas and one for the backbone's."""
+    args, groups = search.args, []
+    steps = max(1, search.total - search.warmup)
+    if search.heads:
+        lr = max(1e-3, TRAVEL / steps) if args.arch_lr is None else args.arch_lr
+        alphas = [head.alpha for head in search.heads.values()]
+        groups.append({"params": alphas, "lr": lr, "weight_decay": args.arch_weight_decay})
+    if search.space:
+        lr = min(0.1, max(1e-2, TRAVEL / steps)) if args.arch_lr is None else args.arch_lr
+        alphas = list(search.choices.alphas().values())
+        groups.append({"params": alphas, "lr": lr, "weight_decay": 0.0, "betas": (0.5, 0.999)})
+    for group in groups:
+        group["fused"] = False
+    return with_state(torch.optim.AdamW(groups), ("exp_avg", "exp_avg_sq"), search.method)
 
-        Costs are MACs x steps; a forward pass alone counts a third. A gradient search has half the steps an epoch, each
-        with a step of the largest network for the alphas, after a warm-up of one and a half. E[MACs] is taken to go
-        from the uniform mean to the target.
-        """
-        args, run = self.args, self.run
-        if len(run.held_out) < args.batch_size:
-            raise ValueError(
-                f"--strategy {args.strategy} chooses by the loss on held-out images, and {len(run.held_out)} do "
-                "not fill a batch: raise --held-out or lower --batch-size"
-            )
-        steps = args.epochs * (len(run.parts[0]) // self.halves // args.batch_size)
-        warmup = (0.25 if args.arch_warmup is None else args.arch_warmup) * steps
-        largest, mean = self.macs(self.choices.largest), self.choices.expected_macs(self.base, self.device_table).item()
-        both = (mean + largest) / 2
-        budget = warmup * both + (steps - warmup) * (largest + (mean + self.target) / 2)
-        if args.strategy == "random":
-            self.candidates = args.candidates or 8
-            run.epochs = round(budget / (self.candidates * self.target * run.steps_per_epoch))
-        else:
-            one = (args.recalibrate_batches + len(run.held_out) // args.batch_size) * self.target / 3
-            self.candidates = args.candidates or int(min(1000, max(8, budget / 4 / one)))
-            run.epochs = round((budget - self.candidates * one) / (both * run.steps_per_epoch))
-        if run.epochs < 1:
-            raise ValueError(f"{self.candidates} candidates leave no epoch of training each: lower --candidates")
-        self.total = self.warmup = run.epochs * run.steps_per_epoch
-        say(
-            f"{args.strategy}: {self.candidates} candidates, {run.epochs} epochs, to cost what the gradient search does"
+
+# ---- baselines of the same cost -------------------------------------------------------------------------------------
+
+
+def plan_baseline(
+    args: argparse.Namespace, choices: Choices, cost: Cost, parts: int, n_images: int, n_held_out: int
+) -> tuple[int, int]:
+    """(candidates, epochs) so that a random strategy costs what --epochs of gradient search would.
+
+    Costs are MACs x steps; a forward pass alone counts a third. A gradient search has its images in `parts` and so
+    many fewer steps an epoch, each with a step of the largest network for the alphas, after a warm-up of one and a
+    half. E[MACs] is taken to go from the uniform mean to the target. Raises ValueError where it cannot be.
+    """
+    if n_held_out < args.batch_size:
+        raise ValueError(
+            f"--strategy {args.strategy} chooses by the loss on held-out images, and {n_held_out} do "
+            "not fill a batch: raise --held-out or lower --batch-size"
         )
+    per_epoch = n_images // args.batch_size
+    steps = args.epochs * (n_images // parts // args.batch_size)
+    warmup = (0.25 if args.arch_warmup is None else args.arch_warmup) * steps
+    largest = cost.macs(choices.largest)
+    mean = choices.expected_macs(cost.base, cost.device_table).item()
+    both = (mean + largest) / 2
+    budget = warmup * both + (steps - warmup) * (largest + (mean + cost.target) / 2)
+    if args.strategy == "random":
+        candidates = args.candidates or 8
+        epochs = round(budget / (candidates * cost.target * per_epoch))
+    else:
+        one = (args.recalibrate_batches + n_held_out // args.batch_size) * cost.target / 3
+        candidates = args.candidates or int(min(1000, max(8, budget / 4 / one)))
+        epochs = round((budget - candidates * one) / (both * per_epoch))
+    if epochs < 1:
+        raise ValueError(f"{candidates} candidates leave no epoch of training each: lower --candidates")
+    say(f"{args.strategy}: {candidates} candidates, {epochs} epochs, to cost what the gradient search does")
+    return candidates, epochs
 
-    def best_candidate(self) -> tuple[list[int], nn.Module]:
-        """(choice, method) of the lowest held-out loss among random networks that inherit from the largest."""
-        best = (math.inf, [], self.method)
-        for choice in self.random_choices(self.candidates, self.args.seed):
-            twin = self.standalone(choice, self.args.recalibrate_batches)
-            loss = self.run.held_out_loss(twin)["held_out_loss"]
-            best = min(best, (loss, choice, twin), key=lambda c: c[0])
-        return best[1:]
 
-    def random_choices(self, n: int, seed: int) -> list[list[int]]:
-        generator = torch.Generator().manual_seed(seed)
-        return [random_choice(self.base, self.table, self.target, generator) for _ in range(n)]
+def best_candidate(search: Search, monitor: Monitor) -> list[int]:
+    """The choice of the lowest held-out loss among random networks that inherit from the largest."""
+    losses = []
+    choices = search.cost.random(search.candidates, search.args.seed)
+    for choice in choices:
+        method = search.standalone(choice, search.args.recalibrate_batches)
+        losses.append(monitor.held_out_loss(method)["held_out_loss"])
+    return choices[losses.index(min(losses))]
 
 
 def random_search(search: Search) -> tuple[dict, list[int], nn.Module]:
     """(facts, choice, backbone) of the lowest held-out loss among networks trained alone, each a run of pretrain.py."""
-    run, best = search.run, (math.inf, {}, [], "")
-    for k, choice in enumerate(search.random_choices(search.candidates, search.args.seed)):
-        folder = run.output / "candidates" / str(k + 1)
+    args, ends, weights = search.args, [], []
+    choices = search.cost.random(search.candidates, args.seed)
+    for k, choice in enumerate(choices):
+        folder = Path(args.output_dir) / "candidates" / str(k + 1)
         path = folder.with_suffix(".json")
-        write_arch(path, {"backbone": {"arch": search.space.arch(choice)}})
-        flags = {"arch": str(path), "epochs": run.epochs, "knn_every": run.epochs, "output_dir": str(folder)}
-        facts = pretrain.main(argparse.Namespace(**shared_flags(search.args) | flags), run.images)
-        say(f"candidate {k + 1}/{search.candidates}: held-out loss {facts['held_out_loss']:.4f}")
-        if facts["held_out_loss"] < best[0]:
-            best = facts["held_out_loss"], facts, choice, str(folder / "backbone.pth")
-    return best[1], best[2], load_backbone(best[3])[0]
+        write_json({"backbone": {"arch": search.space.arch(choice)}}, path)
+        flags = {"arch": str(path), "knn_every": args.epochs, "output_dir": str(folder)}
+        ends.append(pretrain.main(argparse.Namespace(**{**shared_flags(args), **flags}), search.images))
+        weights.append(folder / "backbone.pth")
+        say(f"candidate {k + 1}/{search.candidates}: held-out loss {ends[-1]['held_out_loss']:.4f}")
+    best = min(range(len(ends)), key=lambda k: ends[k]["held_out_loss"])
+    return ends[best], choices[best], load_backbone(str(weights[best]))[0]
 
 
 # ---- what it costs --------------------------------------------------------------------------------------------------
@@ -440,54 +514,48 @@ def random_search(search: Search) -> tuple[dict, list[int], nn.Module]:
 def bench(search: Search, steps: int = 15, warm_up: int = 3) -> dict:
     """What an iteration (alpha and weight step) costs, and its ratio: of heads to the weight step alone, of a backbone
     to a plain step of the largest network, for which time and memory are given. Prints and returns them."""
-    run, orders = search.run, [search.run.shuffled(p, 0, stream) for stream, p in enumerate(search.parts)]
-    variants = {"alpha step": lambda step: search.alpha_step(orders[1], step, search.warmup + step)}
-    variants["weight step"] = lambda step: search.weight_step(orders[0], step, 0.0, search.warmup + step)
+    args, device = search.args, search.device
+    variants = {
+        "alpha step": lambda step: search.alpha_step(search.warmup + step),
+        "weight step": lambda step: search.weight_step(search.warmup + step),
+    }
+    base = "weight step"
     if search.space:
+        base = "plain step of the largest"
         plain = search.standalone(search.choices.largest, 1)
-        optimizer = optimizer_of(list(plain.named_parameters()), plain, run.args)
+        optimizer = optimizer_of(list(plain.named_parameters()), plain, args)
 
         def largest(step):
-            views, index = run.batch(orders[0], step, (search.args.seed, WEIGHTS, step))
-            with run.autocast():
+            views, index = search.batches(step)
+            with autocast(args, device):
                 loss = plain(views, index)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
-        variants["plain step of the largest"] = largest
+        variants[base] = largest
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for step in range(warm_up + steps):
         for name, variant in variants.items():
-            start = clock(run.device)
-            variant(step % run.steps_per_epoch)
+            begun = clock(device)
+            variant(step)
             if step >= warm_up:
-                seconds[name].append(clock(run.device) - start)
-    # the mean: sampled networks differ in size
-    took = {name: statistics.mean(s) if search.space else statistics.median(s) for name, s in seconds.items()}
-    held = {name: memory(run, lambda v=v: v(0)) for name, v in variants.items()}
-    what = "at the peak" if run.device.type == "cuda" else "kept for backward"
+                seconds[name].append(clock(device) - begun)
+    average = statistics.mean if search.space else statistics.median  # sampled networks differ in size
+    took = {name: average(times) for name, times in seconds.items()}
+    held = {name: memory(device, lambda v=v: v(0)) for name, v in variants.items()}
+    what = "at the peak" if device.type == "cuda" else "kept for backward"
     for name in variants:
         say(f"{name}: {1e3 * took[name]:.1f} ms, {held[name] / 2**20:.1f} MiB {what}")
-    base = "plain step of the largest" if search.space else "weight step"
-    iteration = took["alpha step"], took["weight step"]
-    ratio = sum(iteration) / took[base]
+    iteration = took["alpha step"] + took["weight step"]
+    ratio = iteration / took[base]
     say(f"an iteration is {ratio:.3f} times a {base}" + (" network" if search.space else ""))
-    views, index = run.batch(orders[1], 0, (search.args.seed, ALPHAS, 0))
-    search.sample(search.warmup, alphas=True)
-    _, cheap = alpha_gradients(search.method, search.method, views, index, search.alphas, search.weights)
-    search.sample(search.warmup, alphas=True)  # the same gates
-    for a in search.alphas:
-        a.requires_grad_(True)
-    full = torch.autograd.grad(search.method(views, index), [*search.alphas, *search.weights])
-    worst = max((a - b).abs().max().item() for a, b in zip(cheap, full))
-    say(f"alpha gradients beside those of a full backward: largest difference {worst:.3g}")
-    return {"seconds": took, "memory": held, "ratio": ratio, "images_per_s": run.args.batch_size / sum(iteration)}
+    return {"seconds": took, "memory": held, "ratio": ratio, "images_per_s": args.batch_size / iteration}
 
 
-def memory(run: Run, step) -> int:
+def memory(device: torch.device, step: Callable[[], object]) -> int:
     """Bytes of a step: at the peak on CUDA; elsewhere those that its graphs keep for backward, weights left out."""
-    if run.device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated()
@@ -506,161 +574,206 @@ def memory(run: Run, step) -> int:
 # ---- the script -----------------------------------------------------------------------------------------------------
 
 
-def train(search: Search) -> list[dict]:
-    """The loop: a line of history an epoch; goes on from a checkpoint."""
-    args, run = search.args, search.run
-    with user_errors():
-        command = command_line("search.py", get_parser(), args)
-        keeper = Keeper(run, [search.optimizer, search.alpha_optimizer], command)
-    if keeper.epoch or keeper.step:
-        say(f"goes on after {keeper} of {keeper.path}")
+def train(search: Search, monitor: Monitor, meter: Meter, checkpoint: Checkpoint) -> None:
+    """The loop: an alpha step and a weight step in turn. A line of checkpoint.history an epoch."""
+    args, total, per_epoch = search.args, search.total, search.batches.steps_per_epoch
+    warmup = warmup_steps(args, search.optimizer, per_epoch)
+    profiler = pretrain.profiler_of(args, checkpoint.folder)
 
     def look(knn: bool) -> dict:
-        method = search.standalone(search.derive(), min(10, args.recalibrate_batches)) if search.space else run.method
-        return run.monitor(knn, method)
+        if not search.space:
+            return monitor(search.method, knn)
+        choice = search.cost.derive(search.choices)
+        return monitor(search.standalone(choice, min(10, args.recalibrate_batches)), knn)
 
-    if not keeper.history:
-        keeper.history.append({"epoch": 0} | search.state() | look(args.knn_every > 0))
-    warmup, tick = optim.warmup_steps(args, search.optimizer, run.steps_per_epoch), profiled(run)
-    console, done = Console(run, search.total), keeper.epoch * run.steps_per_epoch + keeper.step
-
-    def collected() -> dict[str, Tensor]:
-        gradients = {"gradients": torch.stack(search.gradients)} if search.gradients else {}
-        return console.read() | gradients
-
-    with keeper:
-        for epoch in range(keeper.epoch, run.epochs):
-            start = time.time()
-            orders = [run.shuffled(part, epoch, stream) for stream, part in enumerate(search.parts)]
-            console.begin(epoch, keeper.partial, loss=orders[0], alpha_loss=orders[-1])
-            search.gradients = list(keeper.partial.get("gradients", torch.empty(0)).to(run.device))
-            for step in range(keeper.step, run.steps_per_epoch):
-                lr = set_lr(search.optimizer, done, warmup, search.total)
-                alpha_loss = {"alpha_loss": search.alpha_step(orders[1], step, done)} if done >= search.warmup else {}
-                loss, views_s = search.weight_step(orders[0], step, (done + 1) / search.total, done)
-                done += 1
-                console.add(views_s, lr, loss=loss, **alpha_loss)
-                console.line(done)
-                keeper.after_step(step + 1, collected)
-                tick()
-            means = {name: losses.mean().item() for name, losses in console.read().items()}
-            state, facts = search.state(), look(args.knn_every > 0) if run.monitor_due(epoch + 1) else {}
-            entropy = statistics.mean(e for layers in state["entropy"].values() for e in layers)
-            more = f"  alpha entropy {entropy:.3f}"
-            if len(search.gradients) > 1:
-                if dead := search.dead():
-                    say(f"warning: no gradient in this epoch for the alphas of {', '.join(dead)}")
-                facts["alpha_signal"] = search.signal()
-                more += f"  signal {facts['alpha_signal']:.2f}"
-            if search.space:
-                more += f"  E[MACs] {state['expected_macs'] / search.target:.3f} of the target"
-            console.text(f"epoch {epoch + 1}/{run.epochs}", means["loss"], done, more + in_words(facts))
-            warn(run, facts, means["loss"], done)
-            keeper.after_epoch({"epoch": epoch + 1} | means | facts | state | run.resources(start))
-    return keeper.history
+    if not checkpoint.history:
+        checkpoint.history.append({"epoch": 0, **search.state(), **look(args.knn_every > 0)})
+    with checkpoint:
+        begun = time.time()
+        for step in range(checkpoint.step, total):
+            pretrain.seed_step(args.seed, step)
+            lr = set_lr(search.optimizer, step, warmup, total)
+            if step >= search.warmup:
+                meter.add(step, lr, alpha_loss=search.alpha_step(step))
+            meter.add(step, lr, loss=search.weight_step(step))
+            meter.print(step)
+            if (step + 1) % per_epoch == 0:
+                epoch, means, state = (step + 1) // per_epoch, meter.end_epoch(), search.state()
+                facts = look(args.knn_every > 0) if monitor.due(epoch) else {}
+                more = alpha_facts(search, state, facts)
+                more += pretrain.in_words(facts)
+                say(f"epoch {epoch}/{args.epochs}  loss {means['loss']:.4f}{meter.speed(step)}{more}")
+                pretrain.warn(search.method, facts, means["loss"], args.batch_size, step + 1)
+                line = {"epoch": epoch, **means, "lr": lr, **facts, **state, **pretrain.resources(begun, search.device)}
+                checkpoint.log(line)
+                begun = time.time()
+                meter.restart()
+            checkpoint.after_step(step + 1)
+            if profiler:
+                profiler.step()
 
 
-def find(search: Search) -> tuple[list[dict], dict, list[int] | None, nn.Module | None]:
-    """(history, facts, choice, encoder) by the strategy; where heads alone are searched the last two are None."""
-    args, run = search.args, search.run
-    if args.strategy == "random":
-        return [], *random_search(search)
-    history = train(search)
-    if not search.space:
-        return history, history[-1], None, None
-    if args.strategy == "gradient":
-        choice = search.derive()
-        twin = search.standalone(choice, args.recalibrate_batches)
-    else:
-        choice, twin = search.best_candidate()
-    return history, run.monitor(args.knn_every > 0, twin), choice, twin.encoder
+def alpha_facts(search: Search, state: dict, facts: dict) -> str:
+    """What a line on the console says of the alphas; adds their signal to the epoch's facts."""
+    more = f"  alpha entropy {statistics.mean(e for layers in state['entropy'].values() for e in layers):.3f}"
+    if len(search.gradients.steps) > 1:
+        if dead := search.gradients.dead(search.alpha_names()):
+            say(f"warning: no gradient in this epoch for the alphas of {', '.join(dead)}")
+        facts["alpha_signal"] = search.gradients.signal()
+        more += f"  signal {facts['alpha_signal']:.2f}"
+    search.gradients.steps = []
+    if search.space:
+        more += f"  E[MACs] {state['expected_macs'] / search.cost.target:.3f} of the target"
+    return more
 
 
 def main(args: argparse.Namespace) -> dict:
     """Returns what it writes as arch.json; {} after --bench."""
+    command, asked = command_line("search.py", get_parser(), args), args
     with user_errors():
-        search = Search(args)
-    run, target = search.run, ""
-    dims = {name: head_dims(*run.spaces[name]) for name in search.heads}
-    say(
-        f"{args.method}, {' and '.join(args.space)}, x{args.width:g}, {' + '.join(f'{len(p):,}' for p in run.parts)} "
-        f"images of {run.size} px ({len(run.held_out):,} held out), {run.world} x {run.device.type}"
-        f"{', bf16' * run.amp}{', compiled' * run.compile}"
-    )
-    if search.heads:
-        names, kinds, functions = (math.prod(c) for c in zip(*map(count_heads, dims.values())))
-        say(f"{names:,} heads by name, {kinds:,} that differ layer by layer, {functions:,} as functions")
-    if search.space:
-        target = f"{search.target / 1e6:.4g} MMACs"
-        most = search.macs(search.choices.largest) / 1e6
-        say(
-            f"{len(search.space.options) ** len(search.space.stages):,} backbones of {search.base / 1e6:.4g} to "
-            f"{most:.4g} MMACs; the target is {target}"
-        )
-    announce(args, search.optimizer, search.total)
-    if args.strategy == "gradient":
-        say("alpha lr " + " and ".join(f"{group['lr']:.2g}" for group in search.alpha_optimizer.param_groups))
-    if args.bench:
-        write_bench(run, bench(search), command_line("search.py", get_parser(), args))
-        return {}
+        check_flags(args)
+        args, device = pretrain.start(args)
+        search = Search(args, device)
+        space, folder = search.space, Path(args.output_dir)
+        announce(search)
+        if args.bench:
+            pretrain.write_bench(args, bench(search), device, command)
+            return {}
+        compared = prepare(args, list(search.dims), space) if args.compare else ()
+        monitor = monitor_of(search)
+        checkpoint, meter = checkpoint_of(search, asked, command)
+    if args.strategy != "random":
+        train(search, monitor, meter, checkpoint)
+    history, choice, encoder = checkpoint.history, None, None
+    if not space:
+        facts = history[-1]
+    elif args.strategy == "random":
+        facts, choice, encoder = random_search(search)
+    else:
+        choice = search.cost.derive(search.choices)
+        if args.strategy == "supernet-random":
+            choice = best_candidate(search, monitor)
+        method = search.standalone(choice, args.recalibrate_batches)
+        facts, encoder = monitor(method, args.knn_every > 0), method.encoder
 
-    with user_errors():
-        compared = prepare(search) if args.compare else ()
-    history, facts, choice, encoder = find(search)
-    found = {"space": args.space, "strategy": args.strategy, "method": args.method, "data": args.data}
-    found |= {"seed": args.seed, "command": command_line("search.py", get_parser(), args)}
-    found["versions"] = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    found = {
+        "space": args.space,
+        "strategy": args.strategy,
+        "method": args.method,
+        "data": args.data,
+        "seed": args.seed,
+        "command": command,
+        "versions": versions(),
+        "backbone": {"arch": search.arch, "width": args.width, "stem": search.stem},
+    }
     if history:
         found["alphas"] = history[-1]["alphas"]
     if search.heads:
         found["heads"] = history[-1]["ops"]
-    if search.space:
-        arch = search.space.arch(choice)
-        cost, parameters = facts_of(search, arch)
-        found["backbone"] = {"arch": arch, "width": args.width, "stem": run.stem, "image_size": run.size}
-        found["backbone"] |= {"macs": cost, "parameters": parameters, "target_macs": search.target}
-        found |= {k: facts[k] for k in ("held_out_loss", "knn") if k in facts}
-        say(f"backbone: {describe(arch)}, {cost / 1e6:.4g} of {target} ({100 * cost / search.target:.1f} %)")
-    else:
-        found["backbone"] = {"arch": run.arch, "width": args.width, "stem": run.stem}
+    if space:
+        found["backbone"] = describe_backbone(search, choice)
+        found.update({k: facts[k] for k in ("held_out_loss", "knn") if k in facts})
     with user_errors():
-        write_results(search, found, history, dims, encoder)
+        write_results(search, found, history, encoder)
     for name, ops in found.get("heads", {}).items():
-        say(f"{name}: {' '.join(true_name(o, *io) for o, io in zip(ops, pairwise(dims[name])))}")
+        say(f"{name}: {' '.join(models.true_name(o, *io) for o, io in zip(ops, pairwise(search.dims[name])))}")
     if "knn" in facts and history and "knn" in history[0]:
-        with_what = "the inherited weights" if search.space else "the search network's encoder"
+        with_what = "the inherited weights" if space else "the search network's encoder"
         say(
-            f"kNN on {len(run.held_out):,} held-out images: {100 * facts['knn']:.2f} % with {with_what}, "
+            f"kNN on {len(search.held_out):,} held-out images: {100 * facts['knn']:.2f} % with {with_what}, "
             f"{100 * history[0]['knn']:.2f} % untrained"
         )
-    path = run.output / "arch.json"
-    flags = shared_flags(args) | {what: str(path) for what in searched(search)}
-    flags["output_dir"] = str(run.output.parent / "pretrain")
+    path = folder / "arch.json"
+    flags = {**shared_flags(asked), **dict.fromkeys(searched(args), str(path))}
+    flags["output_dir"] = str(folder.parent / "pretrain")
     say(f"wrote {path}; next:\n{command_line('pretrain.py', pretrain.get_parser(), argparse.Namespace(**flags))}")
     if args.compare:
         with user_errors():
-            compare(search, path, *compared)
+            compare(search, asked, monitor, path, *compared)
     return found
 
 
-def write_results(
-    search: Search, found: dict, history: list[dict], dims: dict[str, list[int]], encoder: nn.Module | None
-) -> None:
+def announce(search: Search) -> None:
+    """On the console: what is searched, how many of them there are, and at what rates."""
+    args = search.args
+    say(
+        f"{args.method}, {' and '.join(args.space)}, x{args.width:g}, "
+        f"{' + '.join(f'{len(rows):,}' for rows in search.rows)} images of {search.size} px "
+        f"({len(search.held_out):,} held out), {pretrain.machine(args, search.device)}"
+    )
+    if search.heads:
+        names, kinds, functions = (math.prod(c) for c in zip(*map(models.count_heads, search.dims.values())))
+        say(f"{names:,} heads by name, {kinds:,} that differ layer by layer, {functions:,} as functions")
+    if search.space:
+        cost, most = search.cost, search.cost.macs(search.choices.largest)
+        say(
+            f"{len(search.space.options) ** len(search.space.stages):,} backbones of {cost.base / 1e6:.4g} to "
+            f"{most / 1e6:.4g} MMACs; the target is {cost.target / 1e6:.4g} MMACs"
+        )
+    pretrain.announce(args, search.optimizer, search.total)
+    if args.strategy == "gradient":
+        say("alpha lr " + " and ".join(f"{group['lr']:.2g}" for group in search.alpha_optimizer.param_groups))
+
+
+def monitor_of(search: Search) -> Monitor:
+    rows = torch.cat(search.rows)
+    return Monitor(search.args, search.images, search.stats, search.held_out, rows, search.views, search.device)
+
+
+def checkpoint_of(search: Search, asked: argparse.Namespace, command: str) -> tuple[Checkpoint, Meter]:
+    """asked: the flags as they were given."""
+    args, folder = search.args, Path(search.args.output_dir)
+    batches = {"loss": search.batches, "alpha_loss": search.alpha_batches}
+    meter = Meter(search.total, batches, search.images.names, folder, args.print_every)
+    things = {
+        "method": search.method,
+        "optimizer": search.optimizer,
+        "alpha_optimizer": search.alpha_optimizer,
+        "meter": meter,
+        "gradients": search.gradients,
+    }
+    facts = pretrain.facts_of(
+        asked, search.arch, search.operations, search.images, pretrain.FREE_FLAGS | NOT_OF_THE_SEARCH
+    )
+    how = command, search.device, search.total, args.checkpoint_minutes, args.resume
+    return Checkpoint(folder, things, facts, *how), meter
+
+
+def describe_backbone(search: Search, choice: list[int]) -> dict:
+    """What arch.json says of what was found; on the console too."""
+    arch = search.space.arch(choice)
+    cost, parameters = facts_of_network(search, arch)
+    target = search.cost.target
+    say(
+        f"backbone: {models.describe(arch)}, {cost / 1e6:.4g} of {target / 1e6:.4g} MMACs ({100 * cost / target:.1f} %)"
+    )
+    return {
+        "arch": arch,
+        "width": search.args.width,
+        "stem": search.stem,
+        "image_size": search.size,
+        "macs": cost,
+        "parameters": parameters,
+        "target_macs": target,
+    }
+
+
+def write_results(search: Search, found: dict, history: list[dict], encoder: nn.Module | None) -> None:
     """arch.json and the pictures; of a backbone also its weights."""
-    run, args = search.run, search.args
-    write_arch(run.output / "arch.json", found)
+    args, folder, space = search.args, Path(search.args.output_dir), search.space
+    write_json(found, folder / "arch.json")
     if not is_main():
         return
     where = f"{args.method} on {Path(args.data).name}, x{args.width:g}, seed {args.seed}"
     if search.heads:
-        write_atomic(draw_heads(history, dims, f"Heads found with {where}"), run.output / "search.svg")
+        write_atomic(draw_heads(history, search.dims, f"Heads found with {where}"), folder / "search.svg")
     if encoder:
-        archs = {"found": found["backbone"]["arch"], search.space.handcrafted: BACKBONES[search.space.handcrafted]}
-        networks = {name: (arch, facts_of(search, arch)[1]) for name, arch in archs.items()}
-        title = f"Backbone found with {where}: {BAND[0]:g} to {BAND[1]:g} of {search.target / 1e6:,.4g} MMACs"
-        picture = draw_backbone(networks, args.width, run.stem, run.size, title)
-        write_atomic(picture, run.output / "backbone.svg")
-        save_backbone(run, encoder, found["command"], run.output, arch=found["backbone"]["arch"])
+        arch = found["backbone"]["arch"]
+        archs = {"found": arch, space.handcrafted: BACKBONES[space.handcrafted]}
+        networks = {name: (arch, facts_of_network(search, arch)[1]) for name, arch in archs.items()}
+        title = f"Backbone found with {where}: {BAND[0]:g} to {BAND[1]:g} of {search.cost.target / 1e6:,.4g} MMACs"
+        write_atomic(draw_backbone(networks, args.width, search.stem, search.size, title), folder / "backbone.svg")
+        save_backbone(encoder, pretrain.backbone_facts(args, arch, search.stem, search.stats, found["command"]), folder)
 
 
 if __name__ == "__main__":

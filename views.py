@@ -1,6 +1,7 @@
-"""Batches of augmented views.
+"""Augmented views of batches of images.
 
-MultiCrop(recipe, size)      uint8 batch -> list of float views; each image has its own parameters, from a generator
+    crop = MultiCrop("simsiam", 32)                     # a recipe, and the edge of a global view
+    views = crop(pixels, np.random.default_rng(0))      # uint8 (n, 3, H, W) -> [(n, 3, S, S), ...], globals first
 
 Drawing (`sample`, in numpy) and computing (`render`) are apart: all parameters of all views are one tensor, so one copy
 to a GPU; the same ones give the same views on a CPU, on a GPU, eager or compiled, and a slice of them is one rank's
@@ -8,11 +9,11 @@ share. The order is crop, flip, colour jitter, grey, blur, solarize, normalise, 
 operation on a float image does it.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from functools import lru_cache, partial
-from typing import NamedTuple
+from itertools import permutations
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -61,11 +62,12 @@ def multi_crop(
 
     share: of a local view's edge in a global one's; blur and solarize: of the first global, the second, the locals.
     """
+    scales = (boundary, 1.0), (boundary, 1.0), (0.05, boundary)
     first, second, local = (
-        View(bicubic=True, jitter=jitter, blur=b, solarize=s) for b, s in zip(blur, solarize, strict=True)
+        View(scale, bicubic=True, jitter=jitter, blur=b, solarize=s)
+        for scale, b, s in zip(scales, blur, solarize, strict=True)
     )
-    local = local._replace(scale=(0.05, boundary), share=share)
-    return Recipe(tuple(v._replace(scale=(boundary, 1.0)) for v in (first, second)), (local,) * n, balance)
+    return Recipe((first, second), (local._replace(share=share),) * n, balance)
 
 
 _simclr = View(scale=(0.08, 1.0))
@@ -75,6 +77,8 @@ _diet = View(
 _diet_2 = _diet._replace(blur=0.0, erase=0.0)
 _diet_1 = _diet_2._replace(jitter_p=0.0, grey=0.0)
 _diet_0 = _diet_1._replace(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
+_never = (0.0, 0.0, 0.0)
+_swav = {"jitter": (0.8, 0.8, 0.8, 0.2), "blur": (0.5, 0.5, 0.5), "solarize": _never}
 RECIPES = {
     "simsiam": Recipe((View(), View())),  # 2011.10566 section 3; 2302.00059 uses the same three on CIFAR
     "simclr": Recipe((_simclr, _simclr)),  # 2002.05709 appendix B.9
@@ -82,13 +86,13 @@ RECIPES = {
     # 2210.02808: baselines for CNNs and ViTs with 96 px to 224, then SSLight's with 128; other sizes in proportion
     "dino": multi_crop(0.14, 96 / 224, 6),
     "dino-vit": multi_crop(0.25, 96 / 224, 10),
-    "swav": multi_crop(0.14, 96 / 224, 6, None, (0.8, 0.8, 0.8, 0.2), (0.5, 0.5, 0.5), (0.0, 0.0, 0.0)),
+    "swav": multi_crop(0.14, 96 / 224, 6, **_swav),
     "sslight-cnn": multi_crop(0.3, 128 / 224, 6, (0.4, 0.6)),
     "sslight-vit": multi_crop(0.3, 128 / 224, 10, (0.4, 0.6)),
-    "sslight-swav": multi_crop(0.3, 128 / 224, 6, (0.4, 0.6), (0.8, 0.8, 0.8, 0.2), (0.5, 0.5, 0.5), (0.0, 0.0, 0.0)),
+    "sslight-swav": multi_crop(0.3, 128 / 224, 6, (0.4, 0.6), **_swav),
     # as published CIFAR benchmarks have them: no locals, which would be of 12 px, and SwAV's colours half as strong
-    "dino-small": multi_crop(0.14, 1, 0, blur=(0.0, 0.0, 0.0)),
-    "swav-small": multi_crop(0.14, 1, 0, None, (0.4, 0.4, 0.4, 0.1), (0.0, 0.0, 0.0), (0.0, 0.0, 0.0)),
+    "dino-small": multi_crop(0.14, 1, 0, blur=_never),
+    "swav-small": multi_crop(0.14, 1, 0, jitter=(0.4, 0.4, 0.4, 0.1), blur=_never, solarize=_never),
     # 2406.10743: one view; strengths 0 (none), 1 (crop and flip), 2 (and colours), 3 (and blur and erasing)
     "diet": Recipe((_diet,), blur_above=0),
     "diet-2": Recipe((_diet_2,)),
@@ -98,56 +102,71 @@ RECIPES = {
 CROP_AND_FLIP = Recipe((View((0.08, 1.0), jitter_p=0.0, grey=0.0, blur=0.0),))  # one view, to train a probe on
 
 
+Pair = tuple[float, float] | None
+Triple = tuple[float, float, float] | None
+
+
 def adjust(
     recipe: Recipe,
-    boundary: float | None = None,
-    global_scale: Sequence[float] | None = None,
-    local_scale: Sequence[float] | None = None,
-    n_locals: int | None = None,
-    global_size: int | None = None,
-    local_size: int | None = None,
-    blur: Sequence[float] | None = None,
-    solarize: Sequence[float] | None = None,
-    balance: Sequence[float] | None = None,
-    n_globals: int | None = None,
+    *,
+    boundary: Annotated[float | None, "s: globals show [s, 1] of the area, locals [.05, s]; higher is easier"] = None,
+    global_scale: Annotated[Pair, "shares of the area; raise the first where views miss the object"] = None,
+    local_scale: Annotated[Pair, "shares of the area"] = None,
+    views_per_image: Annotated[int | None, "global views, 1 or 2; 1 is for diet, other methods compare two"] = None,
+    locals: Annotated[int | None, "number of local views; more learn more from an epoch, each makes it longer"] = None,
+    global_size: Annotated[int | None, "edge of a global view in pixels; lower is faster"] = None,
+    local_size: Annotated[int | None, "edge of a local view in pixels; lower is faster"] = None,
+    blur: Annotated[Triple, "probability in the first global, the second, the locals, at any image size"] = None,
+    solarize: Annotated[Triple, "probability in the first global, the second, the locals"] = None,
+    balance: Annotated[
+        Pair, "loss weights: pairs of globals, pairs with a local; the second is the harder task"
+    ] = None,
 ) -> Recipe:
-    """The recipe with some knobs turned; None leaves one as it is. boundary s sets both scales, [s, 1] and [.05, s].
+    """The recipe with some knobs turned; None leaves one as it is. Raises ValueError for what cannot be.
 
-    blur and solarize have three probabilities: of the first global view, the second, and the locals. A recipe without
-    locals gets them, if n_locals asks for some, from its first global view: areas below that one's, 3/7 of its edge.
-    Raises ValueError for what cannot be.
+    A recipe without locals gets them, if asked for some, from its first global view: areas below that one's, 3/7 of its
+    edge. One with a single view that is asked for two gets it twice.
     """
     if boundary is not None:
         if global_scale or local_scale:
             raise ValueError("a boundary sets both scales: give it or them, not both")
-        global_scale, local_scale = (boundary, 1.0), (0.05, boundary)
+        global_scale = (boundary, 1.0)
+        local_scale = (0.05, boundary)
     for name, scale in ("global", global_scale), ("local", local_scale):
         if scale and not 0 < scale[0] <= scale[1] <= 1:
-            raise ValueError(
-                f"the {name} scale {scale[0]:g} to {scale[1]:g} must be shares of the area, small to large"
-            )
-    for name, p in ("blur", blur), ("solarize", solarize):
-        if p and not all(0 <= x <= 1 for x in p):
-            raise ValueError(f"{name}: {' '.join(f'{x:g}' for x in p)} must be probabilities")
+            low, high = scale
+            raise ValueError(f"the {name} scale {low:g} to {high:g} must be shares of the area, small to large")
+    for name, chances in ("blur", blur), ("solarize", solarize):
+        if chances and not all(0 <= p <= 1 for p in chances):
+            raise ValueError(f"{name}: {' '.join(f'{p:g}' for p in chances)} must be probabilities")
+    if views_per_image not in (None, 1, 2):
+        raise ValueError(f"{views_per_image} views an image: there are 1 or 2 global ones, and any number of locals")
     small = any(size is not None and size < 8 for size in (global_size, local_size))
-    if (n_locals or 0) < 0 or small or min(balance or [0]) < 0:
+    if (locals or 0) < 0 or small or min(balance or [0]) < 0:
         raise ValueError("views need 0 or more locals, edges of 8 pixels or more and weights of 0 or more")
-    views, first = list(recipe.globals), recipe.globals[0]
-    views = (views * 2)[: n_globals or len(views)]
+
+    first, second = recipe.globals[0], recipe.globals[-1]
     local = recipe.locals[0] if recipe.locals else first._replace(scale=(0.05, first.scale[0]), share=96 / 224)
-    if global_scale:
-        views = [v._replace(scale=tuple(global_scale)) for v in views]
-    if local_scale:
-        local = local._replace(scale=tuple(local_scale))
-    for name, p in ("blur", blur), ("solarize", solarize):
-        if p:
-            views = [v._replace(**{name: x}) for v, x in zip(views, p)]
-            local = local._replace(**{name: p[2]})
-    views = [v._replace(size=global_size or v.size) for v in views]
-    local = local._replace(size=local_size or local.size)
-    n = len(recipe.locals) if n_locals is None else n_locals
-    balance = tuple(balance) if balance else recipe.balance
-    return Recipe(tuple(views), (local,) * n, balance, 0 if blur else recipe.blur_above)
+    views = [first, second, local]
+    knobs = {
+        "scale": (global_scale, global_scale, local_scale),
+        "size": (global_size, global_size, local_size),
+        "blur": blur or (None, None, None),
+        "solarize": solarize or (None, None, None),
+    }
+    for name, values in knobs.items():
+        for k, value in enumerate(values):
+            if value is not None:
+                value = tuple(value) if name == "scale" else value  # a flag's is a list
+                views[k] = views[k]._replace(**{name: value})
+    n_globals = len(recipe.globals) if views_per_image is None else views_per_image
+    n_locals = len(recipe.locals) if locals is None else locals
+    return Recipe(
+        globals=tuple(views[:n_globals]),
+        locals=(views[2],) * n_locals,
+        balance=tuple(balance) if balance else recipe.balance,
+        blur_above=0 if blur else recipe.blur_above,
+    )
 
 
 # What is drawn for a view of an image, and how many numbers each is
@@ -163,15 +182,24 @@ PARAMETERS = {
     "solarize": 1,
     "erased": 4,  # a box like the crop's, but in pixels of the view; empty for none
 }
-_FIRST = dict(zip(PARAMETERS, itertools.accumulate([0, *PARAMETERS.values()])))
-_ORDERS = np.array(list(itertools.permutations(range(3))), np.float32)
+_ORDERS = np.array(list(permutations(range(3))), np.float32)
+
+
+def _columns(x):
+    """{name: its part of x (..., P), a tensor or an array: (...) or (..., k)}, as PARAMETERS has them."""
+    parts, start = {}, 0
+    for name, k in PARAMETERS.items():
+        parts[name] = x[..., start] if k == 1 else x[..., start : start + k]
+        start += k
+    return parts
 
 
 def named(parameters: Tensor) -> dict[str, Tensor]:
     """(n, P) -> {name: (n,) or (n, k)}, as PARAMETERS has them; what is 0 or 1 as bool."""
-    p = {name: parameters[:, _FIRST[name] : _FIRST[name] + k] for name, k in PARAMETERS.items()}
-    p |= {name: p[name][:, 0] for name, k in PARAMETERS.items() if k == 1}
-    return p | {name: p[name] > 0.5 for name in ("flip", "grey", "solarize")}
+    p = _columns(parameters)
+    for name in ("flip", "grey", "solarize"):
+        p[name] = p[name] > 0.5
+    return p
 
 
 class MultiCrop:
@@ -187,8 +215,9 @@ class MultiCrop:
             )
             for v in (*recipe.globals, *recipe.locals)
         ]
-        self.n_globals, self.balance = len(recipe.globals), recipe.balance
-        self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
+        self.balance = recipe.balance
+        self.mean = torch.tensor(mean, device=device).view(3, 1, 1)
+        self.std = torch.tensor(std, device=device).view(3, 1, 1)
         self._render = self._render_all
 
     def __call__(self, pixels: Tensor, rng: np.random.Generator) -> list[Tensor]:
@@ -200,8 +229,8 @@ class MultiCrop:
         return torch.from_numpy(sample_views(self.views, n, height, width, rng))
 
     def render(self, pixels: Tensor, parameters: Tensor) -> list[Tensor]:
-        """Pure: the same pixels (n, 3, H, W) and parameters (V, n, P) give the same views; in fp32 whatever autocast is
-        on, which would round their colours to bf16."""
+        """Pure: the same pixels (n, 3, H, W) and parameters (V, n, P) give the same views. In fp32 whatever autocast is
+        on: bf16 would round their colours."""
         with torch.autocast(pixels.device.type, enabled=False), torch.no_grad():
             return self._render(pixels, parameters)
 
@@ -219,25 +248,24 @@ class MultiCrop:
 def sample_views(views: Sequence[View], n: int, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
     """Parameters (V, n, P) of views of n images, distributed as in torchvision's transforms."""
     limits = _limits(tuple(views), height * width)
-    u = rng.random((16, len(views), n), np.float32)
+    u = rng.random((16, len(views), n), np.float32)  # all at once: a call costs more than its numbers
+    u_box, u_chance, u_jitter, (u_order, u_sigma, u_erase) = np.split(u, [4, 9, 13])
     out = np.zeros((len(views), n, sum(PARAMETERS.values())), np.float32)
-    p = {name: out[..., _FIRST[name] : _FIRST[name] + k] for name, k in PARAMETERS.items()}
+    p = _columns(out)  # to write to
 
-    sample_boxes(views, limits, u[:4], height, width, rng, p["box"])
-    on = u[4:9] < limits["chance"]
-    for name, row in zip(("flip", "grey", "solarize"), on):
-        p[name][..., 0] = row
-    change = (2 * u[9:13] - 1) * (limits["jitter"] * on[3])  # (4, V, n)
+    p["box"][:] = sample_boxes(views, u_box, height, width, rng)
+    p["flip"][:], p["grey"][:], p["solarize"][:], jittered, blurred = u_chance < limits["chance"]
+    change = (2 * u_jitter - 1) * (limits["jitter"] * jittered)  # (4, V, n)
     p["factor"][:] = np.maximum(1 + change[:3], 0).transpose(1, 2, 0)
-    p["hue"][..., 0] = change[3]
-    place = (u[13] * 24).astype(np.int64)  # one of the 24 orders of four operations
-    p["order"][:] = _ORDERS[place >> 2]
-    p["hue_after"][..., 0] = place & 3
+    p["hue"][:] = change[3]
+    order = (u_order * 24).astype(np.int64)  # of four operations: one of 6 of the first three, hue in one of 4 places
+    p["order"][:] = _ORDERS[order >> 2]
+    p["hue_after"][:] = order & 3
     low, high = limits["sigma"]
-    p["sigma"][..., 0] = (low + u[14] * (high - low)) * on[4]
-    for view, boxes, due in zip(views, p["erased"], u[15]):
+    p["sigma"][:] = (low + u_sigma * (high - low)) * blurred
+    for view, boxes, u in zip(views, p["erased"], u_erase):
         if view.erase:
-            boxes[:] = sample_erased(view.size, n, rng) * (due < view.erase)[:, None]
+            boxes[:] = sample_erased(view.size, n, rng) * (u < view.erase)[:, None]
     return out
 
 
@@ -254,59 +282,52 @@ def _limits(views: tuple[View, ...], area: int) -> dict[str, np.ndarray]:
     return {name: np.array(rows, np.float32).T[..., None] for name, rows in limits.items()}
 
 
-def sample_boxes(
-    views: Sequence[View],
-    limits: dict[str, np.ndarray],
-    u: np.ndarray,
-    height: int,
-    width: int,
-    rng: np.random.Generator,
-    out: np.ndarray,
-) -> None:
-    """Fills out (V, n, 4) with crops as RandomResizedCrop draws them: ten tries, the first legal one counts. u (4, V,
-    n) is for the first try's area and shape, and for the place; the other tries are drawn where they are needed.
+def sample_boxes(views: Sequence[View], u: np.ndarray, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    """Crops (V, n, 4) as RandomResizedCrop draws them: ten tries, the first legal one counts.
+
+    u (4, V, n) is for the first try's area and shape, and for the place; the other tries are drawn where needed.
     """
-    small, large = limits["area"]
-    low, high = limits["log_ratio"]
-
-    def shapes(area: np.ndarray, ratio: np.ndarray, rows=slice(None)) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        root = np.exp((low[rows] + ratio * (high - low)[rows]) / 2)  # of width : height
-        edge = np.sqrt(small[rows] + area * (large - small)[rows])
-        h, w = np.rint(edge / root), np.rint(edge * root)
-        return h, w, (h > 0) & (h <= height) & (w > 0) & (w <= width)
-
-    h, w, legal = shapes(u[0], u[1])
+    limits = _limits(tuple(views), height * width)
+    u_area, u_ratio, u_top, u_left = u
+    h, w, legal = _shapes(limits["area"], limits["log_ratio"], u_area, u_ratio, height, width)  # (V, n) each
     if not legal.all():
         view, image = (~legal).nonzero()
-        more_h, more_w, fits = shapes(*rng.random((2, len(view), 9), np.float32), rows=view)
+        area, log_ratio = limits["area"][:, view], limits["log_ratio"][:, view]
+        more_h, more_w, fits = _shapes(area, log_ratio, *rng.random((2, len(view), 9), np.float32), height, width)
         chosen = np.arange(len(view)), fits.argmax(1)
-        h[view, image], w[view, image], legal[view, image] = more_h[chosen], more_w[chosen], fits.any(1)
-    out[..., 0], out[..., 1] = np.floor(u[2] * (height - h + 1)), np.floor(u[3] * (width - w + 1))
-    out[..., 2], out[..., 3] = h, w
+        h[view, image] = more_h[chosen]
+        w[view, image] = more_w[chosen]
+        legal[view, image] = fits.any(1)
+    box = np.stack([np.floor(u_top * (height - h + 1)), np.floor(u_left * (width - w + 1)), h, w], -1)
     for k in (~legal).any(1).nonzero()[0]:  # none legal: the largest central crop of a legal shape
-        ratio = views[k].ratio
-        whole_h, whole_w = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
-        out[k, ~legal[k]] = (height - whole_h) // 2, (width - whole_w) // 2, whole_h, whole_w
+        narrowest, widest = views[k].ratio
+        h = min(height, round(width / narrowest))
+        w = min(width, round(height * widest))
+        box[k, ~legal[k]] = (height - h) // 2, (width - w) // 2, h, w
+    return box
+
+
+def _shapes(area: np.ndarray, log_ratio: np.ndarray, u_area: np.ndarray, u_ratio: np.ndarray, height: int, width: int):
+    """(heights, widths, whether they fit), (k, n) each, of crops between the limits area and log_ratio (2, k, 1)."""
+    small, large = area
+    low, high = log_ratio
+    root = np.exp((low + u_ratio * (high - low)) / 2)  # of width : height
+    edge = np.sqrt(small + u_area * (large - small))
+    h, w = np.rint(edge / root), np.rint(edge * root)
+    return h, w, (h > 0) & (h <= height) & (w > 0) & (w <= width)
 
 
 def sample_erased(side: int, n: int, rng: np.random.Generator) -> np.ndarray:
     """(n, 4) boxes in a view of that edge as RandomErasing draws them: ten tries, the first that fits counts."""
     u = rng.random((22, n), np.float32)
-    area, aspect = side**2 * (0.02 + u[:10] * 0.31), np.exp(math.log(0.3) + u[10:20] * math.log(3.3 / 0.3))
+    area = side**2 * (0.02 + u[:10] * 0.31)
+    aspect = np.exp(math.log(0.3) + u[10:20] * math.log(3.3 / 0.3))
     h, w = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
     fits = (h < side) & (w < side)
     chosen = fits.argmax(0), np.arange(n)
     h, w = h[chosen], w[chosen]
     box = np.stack([np.floor(u[20] * (side - h + 1)), np.floor(u[21] * (side - w + 1)), h, w], 1)
     return box * fits.any(0)[:, None]
-
-
-def erase(x: Tensor, box: Tensor) -> Tensor:
-    """(n, 3, S, S), normalised, with the box of each image at zero, the mean colour."""
-    top, left, h, w = box[:, :, None].unbind(1)
-    place = torch.arange(x.shape[-1], device=x.device)
-    rows, columns = (place >= top) & (place < top + h), (place >= left) & (place < left + w)
-    return x.masked_fill((rows[:, :, None] & columns[:, None])[:, None], 0.0)
 
 
 def resize_matrix(
@@ -373,15 +394,30 @@ def render_view(
     pixels: Tensor, p: dict[str, Tensor], size: int, bicubic: bool = False, reach: int | None = None
 ) -> Tensor:
     """uint8 (n, 3, H, W) and `named` parameters -> float32 (n, 3, size, size) in 0..1; reach is the blur's."""
-    bytewise = size >= BYTEWISE and not _everywhere(pixels)
-    x = (crop_bytes if bytewise else _crop)(pixels, p["box"], p["flip"], size, bicubic)
-    for step in range(4):
-        x = _where(x, (p["hue"] != 0) & (p["hue_after"] == step), shift_hue, p["hue"])
+    crop = crop_bytes if size >= BYTEWISE and not _everywhere(pixels) else _crop
+    x = crop(pixels, p["box"], p["flip"], size, bicubic)
+    for step in range(4):  # the hue is shifted before, between or after the other three
+        x = _where((p["hue"] != 0) & (p["hue_after"] == step), shift_hue, x, p["hue"])
         if step < 3:
             blend_(x, p["order"][:, step], p["factor"])
-    x = _where(x, p["grey"], lambda x: grey(x).expand_as(x))
-    x = _where(x, p["sigma"] > 0, partial(_blur, reach=reach), p["sigma"])
-    return _where(x, p["solarize"], lambda x: torch.where(x >= 0.5, 1 - x, x))
+    x = _where(p["grey"], grey, x)
+    x = _where(p["sigma"] > 0, partial(blur, reach=reach), x, p["sigma"])
+    return _where(p["solarize"], solarize, x)
+
+
+def _everywhere(x: Tensor) -> bool:
+    """Whether to compute on all images and select: on a GPU, or compiled, asking which are due stops the stream."""
+    return x.is_cuda or torch.compiler.is_compiling()
+
+
+def _where(mask, function, x, *arguments):
+    """function(x, *arguments) on the images of the mask (n,); may write to x."""
+    if _everywhere(x):
+        return torch.where(mask.view(-1, 1, 1, 1), function(x, *arguments), x)
+    rows = mask.nonzero()[:, 0]
+    if len(rows):
+        x[rows] = function(x[rows], *(a[rows] for a in arguments))
+    return x
 
 
 BYTEWISE = 96  # px of a view; from here on a CPU crops image by image, see crop_bytes
@@ -427,21 +463,19 @@ def blend_(x: Tensor, step: Tensor, factor: Tensor) -> None:
     x.mul_(f).add_(luma.mul_(to_luma).add_(to_mean * mean)).clamp_(0, 1)
 
 
-def _blur(x, sigma, reach):
+def blur(x: Tensor, sigma: Tensor, reach: int | None) -> Tensor:
+    """(n, 3, S, S) by a Gaussian of sigma (n,) pixels."""
     matrix = blur_matrix(sigma, x.shape[-1], reach)[:, None]
     return matrix @ x @ matrix.transpose(2, 3)
 
 
-def _everywhere(x):
-    """Whether to compute on all images and select: on a GPU, or compiled, asking which are due stops the stream."""
-    return x.is_cuda or torch.compiler.is_compiling()
+def solarize(x: Tensor) -> Tensor:
+    return torch.where(x >= 0.5, 1 - x, x)
 
 
-def _where(x, mask, function, *arguments):
-    """function on the images of the mask."""
-    if _everywhere(x):
-        return torch.where(mask.view(-1, 1, 1, 1), function(x, *arguments), x)
-    rows = mask.nonzero()[:, 0]
-    if len(rows):
-        x[rows] = function(x[rows], *(a[rows] for a in arguments))
-    return x
+def erase(x: Tensor, box: Tensor) -> Tensor:
+    """(n, 3, S, S), normalised, with the box of each image at zero, the mean colour."""
+    top, left, h, w = box[:, :, None].unbind(1)
+    place = torch.arange(x.shape[-1], device=x.device)
+    rows, columns = (place >= top) & (place < top + h), (place >= left) & (place < left + w)
+    return x.masked_fill((rows[:, :, None] & columns[:, None])[:, None], 0.0)

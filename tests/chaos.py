@@ -81,7 +81,7 @@ def chaos(folder: Path, kills: int, seed: int, runs: list[str], say=lambda text:
         process = start(name, folder / f"{name}-whole")
         assert process.wait() == 0, (folder / f"{name}-whole.log").read_text()[-2000:]
         took[name] = time.time() - begun
-        whole[name] = torch.load(folder / f"{name}-whole" / "checkpoint.pth", weights_only=True)["method"]
+        whole[name] = torch.load(folder / f"{name}-whole" / "checkpoint.pth", weights_only=True)["states"]["method"]
     for attempt in range(10**6):
         for name in runs:
             if done >= kills:
@@ -98,7 +98,7 @@ def chaos(folder: Path, kills: int, seed: int, runs: list[str], say=lambda text:
                 except subprocess.TimeoutExpired:
                     deeds.append(kill(process, RUNS[name][1], rng))
             done += len(deeds)
-            method = torch.load(cut / "checkpoint.pth", weights_only=True)["method"]
+            method = torch.load(cut / "checkpoint.pth", weights_only=True)["states"]["method"]
             differs = [k for k, v in whole[name].items() if not torch.equal(v, method[k])]
             say(f"{done:4d}  {name}: {', '.join(deeds) or 'not killed'}: {'differs' if differs else 'equal'}")
             assert not differs, f"{name} ({cut}), after {deeds}: {differs[0]} and {len(differs) - 1} more differ"

@@ -1,10 +1,13 @@
-"""What several test files share: small runs of the scripts, and commands that must be refused."""
+"""What several test files share: small runs of the scripts, what they are built of, and commands that are refused."""
 
 import os
+import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks this small lose by more, and pytest.ini starts two processes
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks this small lose by more, and two test processes run
 
 import pytest
 import torch
@@ -17,8 +20,10 @@ settings.register_profile("quick", deadline=None, derandomize=True, max_examples
 settings.register_profile("thorough", deadline=None, max_examples=400, suppress_health_check=list(HealthCheck))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
+ROOT = Path(__file__).parent.parent
 TINY = ["--max-images", "160", "--width", "0.0625", "--batch-size", "16", "--epochs", "3", "--held-out", "0.2"]
 TINY += ["--knn-every", "2", "--device", "cpu", "--no-amp"]
+BOTH = ["--space", "heads", "resnet", "--image-size", "16", "--target-macs", "0.5xresnet18"]
 
 
 def arguments(script, folder, *more):
@@ -29,8 +34,38 @@ def run(script, folder, *more):
     return script.main(arguments(script, folder, *more))
 
 
+class Built(Exception):
+    pass
+
+
+def build(script, folder, *more):
+    """What main() hands to train(), by name; nothing is trained."""
+
+    def train(*values):
+        names = script_train.__code__.co_varnames
+        raise Built(SimpleNamespace(**dict(zip(names, values))))
+
+    script_train = script.train
+    with patch.object(script, "train", train), pytest.raises(Built) as built:
+        run(script, folder, *more)
+    return built.value.args[0]
+
+
 def load(path):
     return torch.load(path, weights_only=True)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def as_rank(rank, world, port):
+    """Makes this process one of several ranks."""
+    torch.set_num_threads(1)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    os.environ.update(zip(names, map(str, (rank, world, rank, "127.0.0.1", port))))
 
 
 @pytest.fixture(scope="session")

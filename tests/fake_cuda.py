@@ -251,16 +251,19 @@ def steps_marked():
     """RECORD.in_step between the drawing of a training batch and the end of what follows on it; short benchmarks."""
     import pretrain
     import search
+    from data import ALPHAS, WEIGHTS, Batches
+    from launch import Meter
 
-    draw, add, save = pretrain.Run.parameters, pretrain.Console.add, pretrain.save_views
+    draw, add, save = Batches.__call__, Meter.add, pretrain.save_views
 
-    def parameters(run, seed):
-        RECORD.in_step = seed[1] in (pretrain.WEIGHTS, pretrain.ALPHAS)
-        return draw(run, seed)
+    def drawn(batches, step):
+        RECORD.in_step = batches.stream in (WEIGHTS, ALPHAS)
+        return draw(batches, step)
 
-    def added(console, *args, **losses):
-        add(console, *args, **losses)
-        RECORD.in_step, RECORD.steps = False, RECORD.steps + 1
+    def added(meter, step, lr, **losses):
+        add(meter, step, lr, **losses)
+        RECORD.in_step = False
+        RECORD.steps += "loss" in losses
 
     def saved(*args):  # once a run
         RECORD.in_step = False
@@ -268,10 +271,10 @@ def steps_marked():
         RECORD.in_step = True
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(patch.object(pretrain.Run, "parameters", parameters))
-        stack.enter_context(patch.object(pretrain.Console, "add", added))
+        stack.enter_context(patch.object(Batches, "__call__", drawn))
+        stack.enter_context(patch.object(Meter, "add", added))
         stack.enter_context(patch.object(pretrain, "save_views", saved))
-        stack.enter_context(patch.object(pretrain, "product_peak", lambda run: 1.0))  # it is of a GPU's size
+        stack.enter_context(patch.object(pretrain, "product_peak", lambda *_: 1.0))  # it is of a GPU's size
         for script in (pretrain, search):
             stack.enter_context(patch.object(script.bench, "__defaults__", (3, 1)))
         yield

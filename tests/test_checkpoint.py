@@ -9,35 +9,29 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from chaos import chaos
-from conftest import TINY, arguments, load, refused, run
+from conftest import BOTH, ROOT, TINY, build, load, refused, run
 from PIL import Image
 
-import optim
 import pretrain
 import search
 from checkpoint import lock, save_atomic, written
-from data import make_shapes
-from models import OPS, PRESETS
-from pretrain import Run
-
-ROOT = Path(__file__).parent.parent
-BOTH = ["--space", "heads", "resnet", "--image-size", "16", "--target-macs", "0.5xresnet18"]
+from data import Batches, make_shapes
+from models import PRESETS
 
 
-def facts(folder):
+def saved(folder):
     return json.loads(load(folder / "checkpoint.pth")["facts"])
 
 
 def same_run(a, b):
     """Weights, alphas and queues of two folders are equal to the last bit, and so is the log but for its first line,
     seconds and memory."""
-    x, y = (load(folder / "checkpoint.pth")["method"] for folder in (a, b))
+    x, y = (load(folder / "checkpoint.pth")["states"]["method"] for folder in (a, b))
     assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
     logs = [[json.loads(line) for line in (f / "log.txt").read_text().splitlines()][1:] for f in (a, b)]
     for line, other in zip(*logs, strict=True):
@@ -48,14 +42,14 @@ def same_run(a, b):
 
 def at_batch(monkeypatch, number, act):
     """act() before that batch of views, counted from 1."""
-    calls, batch = iter(range(1, 10**6)), Run.batch
+    calls, batch = iter(range(1, 10**6)), Batches.__call__
 
     def counted(*args):
         if next(calls) == number:
             act()
         return batch(*args)
 
-    monkeypatch.setattr(Run, "batch", counted)
+    monkeypatch.setattr(Batches, "__call__", counted)
 
 
 def stop(number):
@@ -93,18 +87,19 @@ def test_a_signal_saves_in_the_middle_of_an_epoch(script, more, at, number, tmp_
         f"stopped by {signal.Signals(number).name}, saved {tmp_path / 'checkpoint.pth'} after"
         in capsys.readouterr().out
     )
-    saved = facts(tmp_path)
-    assert saved["epoch"] == 1 and 0 < saved["step"] <= 8
+    per_epoch = 8 if script is pretrain else 4
+    step = saved(tmp_path)["step"]
+    assert per_epoch < step <= 2 * per_epoch
     run(script, tmp_path, *more)
-    assert f"goes on after epoch 1 and {saved['step']} steps" in capsys.readouterr().out
+    assert f"goes on after {step} of {3 * per_epoch} steps" in capsys.readouterr().out
     same_run(tmp_path, whole(script, *more))
 
 
 def test_a_signal_stops_a_search_of_heads_and_backbone(tmp_path, monkeypatch, whole):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        at_batch(patch, 37, stop(signal.SIGTERM))
+        at_batch(patch, 38, stop(signal.SIGTERM))
         run(search, tmp_path, *BOTH)
-    assert facts(tmp_path)["step"] > 0 and load(tmp_path / "checkpoint.pth")["partial"]["gradients"].ndim == 2
+    assert saved(tmp_path)["step"] % 4 and load(tmp_path / "checkpoint.pth")["states"]["gradients"]["steps"].ndim == 2
     run(search, tmp_path, *BOTH)
     same_run(tmp_path, whole(search, *BOTH))
 
@@ -128,12 +123,11 @@ def test_a_killed_run_ends_with_the_uninterrupted_runs_weights(script, more, at,
     killed = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert len((tmp_path / "log.txt").read_text().splitlines()) > 1  # written after the first epoch
-    saved = facts(tmp_path) if minutes else None  # else it has none yet, and begins again
-    assert saved is None or (saved["epoch"] == 1 and saved["step"] > 0)
+    step = saved(tmp_path)["step"] if minutes else None  # else it has none yet, and begins again
     run(script, tmp_path, *more)
     same_run(tmp_path, whole(script, *more))
     first = json.loads((tmp_path / "log.txt").read_text().splitlines()[0])
-    assert [start["after"] for start in first.get("resumed", [])] == ([[1, saved["step"]]] if saved else [])
+    assert [start["after"] for start in first.get("resumed", [])] == ([step] if step else [])
 
 
 def test_a_random_kill_of_two_ranks_changes_nothing(tmp_path):
@@ -208,7 +202,7 @@ def test_a_checkpoint_that_does_not_fit_is_left_alone(pretrained, tmp_path, caps
     assert "is damaged" in said and "--no-resume" in said and status == 1
     assert (tmp_path / "checkpoint.pth").stat().st_size == len(whole) // 2
     run(pretrain, tmp_path, "--no-resume")
-    assert facts(tmp_path)["epoch"] == 3
+    assert saved(tmp_path)["step"] == 24
 
 
 def test_other_heads_or_images_under_the_same_name_are_noticed(tmp_path, capsys):
@@ -220,10 +214,10 @@ def test_other_heads_or_images_under_the_same_name_are_noticed(tmp_path, capsys)
     heads.write_text(json.dumps({"heads": PRESETS["simsiam_cifar10_resnet18"]}))
     run(pretrain, tmp_path, *flags)
     heads.write_text(json.dumps({"heads": PRESETS["simsiam_cifar10_resnet50"]}))
-    assert "another network than --heads" in refused(capsys, pretrain, *TINY, *flags)[0]
+    assert "another set of heads (--heads)" in refused(capsys, pretrain, *TINY, *flags)[0]
     heads.write_text(json.dumps({"heads": PRESETS["simsiam_cifar10_resnet18"]}))
     (images / "0.png").unlink()
-    assert "made with other images" in refused(capsys, pretrain, *TINY, *flags)[0]
+    assert "made with another set of images (--data)" in refused(capsys, pretrain, *TINY, *flags)[0]
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
@@ -236,10 +230,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_batch(tmp_path, 
     assert "\n" not in end.value.code and not (tmp_path / "checkpoint.pth").exists()
     bad = json.loads((tmp_path / "not-finite.json").read_text())
     assert (bad["what"], bad["epoch"], bad["step"]) == ("loss", 1, 2) and math.isfinite(bad["last_finite"])
-    args = arguments(pretrain, tmp_path / "again", *flags)
-    r = Run(args)
-    order = r.shuffled(r.parts[0], 0)
-    assert bad["rows"] == order[16:32].tolist() and bad["images"] == [str(i) for i in bad["rows"]]
+    rows = build(pretrain, tmp_path / "again", *flags).batches.rows(1).tolist()
+    assert bad["rows"] == rows and bad["images"] == [str(i) for i in rows]
     assert bad["lr"] == pytest.approx(1e30 * 16 / 256 * (1 + math.cos(math.pi / 24)) / 2)
 
 
@@ -248,7 +240,7 @@ def test_a_deterministic_run_is_the_same_run_and_says_what_cannot_be(tmp_path, w
     assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
     a, b = (load(folder / "backbone.pth") for folder in (tmp_path, whole(pretrain)))
     assert all(torch.equal(a[k], b[k]) for k in a)
-    Run(arguments(pretrain, tmp_path))
+    build(pretrain, tmp_path / "again")
     assert not torch.are_deterministic_algorithms_enabled()
 
 
@@ -263,33 +255,9 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
         after_step(method, progress)
 
     monkeypatch.setattr(pretrain.METHODS["simsiam"], "after_step", poison)
-    with pytest.raises(SystemExit, match=r"after epoch 1 encoder.conv1.weight is not finite any more"):
+    with pytest.raises(SystemExit, match=r"after 8 steps method.encoder.conv1.weight is not finite any more"):
         run(pretrain, tmp_path, "--epochs", 1, "--no-resume")
     assert not (tmp_path / "checkpoint.pth").exists() and before  # --no-resume has started over
-
-
-def test_gradients_are_clipped_together(tmp_path):
-    r = Run(arguments(pretrain, tmp_path, "--clip-grad", 0.01))
-    r.method(*r.batch(r.parts[0], 0, (0,))).backward()
-    grads = [p.grad for p in r.method.parameters() if p.grad is not None]
-    before = [g.double().clone() for g in grads]
-    norm = math.sqrt(sum(g.square().sum().item() for g in before))
-    assert norm > 0.02
-    r.after_backward(10**6)
-    for g, b in zip(grads, before):
-        torch.testing.assert_close(g.double(), b * 0.01 / norm, rtol=1e-4, atol=1e-12)
-    optim.clip_gradients(r.method, 1.0)  # nothing to do
-    assert math.sqrt(sum(g.square().sum().item() for g in grads)) == pytest.approx(0.01, rel=1e-4)
-
-
-def test_dead_alphas_are_named(tmp_path):
-    s = search.Search(arguments(search, tmp_path))
-    s.gradients = [torch.ones(70), torch.ones(70)]
-    assert s.dead() == []
-    for g in s.gradients:
-        g[[0, 69]] = 0
-    s.gradients[0][5] = 0
-    assert s.dead() == [f"projector 1 {next(iter(OPS))}", f"predictor 4 {list(OPS)[-1]}"]
 
 
 # ---- the log --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import arguments
+from conftest import arguments, build
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -60,14 +60,14 @@ LOCALS = ["--recipe", "sslight-cnn", "--locals", 1]
 
 @pytest.mark.parametrize("method, more", [*((m, []) for m in METHODS), ("moco", LOCALS), ("dino", LOCALS)])
 def test_every_method_is_one_graph_with_autocast_and_has_the_eager_gradients(method, more, tmp_path):
-    run = pretrain.Run(arguments(pretrain, tmp_path, "--method", method, "--amp", *more))
-    views, index = run.batch(run.parts[0], 0, (0,))
-    parameters = [p for p in run.method.parameters() if p.requires_grad]
-    state = {k: v.clone() for k, v in run.method.state_dict().items()}
+    built = build(pretrain, tmp_path, "--method", method, "--amp", *more)
+    method, (views, index) = built.method, built.batches(0)
+    parameters = [p for p in method.parameters() if p.requires_grad]
+    state = {k: v.clone() for k, v in method.state_dict().items()}
     results = []
-    for forward in (run.method, compiled(run.method)):
-        run.method.load_state_dict(state)
-        with run.autocast():
+    for forward in (method, compiled(method)):
+        method.load_state_dict(state)
+        with pretrain.autocast(built.args, built.device):
             loss = forward(views, index)
         results.append((loss.detach(), gradients_of(loss, parameters)))
     (loss, eager), (same_loss, whole) = results
@@ -77,21 +77,19 @@ def test_every_method_is_one_graph_with_autocast_and_has_the_eager_gradients(met
 
 
 def test_a_masked_supernet_is_one_graph_whatever_is_sampled(tmp_path):
-    s = search.Search(
-        arguments(search, tmp_path, "--space", "heads", "resnet", "--image-size", 16, "--method", "simclr")
-    )
+    flags = ["--space", "heads", "resnet", "--image-size", 16, "--method", "simclr"]
+    s = search.Search(*pretrain.start(arguments(search, tmp_path, *flags)))
     s.alpha_model = compiled(s.method)
     for step in range(4):
-        s.alpha_step(s.parts[1], step, s.warmup + step)
-        s.weight_step(s.parts[0], step, 0.5, s.warmup + step)
+        s.alpha_step(s.warmup + step)
+        s.weight_step(s.warmup + step)
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] <= 2
 
 
 def test_one_process_compiles_any_number_of_runs(tmp_path):
     for k in range(12):
-        run = pretrain.Run(arguments(pretrain, tmp_path, "--method", "simclr", "--width", 0.05 + 0.01 * k))
+        built = build(pretrain, tmp_path, "--method", "simclr", "--width", 0.05 + 0.01 * k)
         counters.clear()
-        run.method.compile(backend="aot_eager")
-        views, index = run.batch(run.parts[0], 0, (0,))
-        run.method(views, index)
+        built.method.compile(backend="aot_eager")
+        built.method(*built.batches(0))
         assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"], k

@@ -5,18 +5,14 @@ import json
 import os
 import random
 
-import numpy as np
 import pytest
 import torch
-from conftest import TINY, arguments, load, refused, run
-from PIL import Image
+from conftest import TINY, build, load, refused, run
 
 import linear_eval
-import optim
 import pretrain
 import search
-from checkpoint import Keeper, load_arch, load_backbone, load_heads
-from data import load_images, make_shapes
+from checkpoint import Checkpoint, load_arch, load_backbone, load_heads
 from models import build_backbone
 
 ODD = [None, True, -1, 0, 10**30, 1e308, float("nan"), "", "../../etc/passwd", "\x00", "ü\n", [], {}, [[]], {"": {}}]
@@ -158,8 +154,8 @@ def test_a_malformed_checkpoint_is_refused_and_left_alone(found, tmp_path, capsy
     run(pretrain, tmp_path, *flags)
     path, rng, refusals = tmp_path / "checkpoint.pth", random.Random(0), 0
     whole, state = path.read_bytes(), load(path)
-    r = pretrain.Run(arguments(pretrain, tmp_path, *flags))
-    optimizer = optim.optimizer_of([*r.method.named_parameters()], r.method, r.args)
+    things = build(pretrain, tmp_path / "other", *flags[:-2]).checkpoint.things
+    facts = json.loads(state["facts"])["facts"]
     for i in range(60):
         if i % 2:
             path.write_bytes(damaged(whole, rng))
@@ -168,13 +164,13 @@ def test_a_malformed_checkpoint_is_refused_and_left_alone(found, tmp_path, capsy
         before = contents(tmp_path)
 
         def go_on():
-            keeper = Keeper(r, [optimizer], "")
-            assert (keeper.epoch, keeper.step, len(keeper.history)) == (2, 0, 2)
+            checkpoint = Checkpoint(tmp_path, things, facts, "", torch.device("cpu"), 16)
+            assert (checkpoint.step, len(checkpoint.history)) == (16, 2)
 
         refusals += not accepted(go_on)
         assert contents(tmp_path) == before
     assert refusals > 40
-    other = state | {"facts": state["facts"].replace('"epoch": 2', '"epoch": 1')}
+    other = state | {"facts": state["facts"].replace('"step": 16', '"step": 8')}
     for bad in (Payload(tmp_path / "run"), state | {"facts": Payload(tmp_path / "run")}, other, [1, 2], 7):
         for file, act in (
             (path, go_on),
@@ -182,92 +178,3 @@ def test_a_malformed_checkpoint_is_refused_and_left_alone(found, tmp_path, capsy
         ):
             torch.save(bad, file)
             assert not accepted(act) and not (tmp_path / "run").exists()
-
-
-# ---- images ---------------------------------------------------------------------------------------------------------
-
-
-def break_images(files, rng):
-    """40 files of `files`, broken in ten ways, by name: four of each."""
-    broken = {}
-    for k, way in enumerate(BAD):
-        for file in files[4 * k : 4 * k + 4]:
-            broken.setdefault(way, []).append(file)
-            image = Image.open(file)
-            image.load()
-            data = file.read_bytes()
-            if way == "cut":
-                file.write_bytes(data[: len(data) // 2])
-            elif way == "empty":
-                file.write_bytes(b"")
-            elif way == "text":
-                file.write_text("not an image\n" * 20)
-            elif way == "extension":
-                image.save(file, "PNG")
-            elif way == "16-bit":
-                wide = np.asarray(image.convert("L")).astype(np.uint16) * 257
-                Image.fromarray(wide).save(file, "PNG")
-            elif way == "CMYK":
-                image.convert("CMYK").save(file, "JPEG")
-            elif way == "alpha":
-                image.convert("RGBA").save(file, "PNG")
-            elif way == "animated":
-                image.save(file, "GIF", save_all=True, append_images=[image.rotate(90)])
-            elif way == "1x1":
-                image.resize((1, 1)).save(file, "PNG")
-            elif way == "20000x3":
-                image.resize((20_000, 3)).save(file, "PNG")
-    return broken
-
-
-BAD = {  # way: whether what is in the file can be shown
-    "cut": False,
-    "empty": False,
-    "text": False,
-    "extension": True,
-    "16-bit": True,
-    "CMYK": True,
-    "alpha": True,
-    "animated": True,
-    "1x1": False,
-    "20000x3": False,
-}
-
-
-@pytest.mark.parametrize("streamed", [False, True])
-def test_2000_images_of_which_40_are_broken(streamed, tmp_path, capfd):
-    pixels = make_shapes(2000, 24).pixels.permute(0, 2, 3, 1).numpy()
-    files = [tmp_path / "images" / f"{i % 20}" / f"{i}.jpg" for i in range(2000)]
-    for file, image in zip(files, pixels):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(file, quality=95)
-    broken = break_images(random.Random(0).sample(files, 40), random.Random(0))
-    named = {f for way, some in broken.items() if not BAD[way] for f in some}
-    assert len(named) == 20
-    flags = ["--data", tmp_path / "images", "--image-size", 24, "--max-images", 2000, "--epochs", 1]
-    flags += ["--resident-gb", 1e-9] if streamed else []
-    last = run(pretrain, tmp_path / "run", *flags, "--batch-size", 64)
-    said = capfd.readouterr().err
-    skipped = [line for line in said.splitlines() if line.startswith("skipped ")]
-    assert len(skipped) == len(set(skipped)) == 20 and all(any(str(f) in line for line in skipped) for f in named)
-    assert last["loss"] < 0.1 and "an edge of fewer than 8 pixels" in said
-    if not streamed:
-        images = load_images(str(tmp_path / "images"), size=24)
-        assert len(images.pixels) == 1980
-        for way, some in broken.items():
-            for file in some if BAD[way] else ():  # what is shown is the image
-                row = images.names.index(str(file.relative_to(tmp_path / "images")))
-                want = pixels[files.index(file)].astype(float)
-                want = np.repeat(want.mean(2, keepdims=True), 3, 2) if way == "16-bit" else want
-                assert abs(images.pixels[row].permute(1, 2, 0).numpy() - want).mean() < 15, way
-
-
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_bombs_are_refused_before_they_are_decoded(tmp_path, capfd):
-    for i, image in enumerate(make_shapes(4).pixels):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
-    for name, size in (("bomb", (30_000, 30_000)), ("large", (10_000, 10_000))):
-        Image.new("1", size).save(tmp_path / f"{name}.png")  # kilobytes on the disk
-    assert len(load_images(str(tmp_path), size=16).pixels) == 4
-    said = capfd.readouterr().err
-    assert "bomb.png: DecompressionBombError" in said and "large.png: ValueError: 10000 x 10000 pixels" in said

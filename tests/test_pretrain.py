@@ -1,0 +1,446 @@
+"""pretrain.py, its optimisers and schedules, several ranks, and what all three scripts say to a wrong command."""
+
+import argparse
+import copy
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, arguments, as_rank, build, free_port, load, refused, run
+from PIL import Image
+from torch import nn
+from torch.distributed.run import get_args_parser
+from torch.utils.flop_counter import FlopCounterMode
+
+import launch
+import linear_eval
+import optim
+import pretrain
+import search
+from data import make_shapes
+from linear_eval import extract
+from losses import METHODS
+from models import PRESETS, build_backbone
+
+# ---- a run ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_record(pretrained):
+    lines = [json.loads(line) for line in (pretrained / "log.txt").read_text().splitlines()][1:]
+    assert [line["epoch"] for line in lines] == [1, 2, 3] and ["knn" in line for line in lines] == [False, True, True]
+    facts = json.loads((pretrained / "backbone.json").read_text())
+    assert (facts["arch"], facts["width"], facts["stem"], facts["data"]) == ("resnet18", 0.0625, "small", "shapes")
+    assert "--max-images 160" in facts["command"] and facts["versions"]["torch"] == torch.__version__
+    assert Image.open(pretrained / "views.png").size[0] > 32 * 8
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--method", "simclr", "--optimizer", "adamw"],
+        ["--method", "moco", "--queue-size", 32],
+        ["--heads", "simsiam_cifar10_resnet18"],
+        ["--projector", "none", "--teacher", "ema"],
+        ["--method", "diet", "--projector", "mlp", "--views-per-image", 2, "--recipe", "diet-2"],
+    ],
+)
+def test_methods_optimisers_and_presets_train(more, tmp_path):
+    facts = run(pretrain, tmp_path, "--epochs", 1, *more)
+    assert math.isfinite(facts["loss"]) and ("normalised" in facts) == ("diet" in more)
+    if "diet" in more:  # of the 128 images that are trained on; the classifier stays in the checkpoint
+        assert load(tmp_path / "checkpoint.pth")["states"]["method"]["classifier.weight"].shape == (128, 32)
+        assert not any("classifier" in key for key in load(tmp_path / "backbone.pth"))
+        floor, chance = METHODS["diet"].floor.fget(argparse.Namespace(smoothing=0.8, n=128)), math.log(128)
+        assert facts["normalised"] == pytest.approx((chance - facts["loss"]) / (chance - floor))
+
+
+def test_every_keyword_of_a_method_is_a_flag(tmp_path):
+    flags = ["--method", "dino", "--teacher-temperature", 0.03, 0.05, "--center-momentum", 0.8, "--no-head-bn"]
+    method = build(pretrain, tmp_path, *flags).method
+    assert method.teacher_temperatures == (0.03, 0.05) and method.center_momentum == 0.8
+    assert not any(isinstance(m, nn.BatchNorm1d) for m in method.projector.modules())
+    parser = pretrain.get_parser()
+    known = {o for a in parser._actions for o in a.option_strings}
+    for name, function in [*METHODS.items(), ("views", pretrain.adjust)]:
+        assert {launch.dashed(k) for k in launch.keywords(function)} <= known, name
+
+
+def test_images_without_labels_are_enough_resident_or_streamed(tmp_path, capsys):
+    for i, image in enumerate(make_shapes(60).pixels):
+        place = tmp_path / "images" / str(i % 3)
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{i}.png")
+    flags = ["--data", tmp_path / "images", "--image-size", 16, "--epochs", 1]
+    last = run(pretrain, tmp_path / "run", *flags)
+    assert "knn" not in last and "no labels" in capsys.readouterr().out
+    run(pretrain, tmp_path / "stream", *flags, "--resident-gb", 1e-9)  # decoded as they are needed: the same run
+    whole, stream = (load(tmp_path / name / "backbone.pth") for name in ("run", "stream"))
+    assert whole.keys() == stream.keys() and all(whole[k].equal(stream[k]) for k in whole)
+    with pytest.raises(SystemExit, match="train/ and test/ or val/"):
+        linear_eval.main(linear_eval.get_parser().parse_args(["--weights", str(tmp_path / "run" / "backbone.pth")]))
+
+
+def test_a_bench_reports_and_leaves_nothing(tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    figures = run(pretrain, tmp_path / "run", "--bench", "--bench-json", file)
+    assert figures["memory"] >= figures["memory_before"] > 2**20 and min(figures["seconds"].values()) > 0
+    said, written = capsys.readouterr().out, json.loads(file.read_text())
+    assert "views, loss and optimiser add" in said and "peak memory" in said
+    assert written.items() >= figures.items() and written["command"].startswith("torchrun pretrain.py --width")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("method", ["simsiam", "moco"])
+def test_the_flop_of_a_step_are_counted(method, tmp_path):
+    """Beside torch's own count of a whole step: ResNet has no grouped convolutions, and the first layer's gradient to
+    the images is not needed."""
+    built = build(pretrain, tmp_path, "--method", method)
+    views, index = built.batches(0)
+    with FlopCounterMode(display=False) as counter:
+        sum(o.sum() for o in built.method.outputs(views, index) if o.requires_grad).backward()
+    first = 2 * 2 * 16 * 32 * 32 * 3 * 9 * 4  # 2 MAC; two views of 16 images of 32 px, 3x3, 3 to 4 channels
+    assert pretrain.step_flop(built.method, views, index) == counter.get_total_flops() + first
+
+
+def test_a_profile_is_a_trace_of_three_steps(tmp_path):
+    run(pretrain, tmp_path, "--profile", "--epochs", 1)
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert sum(str(e.get("name")).startswith("ProfilerStep#") and e.get("ph") == "X" for e in events) == 3
+    assert any("aten::convolution" in str(e.get("name")) for e in events)
+
+
+def test_views_of_the_monitor_under_autocast(tmp_path):
+    flags = ["--method", "diet", "--global-size", 96, "--max-images", 40, "--batch-size", 8, "--amp"]
+    built = build(pretrain, tmp_path, *flags)
+    plain = built.batches(0)[0][0]
+    with torch.autocast("cpu", torch.bfloat16):
+        view = built.batches(0)[0][0]
+    assert torch.equal(view, plain) and view.dtype == torch.float32 and view.shape[-1] == 96
+    run(pretrain, tmp_path / "run", *flags, "--epochs", 1)
+
+
+def test_small_images_get_no_local_views_unless_asked(tmp_path):
+    for method in ("swav", "dino"):
+        for flags, n in (([], 2), (["--locals", 2], 4), (["--global-size", 72, "--max-images", 40], 8)):
+            assert len(build(pretrain, tmp_path, "--method", method, *flags).batches.views.views) == n
+
+
+def test_rankme_and_the_warnings_in_words(tmp_path, capsys):
+    assert pretrain.rankme(torch.eye(16).repeat(4, 1)) == pytest.approx(16, rel=1e-3)
+    assert pretrain.rankme(torch.ones(64, 16)) == pytest.approx(1, abs=1e-3)
+    assert pretrain.collapsed({"z_std": 0.98, "rankme": 20.0}, 500) is None
+    assert pretrain.collapsed({"z_std": 0.01, "rankme": 20.0}, 10) is None
+    assert "collapsed" in pretrain.collapsed({"z_std": 0.98, "rankme": 1.1}, 500)
+    assert "a faster teacher" in pretrain.plateau(math.log(256) * 1.001, math.log(256), 500)
+    for loss, chance, steps in ((math.log(256) * 0.99, math.log(256), 500), (1.0, None, 500), (1.0, 1.0, 10)):
+        assert pretrain.plateau(loss, chance, steps) is None
+    flags = ["--epochs", 14, "--knn-every", 0, "--weight-decay", 1, "--lr", 4]  # decay drives the weights to zero
+    last = run(pretrain, tmp_path, *flags)
+    assert last["loss"] < -0.2 and last["rankme"] < 1.5
+    assert "the embedding has collapsed" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("script", [search, pretrain])
+def test_a_gpu_trains_compiled_and_in_bf16(script, tmp_path):
+    flags = ["--max-images", "160", "--batch-size", "16", "--epochs", "1", "--output-dir", str(tmp_path)]
+    script.main(script.get_parser().parse_args(flags))
+    line = json.loads((tmp_path / "log.txt").read_text().splitlines()[-1])
+    assert math.isfinite(line["loss"]) and line["z_std"] > 0
+
+
+# ---- optimisers and schedules ---------------------------------------------------------------------------------------
+
+
+def trainable(method):
+    return [(n, p) for n, p in method.named_parameters() if p.requires_grad]
+
+
+def test_lars_is_what_its_formula_says():
+    rng = np.random.default_rng(0)
+    start = [rng.normal(size=(4, 3)), np.zeros((2, 2)), rng.normal(size=5)]
+    grads = [[rng.normal(size=s.shape) for s in start] for _ in range(3)]
+    params = [nn.Parameter(torch.tensor(s)) for s in start]
+    groups = [{"params": params[:2], "weight_decay": 0.1}, {"params": params[2:], "scale": False}]
+    lars = optim.LARS(groups, lr=0.5)
+    for p in params:
+        lars.state[p]["momentum"] = torch.zeros_like(p)
+    want, momenta = [s.copy() for s in start], [np.zeros_like(s) for s in start]
+    for step in grads:
+        for k, (p, g) in enumerate(zip(params, step)):
+            p.grad = torch.tensor(g)
+            d = g + (0.1 * want[k] if k < 2 else 0)
+            norms = np.linalg.norm(want[k]), np.linalg.norm(d)
+            q = 1e-3 * norms[0] / norms[1] if k < 2 and min(norms) > 0 else 1.0
+            momenta[k] = 0.9 * momenta[k] + q * d
+            want[k] = want[k] - 0.5 * momenta[k]
+        lars.step()
+    for p, w in zip(params, want):
+        np.testing.assert_allclose(p.detach().numpy(), w, rtol=1e-12)
+
+
+def test_groups_and_schedules_of_the_papers(tmp_path):
+    flags = ["--method", "dino", "--arch", "mobilenet_v2", "--width", 1, "--optimizer", "lars", "--batch-size", 1024]
+    args = arguments(pretrain, tmp_path, *flags, "--final-lr", 0.0012, "--final-weight-decay", 1e-4)
+    method = METHODS["dino"](build_backbone("mobilenet_v2")[0])
+    optimizer = optim.optimizer_of(trainable(method), method, args)
+    kinds = {(g["scale"], g["decays"]): g for g in optimizer.param_groups}
+    sizes = {k: len(g["params"]) for k, g in kinds.items()}
+    assert sizes == {(True, True): 39, (True, False): 17, (False, False): 111 - 2}  # no biases ahead of BN here
+    lrs = [optim.set_lr(optimizer, step, 10, 100) for step in range(101)]
+    assert lrs[9] == pytest.approx(1.92) and max(lrs) == lrs[9] and lrs[100] == pytest.approx(0.0048)
+    assert lrs[0] == pytest.approx(0.192) and lrs[55] == pytest.approx((1.92 + 0.0048) / 2, rel=1e-6)
+    assert sorted(lrs[10:], reverse=True) == lrs[10:]
+    assert kinds[True, True]["weight_decay"] == pytest.approx(1e-4) and kinds[True, False]["weight_decay"] == 0
+    adamw = optim.optimizer_of(trainable(method), method, arguments(pretrain, tmp_path, "--optimizer", "adamw"))
+    counts: dict = {}
+    for g in adamw.param_groups:
+        counts[g["weight_decay"]] = counts.get(g["weight_decay"], 0) + len(g["params"])
+    assert counts == {0.05: 56, 0.0: 109}
+
+
+def test_simsiams_predictor_keeps_its_learning_rate(tmp_path):
+    built = build(pretrain, tmp_path, "--lr", 0.1, "--batch-size", 32)
+    constant = [p for g in built.optimizer.param_groups if g["constant"] for p in g["params"]]
+    assert set(map(id, constant)) == set(map(id, built.method.predictor.parameters()))
+    everything = [p for g in built.optimizer.param_groups for p in g["params"]]
+    assert len(everything) == len(trainable(built.method))
+    optim.set_lr(built.optimizer, 50, 0, 100)
+    lrs = {g["constant"]: g["lr"] for g in built.optimizer.param_groups}
+    assert lrs == {False: pytest.approx(0.1 * 32 / 256 / 2), True: pytest.approx(0.1 * 32 / 256)}
+
+
+def settings(tmp_path, *flags):
+    args = arguments(pretrain, tmp_path, "--batch-size", 256, *flags)
+    encoder, _ = build_backbone(args.arch, "small", args.width)
+    return optim.settings_of(METHODS[args.method](encoder), args)
+
+
+def test_defaults_are_the_fields(tmp_path):
+    assert settings(tmp_path, "--batch-size", 512)[:3] == ("sgd", pytest.approx(0.03), 5e-4)  # 2011.10566 on CIFAR
+    assert settings(tmp_path, "--batch-size", 128)[1] * 128 / 256 == pytest.approx(0.06)
+    for batch, rate in ((256, 0.12), (128, 0.06), (64, 0.06)):  # lightly's smallest batch is 128
+        flags = "--method", "simclr", "--batch-size", batch
+        assert settings(tmp_path, *flags)[1] * batch / 256 == pytest.approx(rate)
+        assert settings(tmp_path, *flags, "--lr", 1)[:2] == ("sgd", 1)
+    assert settings(tmp_path, "--method", "swav")[:3] == ("adamw", 2e-3, 1e-6)
+    assert settings(tmp_path, "--method", "simclr", "--optimizer", "adamw")[:3] == ("adamw", 1e-3, 0.05)
+    vit = "--method", "dino", "--arch", "vit_tiny"
+    assert settings(tmp_path, *vit) == ("adamw", 5e-4, 0.04, 2.5e-6, 0.4)
+    assert settings(tmp_path, *vit, "--optimizer", "sgd").optimizer == "sgd"
+    assert settings(tmp_path, "--method", "diet", "--arch", "vit_tiny")[:3] == ("adamw", 1e-3, 0.05)
+
+
+def test_a_vit_by_default_decays_its_products_and_not_its_norms(tmp_path):
+    args = arguments(pretrain, tmp_path, "--method", "dino", "--arch", "vit_tiny")
+    method = METHODS["dino"](build_backbone("vit_tiny", "small", 0.0625)[0])
+    optimizer = optim.optimizer_of(trainable(method), method, args)
+    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert all(decays[id(p)] == (0.04 if p.ndim > 1 else 0) for _, p in trainable(method))
+    optim.set_lr(optimizer, 100, 10, 100)
+    assert {g["weight_decay"] for g in optimizer.param_groups} == {0.4, 0}
+
+
+def test_all_momenta_are_there_before_the_first_step(tmp_path):
+    """Fused SGD fails where some are and others are not: a last layer that thaws, a block that was left out."""
+    method = METHODS["dino"](build_backbone("resnet18", "small", 0.0625)[0])
+    named = trainable(method)
+    with torch.no_grad():
+        fused = torch.optim.SGD([p for _, p in named], 0.1, momentum=0.9, fused=True)
+    optimizer = optim.optimizer_of(named, method, arguments(pretrain, tmp_path, "--optimizer", "sgd"))
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            fused.state[p] = optimizer.state[p]
+    for frozen in (True, False):
+        for n, p in named:
+            p.grad = None if frozen and n.startswith("last_layer") else torch.ones_like(p)
+        fused.step()
+    assert all(fused.state[p]["momentum_buffer"].abs().max() > 0 for _, p in named)
+
+
+@pytest.mark.parametrize("method", ["swav", "dino"])
+def test_the_last_layer_is_frozen_in_the_first_epochs(method, tmp_path):
+    weights = []
+    for epochs in (1, 2):
+        run(pretrain, tmp_path / f"{epochs}", "--method", method, "--epochs", epochs, "--freeze-last-layer", 1)
+        state = load(tmp_path / f"{epochs}" / "checkpoint.pth")["states"]["method"]
+        names = [k for k in state if k.startswith(("last_layer", "prototypes")) and k.endswith(("original1", "weight"))]
+        weights.append([state[k] for k in names])
+    torch.manual_seed(0)
+    start = build(pretrain, tmp_path / "start", "--method", method).method.state_dict()
+    assert names and all(torch.allclose(start[k], w, atol=1e-6) for k, w in zip(names, weights[0]))
+    assert not any(torch.allclose(start[k], w, atol=1e-4) for k, w in zip(names, weights[1]))
+
+
+def test_gradients_are_clipped_together(tmp_path):
+    built = build(pretrain, tmp_path)
+    built.method(*built.batches(0)).backward()
+    grads = [p.grad for p in built.method.parameters() if p.grad is not None]
+    before = [g.double().clone() for g in grads]
+    norm = math.sqrt(sum(g.square().sum().item() for g in before))
+    assert norm > 0.02
+    optim.clip_gradients(built.method, 0.01)
+    for g, b in zip(grads, before):
+        torch.testing.assert_close(g.double(), b * 0.01 / norm, rtol=1e-4, atol=1e-12)
+    optim.clip_gradients(built.method, 1.0)  # nothing to do
+    assert math.sqrt(sum(g.square().sum().item() for g in grads)) == pytest.approx(0.01, rel=1e-4)
+
+
+# ---- two ranks ------------------------------------------------------------------------------------------------------
+
+
+def rank_main(rank, port, folder):
+    as_rank(rank, 2, port)
+    for method in METHODS:
+        space = {"moco": ["heads", "resnet"], "diet": ["resnet"]}.get(method)
+        more = ["--space", *space, "--image-size", "16"] if space else []
+        args, device = pretrain.start(arguments(search, folder, "--method", method, "--arch-lr", 0.1, *more))
+        s = search.Search(args, device)
+        gates = []
+        for step in range(3):
+            s.alpha_step(step)
+            s.weight_step(step)
+            gates.append(s.choices.choice() if space else None)
+        h = extract(s.method.encoder, s.images.pixels[:33], (0.5,) * 3, (0.2,) * 3, device)
+        state = {k: v for k, v in s.method.state_dict().items() if "running" not in k and "num_batches" not in k}
+        torch.save({"state": state, "h": h, "views": s.batches(7)[0], "gates": gates}, f"{folder}/{method}-{rank}.pth")
+        if method == "diet":  # the checkpoint has all rows; each rank gets its own back
+            whole = copy.deepcopy([s.method.state_dict(), s.optimizer.state_dict()])
+            rows = s.method.classifier.weight.detach().clone()
+            with torch.no_grad():
+                for p in s.weights:
+                    p.zero_()
+            s.method.load_state_dict(whole[0])
+            s.optimizer.load_state_dict(whole[1])
+            assert torch.equal(s.method.classifier.weight, rows) and len(rows) == 64
+            again = s.optimizer.state_dict()["state"]
+            for i, moments in whole[1]["state"].items():
+                assert all(torch.equal(x, again[i][k]) for k, x in moments.items())
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_keep_equal_alphas_weights_and_queues(tmp_path):
+    torch.multiprocessing.spawn(rank_main, (free_port(), str(tmp_path)), nprocs=2)
+    for method in METHODS:
+        a, b = (load(tmp_path / f"{method}-{r}.pth") for r in range(2))
+        for key in a["state"]:
+            assert torch.equal(a["state"][key], b["state"][key]), f"{method} {key}"
+        assert any(v.abs().max() > 0.05 for k, v in a["state"].items() if k.endswith("alpha"))
+        assert a["h"].shape == (33, 32) and torch.equal(a["h"], b["h"]) and a["gates"] == b["gates"]
+        if a["gates"][0]:
+            assert len(set(map(str, a["gates"]))) == 3
+            continue
+        one = search.Search(*pretrain.start(arguments(search, tmp_path / "one", "--method", method)))
+        for view, x, y in zip(one.batches(7)[0], a["views"], b["views"]):
+            torch.testing.assert_close(torch.cat([x, y]), view, atol=1e-5, rtol=1e-5)
+
+
+# ---- threads --------------------------------------------------------------------------------------------------------
+
+
+def spins(command, **more):
+    """What libgomp says of each process that loads it."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    environment |= {"OMP_DISPLAY_ENV": "verbose", "PYTHONPATH": str(ROOT)} | more
+    said = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    return re.findall(r"GOMP_SPINCOUNT = '(\d+)'", said.stdout + said.stderr)
+
+
+def test_threads_spin_shortly_however_a_script_is_started():
+    python, short = [sys.executable], "1000"
+    assert spins([*python, "pretrain.py", "--help"]) == [short] == spins([*python, "-c", "import search"])
+    assert spins([*python, "-c", "import linear_eval"], GOMP_SPINCOUNT="77") == ["77"]
+    passive = spins([*python, "-c", "import pretrain"], OMP_WAIT_POLICY="passive")
+    assert passive and passive != [short]
+    two = spins([*python, "-m", "torch.distributed.run", "--nproc-per-node", "2", "pretrain.py", "--help"])
+    assert two.count(short) == 2  # and torchrun itself
+
+
+# ---- what a wrong command is told -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", [pretrain, search])
+def test_a_wrong_command_is_told_in_one_line(script, tmp_path, capsys):
+    out = ["--output-dir", tmp_path / "out", "--device", "cpu"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    for i in range(3):
+        (tmp_path / "three").mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "three" / f"{i}.png")
+    for flags, message, status in [
+        (["--method", "simsiem"], "invalid choice: 'simsiem'", 2),
+        (["--arch", "resnet19"], "'resnet19' is neither a readable file nor one of resnet18", 1),
+        (["--bacth-size", 3], "unrecognized arguments: --bacth-size", 2),
+        (["--data", tmp_path / "none"], "neither a folder nor a data set's name", 1),
+        (["--data", tmp_path / "empty"], "no image below", 1),
+        (["--data", tmp_path / "three", "--batch-size", 256], "do not fill one batch of 256: lower --batch-size", 1),
+        (["--batch-size", 0], "--batch-size 0: must be above 0", 1),
+        (["--held-out", 1], "must be a share", 1),
+        (["--seed", -1], "--seed -1: must be 0 or above", 1),
+        (["--queue-size", 64], "--queue-size means nothing to --method simsiam", 1),
+        (["--bench-json", "b.json"], "give both", 1),
+        (["--bench", "--bench-json", "no/where/b.json"], "there is no such folder", 1),
+        (["--recipe", "diet"], "--method simsiam compares two views of an image, and the recipe has one", 1),
+        (["--projector", "none", "--out-dim", 64], "without a projector", 1),
+        (["--method", "moco", "--queue-size", 10**6], "larger than the", 1),
+        (["--method", "swav", "--queue-size", 10**6], "larger than the", 1),
+        (["--clip-grad", 0], "--clip-grad 0.0: must be above 0", 1),
+        (["--checkpoint-minutes", -1], "--checkpoint-minutes -1.0: must be above 0, or 0 for never", 1),
+        (["--profile", "--max-images", 150, "--held-out", 0, "--epochs", 2], "and this run has", 1),
+        (["--output-dir", tmp_path / "file"], "File exists", 1),
+        (["--output-dir", "/proc/run"], "/proc/run", 1),
+    ]:
+        said, code = refused(capsys, script, *out, *flags)
+        assert message in said and code == status, (flags, said)
+    assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+
+
+def test_heads_that_cannot_be_built_are_refused(tmp_path, capsys):
+    path, heads = tmp_path / "arch.json", PRESETS["simsiam_cifar10_resnet18"]
+    for text, message in [
+        ("no json", "is not JSON"),
+        (json.dumps({"heads": heads | {"predictor": ["linear_gelu"]}}), "unknown operation 'linear_gelu'"),
+        (json.dumps({"heads": {"projector": heads["projector"]}}), "for another method"),
+    ]:
+        path.write_text(text)
+        said, status = refused(capsys, pretrain, *TINY, "--output-dir", tmp_path / "out", "--heads", path)
+        assert message in said and status == 1
+    said, _ = refused(capsys, pretrain, *TINY, "--output-dir", tmp_path / "out", "--heads", "simsiam_cifar")
+    assert "neither a readable file nor one of default" in said
+
+
+def test_weights_that_do_not_fit_are_refused(pretrained, tmp_path, capsys):
+    weights = tmp_path / "backbone.pth"
+    weights.write_bytes((pretrained / "backbone.pth").read_bytes())
+    facts = json.loads((pretrained / "backbone.json").read_text())
+    assert "name it with --arch" in refused(capsys, linear_eval, "--weights", weights)[0]
+    assert "no weights at" in refused(capsys, linear_eval, "--weights", tmp_path / "none.pth")[0]
+    for text, message in [
+        (json.dumps(facts | {"arch": "mobilenet_v2"}), "is missing"),
+        (json.dumps(facts | {"width": 0.125}), "is (4, 3, 3, 3), not (8, 3, 3, 3)"),
+        ("{", "is not JSON"),
+        ("[1]", "a list, where a JSON object should be"),
+        ("{}", 'does not say what "arch"'),
+    ]:
+        (tmp_path / "backbone.json").write_text(text)
+        said, status = refused(capsys, linear_eval, "--weights", weights)
+        assert message in said and status == 1
+    (tmp_path / "backbone.json").write_text(json.dumps(facts))
+    weights.write_bytes(b"PK\x03\x04 cut")
+    assert "damaged" in refused(capsys, linear_eval, "--weights", weights)[0]
+
+
+@pytest.mark.parametrize("script", [search, pretrain, linear_eval])
+def test_flags_take_underscores_and_none_is_a_prefix_of_torchruns(script):
+    flags = [o for a in script.get_parser()._actions for o in a.option_strings if o not in ("-h", "--help")]
+    theirs = list(get_args_parser()._option_string_actions)
+    assert not [(f, t) for f in flags for t in theirs if t.startswith(f)]
+    weights = ["--weights", "a_b"] if script is not search else []
+    args = script.get_parser().parse_args(["--knn_k=7", "--batch_size", "3", *weights])
+    assert args.knn_k == 7 and args.batch_size == 3 and getattr(args, "weights", "a_b") == "a_b"
