@@ -551,7 +551,7 @@ class Choices(nn.Module):
         values = list(product(*(range(gate.shape[1]) for gate in self.gates.values())))
         for row, option in enumerate(choice):
             for gate, value in zip(self.gates.values(), values[option]):
-                gate[row, value] = 1.0
+                gate[row, value].fill_(1.0)  # an assignment would copy the 1 from the host
         self.known_choice = list(choice)
 
     def set_largest(self) -> None:
