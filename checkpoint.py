@@ -104,75 +104,16 @@ def read_tensors(path: str | Path) -> object:
         ) from error
 
 
-NUMBER = (int, float)
-
-
-def check_json(facts: object, known: dict[str, type | tuple], source: str) -> dict:
-    """A JSON object that has no other keys than `known`, of these types; else ValueError, which says what is wrong with
-    that of `source`."""
-    if not isinstance(facts, dict):
-        raise ValueError(f"{source}: a {type(facts).__name__}, where a JSON object should be")
-    for key, value in facts.items():
-        if key not in known:
-            raise ValueError(f"{source}: unknown key {key!r}; known: {', '.join(known)}")
-        if not isinstance(value, known[key]) or isinstance(value, bool):
-            kinds = known[key] if isinstance(known[key], tuple) else (known[key],)
-            wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
-            raise ValueError(f"{source}: {key!r} is {type(value).__name__}, not {wanted}")
-    return facts
-
-
-def load_json(path: str, known: dict[str, type | tuple]) -> dict:
-    """A file's JSON object, checked. Raises OSError or ValueError."""
+def load_json(path: str) -> dict:
+    """A file's JSON object. Raises OSError or ValueError."""
     try:
         with open(path, encoding="utf-8") as file:
             facts = json.load(file)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"'{path}' is not JSON ({error})") from error
-    return check_json(facts, known, f"'{path}'")
-
-
-# ---- architectures and backbones ------------------------------------------------------------------------------------
-
-FOUND = {  # what an arch.json may say, and of what type
-    "space": list,
-    "strategy": str,
-    "method": str,
-    "data": str,
-    "seed": int,
-    "command": str,
-    "versions": dict,
-    "alphas": dict,
-    "heads": dict,
-    "backbone": dict,
-    "held_out_loss": NUMBER,
-    "knn": NUMBER,
-}
-FOUND_BACKBONE = {
-    "arch": (str, dict),
-    "width": NUMBER,
-    "stem": str,
-    "image_size": int,
-    "macs": int,
-    "parameters": int,
-    "target_macs": NUMBER,
-}
-BACKBONE_FACTS = {  # what a backbone.json may say
-    "arch": (str, dict),
-    "width": NUMBER,
-    "stem": str,
-    "mean": list,
-    "std": list,
-    "data": str,
-    "resized_to": (int, type(None)),
-    "method": str,
-    "epochs": int,
-    "seed": int,
-    "command": str,
-    "versions": dict,
-    "heads": str,
-    "knn": NUMBER,
-}
+    if not isinstance(facts, dict):
+        raise ValueError(f"'{path}': a {type(facts).__name__}, where a JSON object should be")
+    return facts
 
 
 def write_json(facts: dict, path: Path) -> None:
@@ -183,16 +124,19 @@ def write_json(facts: dict, path: Path) -> None:
     barrier()
 
 
+# ---- architectures and backbones ------------------------------------------------------------------------------------
+
+
 def load_arch(source: str) -> str | dict:
     """--arch: a name in BACKBONES or VITS, or the path of an arch.json -> its architecture, checked."""
     if source in ARCHS:
         return source
     try:
-        backbone = load_json(source, FOUND).get("backbone", {})
+        backbone = load_json(source).get("backbone")
     except OSError as error:
         known = ", ".join(ARCHS)
         raise FileNotFoundError(f"--arch '{source}' is neither a readable file nor one of {known}") from error
-    if "arch" not in check_json(backbone, FOUND_BACKBONE, f"'{source}', backbone"):
+    if not isinstance(backbone, dict) or "arch" not in backbone:
         raise ValueError(f"'{source}' has no backbone with an \"arch\" in it")
     arch = backbone["arch"]
     return arch if isinstance(arch, str) and arch in ARCHS else check_arch(arch, f"'{source}'")
@@ -210,13 +154,12 @@ def load_heads(source: str, expected: Sequence[str]) -> dict[str, list[str]] | N
         heads = PRESETS[source]
     else:
         try:
-            found = load_json(source, FOUND)
+            heads = load_json(source).get("heads")
         except OSError as error:
             known = ", ".join(["default", *PRESETS])
             raise FileNotFoundError(f"--heads '{source}' is neither a readable file nor one of {known}") from error
-        if "heads" not in found:
-            raise ValueError(f"'{source}' has no \"heads\" in it")
-        heads = found["heads"]
+        if not isinstance(heads, dict):
+            raise ValueError(f"'{source}' has no \"heads\" in it, operations by the head's name")
     if sorted(heads) != sorted(expected):
         raise ValueError(
             f"'{source}' holds heads for another method: it has {', '.join(heads)}; this one needs "
@@ -256,7 +199,7 @@ def load_backbone(
         raise FileNotFoundError(f"no weights at '{weights}'")
     facts = {"width": 1.0, "stem": "imagenet", "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     if beside.is_file():
-        facts |= check_facts(load_json(str(beside), BACKBONE_FACTS), f"'{beside}'")
+        facts |= load_facts(str(beside))
     elif arch is None:
         raise ValueError(f"'{beside}' is missing, so what network is in '{weights}' is not known: name it with --arch")
     facts |= {k: v for k, v in (("arch", arch), ("width", width), ("stem", stem)) if v is not None}
@@ -270,22 +213,32 @@ def load_backbone(
     return backbone, facts
 
 
-def check_facts(facts: dict, source: str) -> dict:
-    """A backbone.json's facts, within what can be; else ValueError, which says what is wrong with those of `source`."""
-    for key, right, wanted in (
-        ("width", lambda x: 0 < x <= 64, "above 0, up to 64"),
-        ("stem", lambda x: x in ("small", "imagenet"), "small or imagenet"),
-        ("resized_to", lambda x: x is None or 8 <= x <= 4096, "8 to 4096 pixels"),
-        ("mean", lambda x: numbers(x, 0), "3 numbers of 0 to 1"),
-        ("std", lambda x: numbers(x, 1e-6), "3 numbers above 0, up to 1"),
-    ):
+def is_number(x: object, low: float, high: float) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and low <= x <= high
+
+
+def are_numbers(x: object, low: float) -> bool:
+    return isinstance(x, list) and len(x) == 3 and all(is_number(v, low, 1) for v in x)
+
+
+BACKBONE_FACTS = {  # what is read of a backbone.json: whether it can be, and what it should be
+    "arch": (lambda x: isinstance(x, (str, dict)), "a name or an architecture"),
+    "width": (lambda x: is_number(x, 1e-9, 64), "above 0, up to 64"),
+    "stem": (lambda x: x in ("small", "imagenet"), "small or imagenet"),
+    "resized_to": (lambda x: x is None or (is_number(x, 8, 4096) and x % 1 == 0), "8 to 4096 pixels"),
+    "mean": (lambda x: are_numbers(x, 0), "3 numbers of 0 to 1"),
+    "std": (lambda x: are_numbers(x, 1e-6), "3 numbers above 0, up to 1"),
+    "data": (lambda x: isinstance(x, str), "a name or a folder"),
+}
+
+
+def load_facts(path: str) -> dict:
+    """Of a backbone.json what BACKBONE_FACTS lists. Raises OSError or ValueError."""
+    facts = load_json(path)
+    for key, (right, wanted) in BACKBONE_FACTS.items():
         if key in facts and not right(facts[key]):
-            raise ValueError(f"{source}: {key!r} must be {wanted}, not {str(facts[key])[:80]}")
-    return facts
-
-
-def numbers(x: list, least: float) -> bool:
-    return len(x) == 3 and all(isinstance(v, NUMBER) and least <= v <= 1 for v in x)
+            raise ValueError(f"'{path}': {key!r} must be {wanted}, not {str(facts[key])[:80]}")
+    return {key: facts[key] for key in BACKBONE_FACTS if key in facts}
 
 
 def load_weights(backbone: nn.Module, weights: str, name: str) -> None:
