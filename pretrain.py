@@ -43,6 +43,8 @@ from models import ARCHS, VITS, build_backbone, build_head, describe, head_dims
 from optim import clip_gradients, distributed, optimizer_of, set_lr, warmup_steps
 from views import RECIPES, MultiCrop, adjust
 
+SCRIPT = Path(__file__).name  # so that a copy does not go on from the original's checkpoint
+
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
 
@@ -247,9 +249,12 @@ def compile_options(args: argparse.Namespace) -> dict:
     return {"mode": args.compile_mode} if args.compile_mode != "default" else {}
 
 
-def facts_of(args: argparse.Namespace, arch: str | dict, heads: dict | None, images: Images, free: set[str]) -> dict:
-    """What a checkpoint is of: flags, networks and images, by the words of a message."""
-    facts = {dashed(k): v for k, v in vars(args).items() if k not in free and k not in ("arch", "heads")}
+def facts_of(
+    script: str, args: argparse.Namespace, arch: str | dict, heads: dict | None, images: Images, free: set[str]
+) -> dict:
+    """What a checkpoint is of: script, flags, networks and images, by the words of a message."""
+    facts = {"script": script}
+    facts |= {dashed(k): v for k, v in vars(args).items() if k not in free and k not in ("arch", "heads")}
     facts["network (--arch)"] = {"is": arch}
     facts["set of heads (--heads)"] = {"are": heads}
     *shape, pixels = fingerprint(images)
@@ -610,7 +615,7 @@ def train(
 
 def main(args: argparse.Namespace, images: Images | None = None) -> dict[str, float]:
     """Returns the last line of the log. images: what the flags of the data name, if it is loaded already."""
-    command, asked = launch.command_line("pretrain.py", get_parser(), args), args
+    command, asked = launch.command_line(SCRIPT, get_parser(), args), args
     with user_errors():
         args, device = start(args)
         folder = Path(args.output_dir)
@@ -648,7 +653,7 @@ def main(args: argparse.Namespace, images: Images | None = None) -> dict[str, fl
         checkpoint = Checkpoint(
             folder,
             {"method": method, "optimizer": optimizer, "meter": meter},
-            facts_of(asked, arch, operations, images, FREE_FLAGS),
+            facts_of(SCRIPT, asked, arch, operations, images, FREE_FLAGS),
             command,
             device,
             total,

@@ -513,7 +513,7 @@ def random_search(search: Search) -> tuple[dict, list[int], nn.Module]:
 
 def bench(search: Search, steps: int = 15, warm_up: int = 3) -> dict:
     """What an iteration (alpha and weight step) costs, and its ratio: of heads to the weight step alone, of a backbone
-    to a plain step of the largest network, for which time and memory are given. Prints and returns them."""
+    to a plain step of the largest network. Prints and returns them."""
     args, device = search.args, search.device
     variants = {
         "alpha step": lambda step: search.alpha_step(search.warmup + step),
@@ -543,32 +543,12 @@ def bench(search: Search, steps: int = 15, warm_up: int = 3) -> dict:
                 seconds[name].append(clock(device) - begun)
     average = statistics.mean if search.space else statistics.median  # sampled networks differ in size
     took = {name: average(times) for name, times in seconds.items()}
-    held = {name: memory(device, lambda v=v: v(0)) for name, v in variants.items()}
-    what = "at the peak" if device.type == "cuda" else "kept for backward"
-    for name in variants:
-        say(f"{name}: {1e3 * took[name]:.1f} ms, {held[name] / 2**20:.1f} MiB {what}")
+    for name, seconds_a_step in took.items():
+        say(f"{name}: {1e3 * seconds_a_step:.1f} ms")
     iteration = took["alpha step"] + took["weight step"]
     ratio = iteration / took[base]
     say(f"an iteration is {ratio:.3f} times a {base}" + (" network" if search.space else ""))
-    return {"seconds": took, "memory": held, "ratio": ratio, "images_per_s": args.batch_size / iteration}
-
-
-def memory(device: torch.device, step: Callable[[], object]) -> int:
-    """Bytes of a step: at the peak on CUDA; elsewhere those that its graphs keep for backward, weights left out."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return torch.cuda.max_memory_allocated()
-    kept = {}
-
-    def keep(x: Tensor) -> Tensor:
-        if not isinstance(x, nn.Parameter):
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        step()
-    return sum(kept.values())
+    return {"seconds": took, "ratio": ratio, "images_per_s": args.batch_size / iteration}
 
 
 # ---- the script -----------------------------------------------------------------------------------------------------
@@ -629,7 +609,7 @@ def alpha_facts(search: Search, state: dict, facts: dict) -> str:
 
 def main(args: argparse.Namespace) -> dict:
     """Returns what it writes as arch.json; {} after --bench."""
-    command, asked = command_line("search.py", get_parser(), args), args
+    command, asked = command_line(Path(__file__).name, get_parser(), args), args
     with user_errors():
         check_flags(args)
         args, device = pretrain.start(args)
@@ -733,7 +713,12 @@ def checkpoint_of(search: Search, asked: argparse.Namespace, command: str) -> tu
         "gradients": search.gradients,
     }
     facts = pretrain.facts_of(
-        asked, search.arch, search.operations, search.images, pretrain.FREE_FLAGS | NOT_OF_THE_SEARCH
+        Path(__file__).name,
+        asked,
+        search.arch,
+        search.operations,
+        search.images,
+        pretrain.FREE_FLAGS | NOT_OF_THE_SEARCH,
     )
     how = command, search.device, search.total, args.checkpoint_minutes, args.resume
     return Checkpoint(folder, things, facts, *how), meter

@@ -189,13 +189,17 @@ def test_a_folder_that_vanishes_ends_the_run(tmp_path, monkeypatch):
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
-def test_a_checkpoint_that_does_not_fit_is_left_alone(pretrained, tmp_path, capsys):
+def test_a_checkpoint_that_does_not_fit_is_left_alone(pretrained, tmp_path, capsys, monkeypatch):
     for file in pretrained.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
     said, status = refused(capsys, pretrain, *TINY, "--output-dir", tmp_path, "--seed", 1)
     assert "made with --seed 0, not 1: choose another --output-dir" in said and status == 1
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+    monkeypatch.setattr(pretrain, "SCRIPT", "my_pretrain.py")  # a copy with another loop
+    said, _ = refused(capsys, pretrain, *TINY, "--output-dir", tmp_path)
+    assert "made with script pretrain.py, not my_pretrain.py" in said
+    monkeypatch.undo()
     whole = (tmp_path / "checkpoint.pth").read_bytes()
     (tmp_path / "checkpoint.pth").write_bytes(whole[: len(whole) // 2])
     said, status = refused(capsys, pretrain, *TINY, "--output-dir", tmp_path)
