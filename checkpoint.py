@@ -297,6 +297,7 @@ def tensors(state: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 GO_ON, SAVE, STOP = range(3)
+UNKNOWN = "unknown"  # a fact that agrees with any other
 
 
 @lru_cache
@@ -443,9 +444,9 @@ class Checkpoint:
                 raise ValueError("its facts were changed")
         except Exception as error:  # a damaged file fails in zipfile, pickle, json or torch
             raise self.damaged(error) from error
-        for what, want in self.facts.items():
-            have = told["facts"].get(what, want)
-            if have != want:
+        for what in sorted({*self.facts, *told["facts"]}):
+            have, want = told["facts"].get(what), self.facts.get(what)
+            if have != want and UNKNOWN not in (have, want):
                 other = f"another {what}" if isinstance(want, (list, dict)) else f"{what} {have}, not {want}"
                 raise ValueError(
                     f"'{self.path}' was made with {other}: choose another --output-dir, or start over with --no-resume"

@@ -74,9 +74,13 @@ def data_flags(parser: Parser) -> None:
 
 
 def keywords(function: Callable) -> dict[str, inspect.Parameter]:
-    """The keyword-only parameters of a function or class that carry a help: Annotated[type, "help"]."""
+    """The keyword-only parameters of a function or class, which carry their help: Annotated[type, "help"]."""
     parameters = inspect.signature(function).parameters.values()
-    return {p.name: p for p in parameters if p.kind == p.KEYWORD_ONLY and hasattr(p.annotation, "__metadata__")}
+    own = {p.name: p for p in parameters if p.kind == p.KEYWORD_ONLY}
+    for name, parameter in own.items():
+        if not hasattr(parameter.annotation, "__metadata__"):
+            raise TypeError(f'{function.__name__}: the keyword {name} becomes a flag: Annotated[type, "help"]')
+    return own
 
 
 def keyword_flags(group, functions: dict[str, Callable]) -> None:
@@ -107,18 +111,19 @@ def argument_type(kind: type) -> dict:
     return {"type": kind}
 
 
-def given(args: argparse.Namespace, functions: dict[str, Callable], name: str, flag: str) -> dict:
-    """The keywords of functions[name] that the command line gives. Raises ValueError for one that only others of the
-    functions have; `flag` is the one that chose the function."""
-    own = keywords(functions[name])
-    out = {}
-    for keyword in dict.fromkeys(k for function in functions.values() for k in keywords(function)):
-        value = getattr(args, keyword)
-        if value is not None and keyword not in own:
-            raise ValueError(f"{dashed(keyword)} means nothing to {flag} {name}: leave it out")
-        if value is not None:
-            out[keyword] = tuple(value) if isinstance(value, list) else value
-    return out
+def given(args: argparse.Namespace, function: Callable) -> dict:
+    """The keywords of a function that the command line gives."""
+    values = {name: getattr(args, name) for name in keywords(function)}
+    values = {name: value for name, value in values.items() if value is not None}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def refuse_others(args: argparse.Namespace, functions: dict[str, Callable], name: str) -> None:
+    """Raises ValueError for a keyword on the command line that functions[name] has not, but another of them."""
+    for other in functions.values():
+        for keyword in keywords(other).keys() - keywords(functions[name]).keys():
+            if getattr(args, keyword) is not None:
+                raise ValueError(f"{dashed(keyword)} means nothing to --method {name}: leave it out")
 
 
 def command_line(script: str, parser: Parser, args: argparse.Namespace) -> str:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid, save_image
 
-from checkpoint import Checkpoint, load_arch, load_heads, load_weights, save_backbone, versions, write_atomic
+from checkpoint import UNKNOWN, Checkpoint, load_arch, load_heads, load_weights, save_backbone, versions, write_atomic
 from data import HELD_OUT, Batches, Images, Stream, channel_stats, decoded, fingerprint, load_data, split_images
 from launch import Meter, Parser, barrier, dashed, given, is_main, memory_format, say, user_errors
 from linear_eval import extract, knn_accuracy
@@ -119,7 +119,7 @@ def get_parser() -> Parser:
     parser = Parser(description=__doc__.split("\n\n")[0])
     training_flags(parser)
     parser.add_argument("--weights", help="a backbone.pth of --arch to start from; left out it starts at random")
-    parser.add_argument("--output-dir", default="runs/pretrain")
+    parser.add_argument("--output-dir", default=f"runs/{Path(SCRIPT).stem}")
     return parser
 
 
@@ -202,7 +202,7 @@ def build_views(args: argparse.Namespace, images: Images, stats: tuple, device: 
     """By the method's recipe or --recipe, with its knobs turned. stats: (mean, std) of the images' channels."""
     kind, size = METHODS[args.method], images.pixels.shape[-1]
     usual = kind.small_recipe if kind.small_recipe and (args.global_size or size) <= 64 else kind.recipe
-    recipe = adjust(RECIPES[args.recipe or usual], **given(args, {"": adjust}, "", "--recipe"))
+    recipe = adjust(RECIPES[args.recipe or usual], **given(args, adjust))
     if len(recipe.globals) < 2 and not kind.classifies_instances:
         raise ValueError(
             f"--method {args.method} compares two views of an image, and the recipe has one: "
@@ -223,7 +223,8 @@ def build_method(
     device: torch.device,
 ) -> Method:
     """The method by its flags, on the device. n_images: those that are trained on."""
-    method = METHODS[args.method](encoder, heads, n_images, **given(args, METHODS, args.method, "--method"))
+    launch.refuse_others(args, METHODS, args.method)
+    method = METHODS[args.method](encoder, heads, n_images, **given(args, METHODS[args.method]))
     method.balance = views.balance
     method = launch.synced(method, device) if args.sync_bn else method
     return method.to(device, memory_format=memory_format(device))
@@ -259,8 +260,7 @@ def facts_of(
     facts["set of heads (--heads)"] = {"are": heads}
     *shape, pixels = fingerprint(images)
     facts["set of images (--data)"] = shape
-    if pixels is not None:  # of a stream they are not known
-        facts["set of images (--data), by their pixels"] = [pixels]
+    facts["set of images (--data), by their pixels"] = UNKNOWN if pixels is None else [pixels]  # of a stream
     return facts
 
 
@@ -599,13 +599,14 @@ def train(
             meter.add(step, lr, loss=loss)
             meter.print(step)  # the only wait for the device in a step; a loss that is not finite stops the run here
             if (step + 1) % per_epoch == 0:
-                epoch, loss = (step + 1) // per_epoch, meter.end_epoch()["loss"]
+                epoch = (step + 1) // per_epoch
+                mean_loss = meter.end_epoch()["loss"]
                 facts = monitor(method, args.knn_every > 0) if monitor.due(epoch) else {}
                 if method.classifies_instances:
-                    facts["normalised"] = method.normalised(loss)
-                say(f"epoch {epoch}/{args.epochs}  loss {loss:.4f}{meter.speed(step)}{in_words(facts)}")
-                warn(method, facts, loss, args.batch_size, step + 1)
-                checkpoint.log({"epoch": epoch, "loss": loss, "lr": lr, **facts, **resources(begun, device)})
+                    facts["normalised"] = method.normalised(mean_loss)
+                say(f"epoch {epoch}/{args.epochs}  loss {mean_loss:.4f}{meter.speed(step)}{in_words(facts)}")
+                warn(method, facts, mean_loss, args.batch_size, step + 1)
+                checkpoint.log({"epoch": epoch, "loss": mean_loss, "lr": lr, **facts, **resources(begun, device)})
                 begun = time.time()
                 meter.restart()
             checkpoint.after_step(step + 1)
@@ -615,7 +616,8 @@ def train(
 
 def main(args: argparse.Namespace, images: Images | None = None) -> dict[str, float]:
     """Returns the last line of the log. images: what the flags of the data name, if it is loaded already."""
-    command, asked = launch.command_line(SCRIPT, get_parser(), args), args
+    command = launch.command_line(SCRIPT, get_parser(), args)
+    asked = args
     with user_errors():
         args, device = start(args)
         folder = Path(args.output_dir)

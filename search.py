@@ -609,7 +609,8 @@ def alpha_facts(search: Search, state: dict, facts: dict) -> str:
 
 def main(args: argparse.Namespace) -> dict:
     """Returns what it writes as arch.json; {} after --bench."""
-    command, asked = command_line(Path(__file__).name, get_parser(), args), args
+    command = command_line(Path(__file__).name, get_parser(), args)
+    asked = args
     with user_errors():
         check_flags(args)
         args, device = pretrain.start(args)
