@@ -331,6 +331,7 @@ class Checkpoint:
         self.path = folder / "checkpoint.pth"
         self.facts = json.loads(json.dumps(facts))
         self.device = device
+        self.handle = None  # of the lock on the folder
         self.step = 0  # steps done
         self.history: list[dict] = []  # log.txt's lines, but for the first
         self.starts: list[dict] = []
@@ -358,7 +359,7 @@ class Checkpoint:
     def __exit__(self, kind, error, trace) -> None:
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
-        if is_main():
+        if self.handle is not None:
             os.close(self.handle)
         if self.signal and kind is None:  # it came after the last step
             self.leave()
