@@ -98,7 +98,7 @@ def chaos(folder: Path, kills: int, seed: int, runs: list[str], say=lambda text:
                 except subprocess.TimeoutExpired:
                     deeds.append(kill(process, RUNS[name][1], rng))
             done += len(deeds)
-            assert "AttributeError" not in log.read_text(), f"{name} stumbled over its own end: {log.read_text()[-2000:]}"
+            assert "AttributeError" not in log.read_text(), f"{name} stumbled: {log.read_text()[-2000:]}"
             method = torch.load(cut / "checkpoint.pth", weights_only=True)["states"]["method"]
             differs = [k for k, v in whole[name].items() if not torch.equal(v, method[k])]
             say(f"{done:4d}  {name}: {', '.join(deeds) or 'not killed'}: {'differs' if differs else 'equal'}")
