@@ -15,28 +15,9 @@ import torch.nn.functional as F
 from conftest import ROOT, as_rank, free_port, load
 from torch import nn
 
+import losses
 from launch import synced
-from losses import (
-    DIET,
-    DINO,
-    METHODS,
-    MoCo,
-    SimSiam,
-    diet_loss,
-    dino_loss,
-    encode,
-    fp32,
-    info_nce,
-    mean_over_pairs,
-    momentum_copy,
-    momentum_update,
-    neg_cosine,
-    nt_xent,
-    own_rows,
-    reduced,
-    sinkhorn,
-    swav_loss,
-)
+from losses import METHODS
 from models import SPACES, SearchBackbone, SearchHead, build_backbone, head_dims
 from optim import clip_gradients, distributed
 
@@ -86,16 +67,19 @@ X, Y, QUEUE = rng.normal(size=(12, 7)), rng.normal(size=(12, 7)), unit(rng.norma
 CENTER, INDEX = np.linspace(-1, 1, 7), rng.integers(0, 12, 12)
 queue, center, index = torch.tensor(QUEUE).float(), torch.tensor(CENTER).float(), torch.tensor(INDEX)
 LOSSES = {  # loss of (x, y), its reference
-    "neg_cosine": (neg_cosine, lambda p, z: -np.mean(np.sum(unit(p) * unit(z), 1))),
-    "nt_xent": (lambda x, y: nt_xent(x, y, 0.3), numpy_nt_xent),
-    "info_nce": (lambda x, y: info_nce(x, y, queue, 0.1), numpy_info_nce),
-    "swav": (lambda x, y: swav_loss(x, fp32(y).softmax(1), 0.1), lambda x, y: cross_entropy(softmax(y), x / T)),
+    "neg_cosine": (losses.neg_cosine, lambda p, z: -np.mean(np.sum(unit(p) * unit(z), 1))),
+    "nt_xent": (lambda x, y: losses.nt_xent(x, y, 0.3), numpy_nt_xent),
+    "info_nce": (lambda x, y: losses.info_nce(x, y, queue, 0.1), numpy_info_nce),
+    "swav": (
+        lambda x, y: losses.swav_loss(x, losses.fp32(y).softmax(1), 0.1),
+        lambda x, y: cross_entropy(softmax(y), x / T),
+    ),
     "dino": (
-        lambda x, y: dino_loss(x, y, center, 0.1, 0.04),
+        lambda x, y: losses.dino_loss(x, y, center, 0.1, 0.04),
         lambda x, y: cross_entropy(softmax((y - CENTER) / 0.04), x / T),
     ),
     "diet": (
-        lambda h, weight: diet_loss(h, weight, index),
+        lambda h, weight: losses.diet_loss(h, weight, index),
         lambda h, weight: cross_entropy(0.8 / 12 + 0.2 * np.eye(12)[INDEX], h @ weight.T),
     ),
 }
@@ -132,13 +116,14 @@ def test_sinkhorn_agrees_with_numpy_and_shares_out_evenly():
     scores, old = unit(rng.normal(size=(24, 6))), unit(rng.normal(size=(10, 6)))
     s, o = torch.tensor(scores), torch.tensor(old)
     for n in (1, 3):
-        close(sinkhorn(s, iterations=n), torch.tensor(numpy_sinkhorn(scores, n)))
-    close(sinkhorn(s, queue=o), torch.tensor(numpy_sinkhorn(scores, queue=old)))
-    close(sinkhorn(s, queue=o, weight=torch.tensor(0.0)), sinkhorn(s))
-    codes = sinkhorn(s, iterations=200)
+        close(losses.sinkhorn(s, iterations=n), torch.tensor(numpy_sinkhorn(scores, n)))
+    close(losses.sinkhorn(s, queue=o), torch.tensor(numpy_sinkhorn(scores, queue=old)))
+    close(losses.sinkhorn(s, queue=o, weight=torch.tensor(0.0)), losses.sinkhorn(s))
+    codes = losses.sinkhorn(s, iterations=200)
     close(codes.sum(1), torch.ones(24, dtype=torch.double))
     close(codes.sum(0), torch.full((6,), 4.0, dtype=torch.double))
-    assert sinkhorn((1000 * s).bfloat16()).isfinite().all() and not sinkhorn(s.requires_grad_()).requires_grad
+    assert losses.sinkhorn((1000 * s).bfloat16()).isfinite().all()
+    assert not losses.sinkhorn(s.requires_grad_()).requires_grad
 
 
 # ---- methods --------------------------------------------------------------------------------------------------------
@@ -184,21 +169,11 @@ def doubled(module):
             p.mul_(2)
 
 
-OTHER_VALUES = {
-    "out_dim": 24,
+OTHER_VALUES = {  # where .95 or 9 will not do
     "projector": "none",
     "teacher": "none",
-    "temperature": 0.3,
-    "momentum_teacher": 0.5,
-    "queue_size": 10,
-    "prototypes": 9,
-    "epsilon": 0.3,
-    "queue_from": 0.9,
     "symmetric": False,
-    "smoothing": 0.3,
     "teacher_temperature": (0.02, 0.03),
-    "teacher_warmup": 1.0,
-    "center_momentum": 0.5,
     "head_bn": False,
 }
 BESIDE = {"simsiam": {"teacher": "ema"}, "diet": {"projector": "mlp"}}  # what gives some of them a meaning
@@ -213,8 +188,8 @@ KEYWORDS = [
 @pytest.mark.parametrize("name, keyword, parameter", KEYWORDS, ids=lambda v: v if isinstance(v, str) else "")
 def test_each_keyword_has_a_type_and_help_and_counts(name, keyword, parameter):
     assert get_origin(parameter.annotation) is Annotated and len(parameter.annotation.__metadata__[0]) > 20
-    runs = []
-    for options in ({}, {keyword: OTHER_VALUES[keyword]}):
+    other, runs = 0.95 if isinstance(parameter.default, float) else 9, []
+    for options in ({}, {keyword: OTHER_VALUES.get(keyword, other)}):
         torch.manual_seed(0)
         encoder = build_backbone("resnet18", "small", 1 / 16)[0]
         method = METHODS[name](encoder, None, 100, **BESIDE.get(name, {}) | options)
@@ -237,7 +212,7 @@ def test_a_resolution_is_a_call_of_the_encoder_but_two_views_are_two(name):
     assert method.encoder.calls == [(8, 3, 8, 8), (12, 3, 4, 4)] and heads == [20]
     if name in ("moco", "dino"):
         assert method.momentum_encoder.calls == [(8, 3, 8, 8)]
-    close(encode(method.encoder, views), torch.cat([method.encoder(v) for v in views]))
+    close(losses.encode(method.encoder, views), torch.cat([method.encoder(v) for v in views]))
     method.encoder.calls.clear()
     method(views[:2], index)
     method.separate_views = False
@@ -277,9 +252,9 @@ def test_the_loss_is_the_mean_over_pairs_of_views_unless_balanced(name, options,
 def test_no_view_is_paired_with_itself_and_without_locals_the_globals_are_all():
     views, targets = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([10.0, 20.0])
     pairs = []
-    mean_over_pairs(lambda v, t: pairs.append((v.item(), t.item())) or v + t, targets, views, None)
+    losses.mean_over_pairs(lambda v, t: pairs.append((v.item(), t.item())) or v + t, targets, views, None)
     assert pairs == [(1, 20), (2, 10), (3, 10), (3, 20), (4, 10), (4, 20)]
-    assert mean_over_pairs(torch.add, targets, views[:2], (0.4, 0.6)) == (21 + 12) / 2
+    assert losses.mean_over_pairs(torch.add, targets, views[:2], (0.4, 0.6)) == (21 + 12) / 2
 
 
 @pytest.mark.parametrize("name", ["simclr", "moco", "swav", "dino", "diet"])
@@ -307,20 +282,16 @@ def test_the_last_layer_alone_loses_its_gradient(name):
 
 @pytest.mark.parametrize("name", ["simsiam", "simclr", "moco", "diet"])
 def test_a_projector_can_be_left_out(name):
-    method = build(name, projector="none")
-    assert isinstance(method.projector, nn.Identity)
-    method(some_views(), torch.arange(8)).backward()
-    assert all(p.grad.abs().sum() > 0 for p in method.encoder.parameters())
+    assert isinstance(build(name, projector="none").projector, nn.Identity)
     with pytest.raises(ValueError, match="without a projector"):
         build(name, projector="none", out_dim=4)
-    assert build(name, projector="mlp").projector[0].in_features == 8
 
 
 # ---- what each method's paper says ----------------------------------------------------------------------------------
 
 
 def test_simsiams_z_is_normalised_over_the_batch():
-    method = SimSiam(Encoder())
+    method = losses.SimSiam(Encoder())
     z = method.outputs([v.float() for v in some_views(256)])[-1]
     close(z.std(0, correction=0), torch.ones(z.shape[1]), atol=0.05, rtol=0)
     assert not method.projector[-2].bias.requires_grad
@@ -342,10 +313,10 @@ def test_a_teacher_gives_the_targets_and_follows_the_network(name, teacher, kept
 
 @pytest.mark.parametrize("student", [SearchHead([4, 4]), SearchBackbone(SPACES["resnet"], 1 / 16)], ids=["head", "net"])
 def test_a_teacher_shares_the_architecture_and_follows_the_weights(student):
-    teacher = momentum_copy(student)
+    teacher = losses.momentum_copy(student)
     old = copy.deepcopy(list(teacher.parameters()))
     doubled(student)
-    momentum_update(teacher, student, 0.9)
+    losses.momentum_update(teacher, student, 0.9)
     assert getattr(teacher, "choices", None) is getattr(student, "choices", None)  # the gates
     for (name, t), o, s in zip(teacher.named_parameters(), old, student.parameters()):
         assert (t is s) == t.requires_grad == name.endswith("alpha")
@@ -354,10 +325,10 @@ def test_a_teacher_shares_the_architecture_and_follows_the_weights(student):
 
 
 def test_mocos_queue_fits_the_data():
-    assert [len(MoCo(Encoder(), n_images=n).queue) for n in (300, 50_000, 10**7)] == [32, 4096, 65_536]
+    assert [len(losses.MoCo(Encoder(), n_images=n).queue) for n in (300, 50_000, 10**7)] == [32, 4096, 65_536]
     for size in (0, 101):
         with pytest.raises(ValueError, match="larger than the 100 images"):
-            MoCo(Encoder(), n_images=100, queue_size=size)
+            losses.MoCo(Encoder(), n_images=100, queue_size=size)
 
 
 @pytest.mark.parametrize("n_keys", [1, 2])
@@ -419,7 +390,7 @@ def test_dino_moves_centre_temperature_and_teacher_after_the_step():
 def test_dinos_head_has_the_papers_parameters(f, bn, published):
     encoder = nn.Identity()
     encoder.feature_dim = f
-    method = DINO(encoder, head_bn=bn)
+    method = losses.DINO(encoder, head_bn=bn)
     found = sum(p.numel() for m in (method.projector, method.last_layer) for p in m.parameters())
     assert found + bn * 2 * 2048 == published  # biases ahead of BN: the authors have them, to no effect
     assert method.last_layer.weight.norm(dim=1).sub(1).abs().max() < 1e-5
@@ -443,7 +414,7 @@ def test_scores_of_prototypes_are_products_in_fp32(name):
 def test_diet_loss_and_its_gradients_are_cross_entropys(chunk, smoothing):
     h, weight = (torch.randn(n, 5, dtype=torch.double, requires_grad=True) for n in (9, 23))
     index = torch.randint(23, (9,))
-    loss = diet_loss(h, weight, index, smoothing, chunk=chunk)
+    loss = losses.diet_loss(h, weight, index, smoothing, chunk=chunk)
     want = F.cross_entropy(h @ weight.T, index, label_smoothing=smoothing)
     close(loss, want)
     for a, b in zip(*(torch.autograd.grad(3 * x, [h, weight]) for x in (loss, want))):
@@ -452,12 +423,12 @@ def test_diet_loss_and_its_gradients_are_cross_entropys(chunk, smoothing):
 
 
 def test_diet_loss_where_nothing_or_everything_is_known():
-    method = DIET(Encoder(), n_images=50_000)
+    method = losses.DIET(Encoder(), n_images=50_000)
     assert method.floor == pytest.approx(9.1561, abs=1e-4)
     assert method.normalised(math.log(50_000)) == 0 and method.normalised(method.floor) == 1
     assert [tuple(p.shape) for n, p in method.named_parameters() if "encoder" not in n] == [(50_000, 8)]  # and no bias
     ideal = torch.log(torch.full((4, 4), 0.2) + 0.2 * torch.eye(4))  # logits of the smoothed targets, .8 / 4 and .4
-    close(diet_loss(torch.eye(4), ideal, torch.arange(4)).item(), DIET(Encoder(), n_images=4).floor)
+    close(losses.diet_loss(torch.eye(4), ideal, torch.arange(4)).item(), losses.DIET(Encoder(), n_images=4).floor)
 
 
 PEAK = """
@@ -468,7 +439,7 @@ encoder.feature_dim = 64
 def peak_after_training(n):
     method = DIET(encoder, n_images=n)
     optimizer = torch.optim.AdamW(method.parameters(), fused=True)
-    method([torch.randn(64, 1, 8, 8)], torch.arange(64)).backward()
+    method([torch.randn(256, 1, 8, 8)], torch.arange(256)).backward()
     optimizer.step()
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 print(-peak_after_training(1000) + peak_after_training(400_000))
@@ -485,9 +456,9 @@ def test_many_images_train_in_the_memory_that_the_formula_gives():
 def test_what_is_no_image_is_no_class():
     for index in ([0, 5], [0, -1]):
         with pytest.raises(IndexError, match="must be 0 to 4"):
-            diet_loss(torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor(index))
+            losses.diet_loss(torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor(index))
     with pytest.raises(ValueError, match="the image's index"):
-        DIET(Encoder(), n_images=5).outputs(some_views())
+        losses.DIET(Encoder(), n_images=5).outputs(some_views())
     with pytest.raises(ValueError, match=r"11 rows.* are not those of 5 images"):
         build("diet", n_images=5).load_state_dict(build("diet").state_dict())
 
@@ -527,8 +498,8 @@ def one_step(case, device, rank=0, world=1):
     gradients = {n: p.grad.cpu() for n, p in method.named_parameters() if p.grad is not None}
     state = {k: v.cpu() for k, v in method.state_dict().items()}
     if case == "diet":  # whose rows in the state are those of all ranks
-        assert torch.equal(own_rows(state["classifier.weight"], 11), method.classifier.weight.detach().cpu())
-    return (reduced(loss.detach()) / world).cpu(), gradients, state
+        assert torch.equal(losses.own_rows(state["classifier.weight"], 11), method.classifier.weight.detach().cpu())
+    return (losses.reduced(loss.detach()) / world).cpu(), gradients, state
 
 
 def rank_main(rank, port, folder, device):
