@@ -243,7 +243,7 @@ def test_masked_sliced_and_alone_a_subnet_is_the_same_network(name, training, se
 
 
 @pytest.mark.parametrize("name", SPACES)
-def test_every_alpha_gets_a_gradient_and_what_is_left_out_gets_none(name):
+def test_masked_or_sliced_what_is_left_out_gets_no_gradient_and_the_rest_the_same(name):
     torch.manual_seed(0)
     backbone, x = searchable(SPACES[name], 1 / 8)
     weights = list(backbone.supernet.parameters())
@@ -261,10 +261,6 @@ def test_every_alpha_gets_a_gradient_and_what_is_left_out_gets_none(name):
         assert (a * out == 0).all() and (b * out == 0).all()
         torch.testing.assert_close(a, b)
     assert sum(out.sum() for out in left_out.supernet.parameters()) > 0.5 * count(backbone.supernet)
-    backbone.choices.sample(1.0, np.random.default_rng(0))
-    alphas = list(backbone.choices.alphas().values())
-    for gradient in torch.autograd.grad((backbone(x) * target).sum(), alphas):
-        assert (gradient.abs().sum(1) > 0).all()
 
 
 def test_expected_macs_are_the_enumerations():
