@@ -3,6 +3,7 @@
 import io
 import json
 import random
+from functools import cache
 
 import numpy as np
 import pytest
@@ -82,8 +83,10 @@ def overwritten(stored):
     return stored[:place] + rng.randbytes(rng.randint(0, 64)) + stored[place + 16 :]
 
 
-def sixteen_bits(image):
-    return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+@cache
+def blank(edge):
+    """Kilobytes on the disk, whatever its edge."""
+    return encoded(Image.new("1", (edge, edge)), "PNG")
 
 
 WAYS = {  # what becomes of a JPEG file, from its image and its bytes; whether it can be shown, None as it happens
@@ -92,12 +95,12 @@ WAYS = {  # what becomes of a JPEG file, from its image and its bytes; whether i
     "text": (lambda image, stored: b"not an image\n" * 20, False),
     "overwritten": (lambda image, stored: overwritten(stored), None),
     "extension": (lambda image, stored: encoded(image, "PNG"), True),
-    "16-bit": (lambda image, stored: encoded(sixteen_bits(image), "PNG"), True),
     "CMYK": (lambda image, stored: encoded(image.convert("CMYK"), "JPEG"), True),
-    "alpha": (lambda image, stored: encoded(image.convert("RGBA"), "PNG"), True),
     "animated": (lambda image, stored: encoded(image, "GIF", save_all=True, append_images=[image.rotate(90)]), True),
     "1x1": (lambda image, stored: encoded(image.resize((1, 1)), "PNG"), False),
     "20000x3": (lambda image, stored: encoded(image.resize((20_000, 3)), "PNG"), False),
+    "large": (lambda image, stored: blank(10_000), False),
+    "bomb": (lambda image, stored: blank(14_000), False),
 }
 
 
@@ -115,7 +118,9 @@ def test_of_files_that_are_broken_or_odd_each_is_shown_or_named_once(streamed, t
     got = images.pixels[:]
     said = capfd.readouterr().err
     named = {line.split()[1][:-1] for line in said.splitlines() if line.startswith("skipped ")}
-    assert said.count("skipped /") == len(named) >= 20 and "an edge of fewer than 8 pixels" in said
+    assert said.count("skipped /") == len(named) >= 28
+    for reason in ("an edge of fewer than 8 pixels", "ValueError: 10000 x 10000 pixels", "DecompressionBombError"):
+        assert said.count(reason) >= 4
     assert isinstance(images.pixels, Stream) == streamed and len(got) == 600 - (0 if streamed else len(named))
     if not streamed:
         assert f"skipped {len(named)} of 600 files" in said
@@ -125,19 +130,7 @@ def test_of_files_that_are_broken_or_odd_each_is_shown_or_named_once(streamed, t
         shown = WAYS[ways[i]][1] if i in ways else True
         assert shown is None or shown != (str(files[i]) in named)
         if shown:  # it is the image
-            want = pixels[i].astype(float)
-            want = want.mean(2, keepdims=True) if ways.get(i) == "16-bit" else want
-            assert abs(x - want).mean() < 15, (name, ways.get(i))
-
-
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_bombs_are_refused_before_they_are_decoded(folder, capfd):
-    path, _ = folder
-    Image.new("1", (30_000, 30_000)).save(path / "train" / "cat" / "bomb.png")  # kilobytes on the disk
-    Image.new("1", (10_000, 10_000)).save(path / "train" / "cat" / "large.png")
-    assert len(load_images(str(path), size=8).pixels) == 7
-    said = capfd.readouterr().err
-    assert "bomb.png: DecompressionBombError" in said and "large.png: ValueError: 10000 x 10000 pixels" in said
+            assert abs(x - pixels[i].astype(float)).mean() < 15, (name, ways.get(i))
 
 
 def test_what_does_not_fit_is_streamed_and_reads_the_same(folder, capsys):
@@ -175,14 +168,6 @@ def test_ranks_of_a_machine_share_its_cores(monkeypatch):
         assert data.cores() == each
 
 
-def test_images_in_any_nesting_are_a_training_split_without_labels(folder):
-    path, _ = folder
-    images = load_images(str(path / "train"))
-    assert len(images.pixels) == 7 and not images.labelled and (images.labels == -1).all()
-    with pytest.raises(FileNotFoundError, match="test split"):
-        load_images(str(path / "train"), "test")
-
-
 def test_resize_is_antialiased_and_keeps_the_centre(tmp_path):
     ramp = np.tile(np.arange(0, 240, dtype=np.uint8)[None, :, None], (120, 1, 3))
     Image.fromarray(ramp).save(tmp_path / "wide.png")
@@ -191,13 +176,8 @@ def test_resize_is_antialiased_and_keeps_the_centre(tmp_path):
     np.testing.assert_allclose(pixels.mean(0), 60.5 + 2 * np.arange(60), atol=1)
 
 
-def test_what_cannot_be_loaded_says_what_to_do(folder, tmp_path, monkeypatch):
+def test_what_cannot_be_loaded_says_what_to_do(folder, monkeypatch):
     path, rgb = folder
-    with pytest.raises(FileNotFoundError, match="neither a folder nor a data set"):
-        load_images("cifar11")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="no image below"):
-        load_images(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match=r"GB in memory.*--image-size"):  # streams need a size
         load_images(str(path), budget_gb=1e-9)
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(path / "train" / "dog" / "small.png")

@@ -7,9 +7,8 @@ import random
 
 import pytest
 import torch
-from conftest import TINY, build, load, refused, run
+from conftest import build, load, run
 
-import linear_eval
 import pretrain
 import search
 from checkpoint import Checkpoint, load_arch, load_backbone, load_heads
@@ -91,49 +90,31 @@ def found(tmp_path_factory):
     return folder
 
 
-def test_a_malformed_arch_json_is_refused(found, tmp_path):
-    rng, path, refusals = random.Random(0), tmp_path / "arch.json", 0
-    text = json.dumps({k: v for k, v in json.loads((found / "arch.json").read_text()).items() if k != "alphas"})
-    for i in range(80):
-        data = json.dumps(mutated(json.loads(text), rng)).encode() if i % 4 else damaged(text.encode(), rng)
-        path.write_bytes(data)
-
-        def build():
-            arch, heads = load_arch(str(path)), load_heads(str(path), ["projector", "predictor"])
-            build_backbone(arch, "small", 0.0625)
-            assert arch and heads
-
-        refusals += not accepted(build)
-        assert contents(tmp_path) == {path: data}
-    assert refusals > 20
-    path.write_text("[" * 100_000)
-    assert not accepted(lambda: load_arch(str(path)))
+def read_arch(path):
+    arch, heads = load_arch(str(path)), load_heads(str(path), ["projector", "predictor"])
+    build_backbone(arch, "small", 0.0625)
+    assert arch and heads
 
 
-def test_a_malformed_backbone_json_is_refused(found, tmp_path):
-    rng, path, refusals = random.Random(0), tmp_path / "backbone.json", 0
+def read_weights(path):
+    load_backbone(str(path.with_suffix(".pth")))
+
+
+@pytest.mark.parametrize("name, read", [("arch.json", read_arch), ("backbone.json", read_weights)])
+def test_malformed_json_is_refused(name, read, found, tmp_path):
+    rng, path, refusals = random.Random(0), tmp_path / name, 0
     (tmp_path / "backbone.pth").write_bytes((found / "backbone.pth").read_bytes())
-    text = (found / "backbone.json").read_text()
+    facts = json.loads((found / name).read_text())
+    facts.pop("alphas", None)  # which nobody reads
     for i in range(70):
-        path.write_bytes(json.dumps(mutated(json.loads(text), rng)).encode() if i % 4 else damaged(text.encode(), rng))
+        text = json.dumps(facts).encode()
+        path.write_bytes(json.dumps(mutated(facts, rng)).encode() if i % 4 else damaged(text, rng))
         before = contents(tmp_path)
-        refusals += not accepted(lambda: load_backbone(str(tmp_path / "backbone.pth")))
+        refusals += not accepted(lambda: read(path))
         assert contents(tmp_path) == before
     assert refusals > 20
-
-
-def test_what_the_scripts_make_of_a_malformed_file_is_one_line(found, tmp_path, capsys):
-    path, weights = tmp_path / "arch.json", tmp_path / "backbone.pth"
-    path.write_text('{"backbone": {"arch": {"block": "basic\\n"}}, "heads": {"projector": [[]], "predictor": []}}')
-    weights.write_bytes((found / "backbone.pth").read_bytes()[:-100])
-    (tmp_path / "backbone.json").write_text((found / "backbone.json").read_text())
-    for script, *flags in (
-        (pretrain, *TINY, "--arch", path, "--output-dir", tmp_path / "run"),
-        (pretrain, *TINY, "--heads", path, "--output-dir", tmp_path / "run"),
-        (linear_eval, "--weights", weights),
-    ):
-        message, status = refused(capsys, script, *flags)
-        assert status == 1 and f"error: '{tmp_path}" in message
+    path.write_text("[" * 100_000)
+    assert not accepted(lambda: read(path))
 
 
 def test_one_bit_of_a_weight_is_noticed(found, tmp_path):
@@ -156,7 +137,7 @@ def test_a_malformed_checkpoint_is_refused_and_left_alone(found, tmp_path, capsy
     whole, state = path.read_bytes(), load(path)
     things = build(pretrain, tmp_path / "other", *flags[:-2]).checkpoint.things
     facts = json.loads(state["facts"])["facts"]
-    for i in range(60):
+    for i in range(40):
         if i % 2:
             path.write_bytes(damaged(whole, rng))
         else:
@@ -169,7 +150,7 @@ def test_a_malformed_checkpoint_is_refused_and_left_alone(found, tmp_path, capsy
 
         refusals += not accepted(go_on)
         assert contents(tmp_path) == before
-    assert refusals > 40
+    assert refusals > 25
     other = state | {"facts": state["facts"].replace('"step": 16', '"step": 8')}
     for bad in (Payload(tmp_path / "run"), state | {"facts": Payload(tmp_path / "run")}, other, [1, 2], 7):
         for file, act in (

@@ -14,27 +14,16 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
 from losses import momentum_copy
-from models import (
-    BACKBONES,
-    OPS,
-    PRESETS,
-    SPACES,
-    SearchBackbone,
-    SearchHead,
-    build_backbone,
-    build_head,
-    head_dims,
-    macs,
-)
+from models import BACKBONES, OPS, PRESETS, SPACES, build_backbone, macs
 
-PREDICTOR = head_dims(4, 2048, 512, 2048)
+PREDICTOR = models.head_dims(4, 2048, 512, 2048)
 seeds = st.integers(0, 2**31 - 1)
 
 
@@ -71,7 +60,7 @@ def test_torchvisions_model_loads_the_state_dict_and_gives_the_same_features(arc
     assert not result.unexpected_keys
     assert all(key.startswith(("fc.", "classifier.", "heads.")) for key in result.missing_keys)
     theirs.fc = theirs.classifier = theirs.heads = nn.Identity()
-    x = torch.randn(2, 3, 224, 224)
+    x = torch.randn(2, 3, *[224 if vit else 64] * 2)
     with torch.no_grad():
         h = ours.eval()(x)
         torch.testing.assert_close(h, theirs.eval()(x), atol=1e-5, rtol=1e-5)
@@ -107,23 +96,17 @@ def test_a_vit_takes_any_size_of_whole_patches():
         vit(torch.randn(2, 3, 30, 32))
 
 
-@pytest.mark.parametrize("arch, width, tolerance", [("resnet18", 1 / 16, 1e-4), ("mobilenet_v2", 1 / 4, 0.1)])
-def test_gradients_do_not_depend_on_the_memory_format(arch, width, tolerance):
-    """But for rounding, which takes some activations across ReLU's and ReLU6's corners: hence the seed."""
+def test_gradients_do_not_depend_on_the_memory_format():
+    """But for rounding, which takes some activations across ReLU's corner: hence the seed."""
     torch.manual_seed(0)
-    network, x = build_backbone(arch, "small", width)[0], torch.randn(16, 3, 64, 64)
+    network, x = build_backbone("resnet18", "small", 1 / 16)[0], torch.randn(16, 3, 64, 64)
     weight = torch.randn(16, network.feature_dim)
     gradients = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
         network.to(memory_format=memory_format).zero_grad()
         (network(x.contiguous(memory_format=memory_format)) * weight).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
-    assert (gradients[0] - gradients[1]).norm() <= tolerance * gradients[0].norm()
-
-
-def test_a_pointwise_convolution_is_torchs_of_the_same_stride():
-    ours, x = models.Pointwise(5, 7, 2).double(), torch.randn(2, 5, 9, 8, dtype=torch.double)
-    assert torch.equal(ours(x), nn.functional.conv2d(x, ours.weight, stride=2))
+    assert (gradients[0] - gradients[1]).norm() <= 1e-4 * gradients[0].norm()
 
 
 def test_drop_path_skips_branches_of_some_images_in_the_student_alone():
@@ -150,12 +133,12 @@ def test_sizes_of_the_papers():
         sizes = [count(build_backbone(a, width=w)[0]) for a, w in (("mobilenet_v2", 3.0), (grid[0], 1), (grid[1], 1))]
         assert sizes == pytest.approx([19.42e6, 13.95e6, 25.81e6], rel=1e-3)
         # NASiam; its MoCo copy has a bias in each of 16 Linears, which the BN behind them makes useless
-        assert count(SearchHead([512] * 7)) == 6_328_320 + 7 * 6
-        assert count(SearchHead(PREDICTOR)) == 16_821_248 + 7 * 4
-        assert count(SearchHead([512] * 5)) + 16 * 512 == 4_227_072 + 7 * 4
-        assert count(SearchHead(head_dims(6, 2048, 512, 128))) == 12_029_184 + 7 * 6
-        assert count(build_head(PRESETS["simsiam_cifar10_resnet18"]["projector"], [512] * 7)) == 1_052_672
-        assert count(build_head(PRESETS["simsiam_cifar10_resnet18"]["predictor"], PREDICTOR)) == 2_102_272
+        assert count(models.SearchHead([512] * 7)) == 6_328_320 + 7 * 6
+        assert count(models.SearchHead(PREDICTOR)) == 16_821_248 + 7 * 4
+        assert count(models.SearchHead([512] * 5)) + 16 * 512 == 4_227_072 + 7 * 4
+        assert count(models.SearchHead(models.head_dims(6, 2048, 512, 128))) == 12_029_184 + 7 * 6
+        assert count(models.build_head(PRESETS["simsiam_cifar10_resnet18"]["projector"], [512] * 7)) == 1_052_672
+        assert count(models.build_head(PRESETS["simsiam_cifar10_resnet18"]["predictor"], PREDICTOR)) == 2_102_272
 
 
 @st.composite
@@ -197,19 +180,14 @@ def test_any_other_architecture_is_refused_in_one_line(arch, wrong, data):
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 300
 
 
-def test_a_wrong_architecture_is_refused_by_what_is_wrong():
-    for change, message in (
-        ({"width": 1}, '^arch: an architecture has "block", "depth", "inner" and "kernel", and nothing else$'),
-        ({"block": "dense"}, "unknown block 'dense': choose from basic, bottleneck, inverted"),
-        ({"depth": [2, 2, True, 2]}, '"depth" must be a list of 4 numbers, 1 to 64'),
-        ({"kernel": [3, 3, 4, 3]}, '"kernel" must be a list of 4 odd numbers, 1 to 31'),
-        ({"depth": [64] * 4, "inner": [64] * 4, "kernel": [31] * 4}, "parameters, more than 2,000,000,000"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            build_backbone({**BACKBONES["resnet18"], **change})
+def test_networks_of_no_name_or_too_large_and_heads_of_other_layers_are_refused():
     with pytest.raises(ValueError, match="unknown --arch 'resnet19': choose from resnet18"):
         build_backbone("resnet19")
-    assert models.describe(BACKBONES["resnet18"]) == "basic 2x1k3 2x1k3 2x1k3 2x1k3"
+    largest = {"depth": [64] * 4, "inner": [64] * 4, "kernel": [31] * 4}
+    with pytest.raises(ValueError, match="parameters, more than 2,000,000,000"):
+        build_backbone(BACKBONES["resnet18"] | largest)
+    with pytest.raises(ValueError, match="needs 3 dims"):
+        models.build_head(["identity", "identity"], [4, 4])
 
 
 # ---- searchable backbones -------------------------------------------------------------------------------------------
@@ -219,7 +197,7 @@ NARROW = {"resnet": 1 / 64, "bottleneck": 1 / 64, "mobilenet": 1 / 8}  # few eno
 
 def searchable(space, width):
     """With gates of the smallest subnet; those with gradients are masks, others slices."""
-    backbone = randomise_norms(SearchBackbone(space, width, "small")).double()
+    backbone = randomise_norms(models.SearchBackbone(space, width, "small")).double()
     backbone.choices.set([0] * len(space.stages))
     return backbone, torch.randn(4, 3, 16, 16, dtype=torch.double)
 
@@ -236,11 +214,9 @@ def test_a_space_has_its_size_and_holds_the_handcrafted_network(name, size):
     choice = space.choice(space.handcrafted)
     assert choice is None if name == "bottleneck" else space.arch(choice) == BACKBONES[space.handcrafted]
     assert space.choice("resnet34") is None  # as ResNet50, it has a stage of 6
-    if name == "resnet":
-        base, table = space.costs(1.0, "small", 32)
-        assert [base / 1e6, (base + table.max(1).values.sum()) / 1e6] == pytest.approx([69, 3206], abs=0.5)
 
 
+@settings(max_examples=settings.default.max_examples // 2)  # the slowest
 @given(st.sampled_from(list(SPACES)), st.booleans(), seeds, st.data())
 def test_masked_sliced_and_alone_a_subnet_is_the_same_network(name, training, seed, data):
     """But for the order of sums, which zeros among the terms change on some CPUs."""
@@ -263,11 +239,11 @@ def test_masked_sliced_and_alone_a_subnet_is_the_same_network(name, training, se
         torch.testing.assert_close(backbone.slices(choice), dict(subnet.state_dict()), rtol=1e-11, atol=1e-11)
     base, table = space.costs(width, "small", 16)
     cost = base + sum(table[s, o].item() for s, o in enumerate(choice))
-    assert counted_macs(subnet, 16) == macs(arch, width, "small", 16) == cost
+    assert macs(arch, width, "small", 16) == cost
 
 
 @pytest.mark.parametrize("name", SPACES)
-def test_every_alpha_gets_a_gradient_and_what_is_left_out_gets_none(name):
+def test_masked_or_sliced_what_is_left_out_gets_no_gradient_and_the_rest_the_same(name):
     torch.manual_seed(0)
     backbone, x = searchable(SPACES[name], 1 / 8)
     weights = list(backbone.supernet.parameters())
@@ -285,20 +261,6 @@ def test_every_alpha_gets_a_gradient_and_what_is_left_out_gets_none(name):
         assert (a * out == 0).all() and (b * out == 0).all()
         torch.testing.assert_close(a, b)
     assert sum(out.sum() for out in left_out.supernet.parameters()) > 0.5 * count(backbone.supernet)
-    backbone.choices.sample(1.0, np.random.default_rng(0))
-    alphas = list(backbone.choices.alphas().values())
-    for gradient in torch.autograd.grad((backbone(x) * target).sum(), alphas):
-        assert (gradient.abs().sum(1) > 0).all()
-
-
-def test_the_masked_network_compiles_to_one_graph_for_all_gates():
-    backbone, x = searchable(replace(SPACES["resnet"], choices={"depth": (1, 2), "kernel": (1, 3)}), 1 / 16)
-    graphs = []
-    compiled = torch.compile(backbone, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
-    for seed in range(3):
-        backbone.choices.sample(1.0, np.random.default_rng(seed))
-        compiled(x)
-    assert len(graphs) == 1
 
 
 def test_expected_macs_are_the_enumerations():
@@ -357,14 +319,6 @@ def test_gates_are_one_hot_follow_the_generator_and_pass_gradients_that_sum_to_z
     torch.testing.assert_close(share, choices.depth_alpha.detach().softmax(1), atol=0.04, rtol=0)
 
 
-def test_a_momentum_teacher_takes_the_students_gates_and_keeps_its_own_weights():
-    student = SearchBackbone(SPACES["resnet"], 1 / 16)
-    teacher = momentum_copy(student)
-    assert teacher.choices is student.choices and all(a.requires_grad for a in student.choices.alphas().values())
-    assert teacher.supernet.conv1.weight is not student.supernet.conv1.weight
-    assert not any(p.requires_grad for p in teacher.supernet.parameters())
-
-
 def test_recalibrated_statistics_are_those_of_the_batches():
     backbone = randomise_norms(build_backbone("resnet18", "small", 1 / 16)[0]).double()
     batches = [torch.randn(8, 3, 16, 16, dtype=torch.double) for _ in range(3)]
@@ -384,7 +338,11 @@ dims_of = st.lists(st.sampled_from([1, 3, 8, 17]), min_size=2, max_size=6)
 def test_any_head_trains_and_is_what_one_hot_alphas_make_of_the_mixture(dims, seed):
     torch.manual_seed(seed)
     ops = models.random_head(len(dims) - 1, random.Random(seed))
-    search, head, x = SearchHead(dims).double(), build_head(ops, dims).double(), torch.randn(8, dims[0]).double()
+    search, head, x = (
+        models.SearchHead(dims).double(),
+        models.build_head(ops, dims).double(),
+        torch.randn(8, dims[0]).double(),
+    )
     assert search.entropy() == pytest.approx([1] * len(ops))
     y = x
     for layer in search.layers:
@@ -435,13 +393,5 @@ def test_simsiams_heads_are_counted_and_drawn_evenly_by_the_seed():
     counts = zip(models.count_heads([512] * 7), models.count_heads(PREDICTOR))
     assert [a * b for a, b in counts] == [7**10, 103_766_418, 43_333_938]
     draw = [models.random_head(4, random.Random(seed)) for seed in (1, 1, *range(2, 300))]
+    assert {op for heads in PRESETS.values() for ops in heads.values() for op in ops} <= set(OPS)
     assert draw[0] == draw[1] and all({head[layer] for head in draw} == set(OPS) for layer in range(4))
-
-
-def test_presets_are_heads_and_a_wrong_spec_is_refused_by_name():
-    assert len(PRESETS) == 7 and PRESETS["simsiam_cifar10_resnet18"]["projector"][3:5] == ["identity", "identity"]
-    assert all(set(ops) <= set(OPS) for heads in PRESETS.values() for ops in heads.values())
-    with pytest.raises(ValueError, match="unknown operation 'linear_gelu'"):
-        build_head(["linear_gelu"], [4, 4])
-    with pytest.raises(ValueError, match="needs 3 dims"):
-        build_head(["identity", "identity"], [4, 4])

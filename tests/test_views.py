@@ -10,21 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms import InterpolationMode, RandomErasing, RandomResizedCrop
 
-from views import (
-    BYTEWISE,
-    RECIPES,
-    MultiCrop,
-    Recipe,
-    View,
-    _crop,
-    adjust,
-    blur_matrix,
-    crop_bytes,
-    erase,
-    named,
-    render_view,
-    sample_views,
-)
+import views
+from views import RECIPES, MultiCrop, View, adjust, named, render_view
 
 EVERYTHING = View(scale=(0.05, 1.0), jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=0.9, grey=0.2, blur=0.5, solarize=0.3)
 
@@ -32,7 +19,7 @@ EVERYTHING = View(scale=(0.05, 1.0), jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=0.9, 
 def draw(view, n, height, width, seed=0):
     """`named` parameters of one view of n images."""
     rng = np.random.default_rng(seed)
-    return named(torch.from_numpy(sample_views([view], n, height, width, rng))[0])
+    return named(torch.from_numpy(views.sample_views([view], n, height, width, rng))[0])
 
 
 def random_pixels(n, height, width, seed=0):
@@ -49,7 +36,7 @@ def reference(image, p, i, size, antialias=True, shift=0.0, mode=InterpolationMo
     x = image.double() / 255
     if shift:
         x = x + shift * (x.roll(-1, -1) - x)
-    if size >= BYTEWISE and not shift:
+    if size >= views.BYTEWISE and not shift:
         part = image[None, :, top : top + h, left : left + w]  # of bytes torchvision's own path depends on the CPU
         x = torch.nn.functional.interpolate(part, (size, size), mode=mode.value, antialias=antialias)[0].double() / 255
     else:
@@ -97,8 +84,8 @@ def test_a_view_is_torchvisions_image_by_image(height, width, size, bicubic):
 def test_a_crop_by_bytes_is_the_exact_one_rounded(bicubic):
     pixels = random_pixels(48, 256, 200)
     p = draw(EVERYTHING._replace(scale=(0.05, 1.0)), 48, 256, 200, 1)
-    exact = _crop(pixels, p["box"], p["flip"], 128, bicubic)
-    rounded = crop_bytes(pixels, p["box"], p["flip"], 128, bicubic)
+    exact = views._crop(pixels, p["box"], p["flip"], 128, bicubic)
+    rounded = views.crop_bytes(pixels, p["box"], p["flip"], 128, bicubic)
     error = (rounded - exact).abs() * 255
     assert error.mean() < 0.35 and (error < 1.5).double().mean() > 0.99  # of a grey level; rounding alone has .25, .5
     assert bicubic or error.max() < 1.5  # what overshoots is cut twice, as in PIL
@@ -114,7 +101,7 @@ def test_compiled_form_equals_the_eager_one():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_the_cpus_views():
-    pixels, recipe = random_pixels(32, 80, 80), Recipe((EVERYTHING, EVERYTHING))
+    pixels, recipe = random_pixels(32, 80, 80), views.Recipe((EVERYTHING, EVERYTHING))
     cpu, gpu = MultiCrop(recipe, 72), MultiCrop(recipe, 72, device="cuda")
     p = cpu.sample(32, 80, 80, np.random.default_rng(2))
     for a, b in zip(cpu.render(pixels, p), gpu.render(pixels.cuda(), p.cuda())):
@@ -269,7 +256,7 @@ def test_erased_boxes_are_distributed_as_torchvisions_and_nothing_else_changes()
     for k in range(4):  # top, left, height, width: medians and spreads
         assert abs(some[:, k].mean() - theirs[:, k].mean()) < 0.8 and abs(some[:, k].std() - theirs[:, k].std()) < 0.5
     x = torch.rand(4000, 3, 32, 32) + 1
-    y = erase(x, box)
+    y = views.erase(x, box)
     for i in range(20):
         top, left, h, w = box[i].int().tolist()
         want = x[i].clone()
@@ -289,7 +276,7 @@ def test_diets_strengths_are_cumulative():
     assert on == [[False] * 5, [False] * 4 + [True], [False] * 2 + [True] * 3, [True] * 5]
     assert abs((parameters[3]["sigma"] > 0).double().mean() - 0.2) < 0.03
     assert abs((parameters[3]["hue"] != 0).double().mean() - 0.3) < 0.03
-    kernel = blur_matrix(torch.tensor([1.5]), 224, 1)[0, 100]
+    kernel = views.blur_matrix(torch.tensor([1.5]), 224, 1)[0, 100]
     assert kernel.count_nonzero() == 3  # of 3 pixels at any size
 
 
