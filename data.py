@@ -322,11 +322,10 @@ class Stream:
 
 def in_turn(pixels: Tensor | Stream, batches: Sequence[Tensor]) -> Iterator[Tensor]:
     """pixels[rows] for each batch of rows; a stream decodes the next one meanwhile."""
-    for rows, following in zip(batches, [*batches[1:], None]):
+    for n, rows in enumerate(batches):
         if isinstance(pixels, Stream):
-            pixels.ahead(rows.cpu())
-            if following is not None:
-                pixels.ahead(following.cpu())
+            for now_or_next in batches[n : n + 2]:
+                pixels.ahead(now_or_next.cpu())
         yield pixels[rows]
 
 
@@ -343,8 +342,7 @@ def decoded(pixels: Tensor | Stream, rows: Tensor) -> Tensor:
 
 
 def channel_stats(pixels: Tensor | Stream) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, on the scale 0..1, of at most 10,000 evenly spaced images, 1,000 of
-    a stream."""
+    """Mean and standard deviation of each channel, on the scale 0..1, of some evenly spaced images."""
     x = pixels[:: max(1, len(pixels) // (1000 if isinstance(pixels, Stream) else 10_000))]
     n = x.numel() / 3
     parts = x.split(500)  # all in double would take more memory than the data set
@@ -363,8 +361,7 @@ def split_images(n: int, held_out: float, parts: int) -> list[Tensor]:
 
 
 def fingerprint(images: Images) -> list[int | None]:
-    """Of the images and of their order: shape, a checksum of their names, and one over a row of pixels of each, None
-    for a stream."""
+    """Shape, a checksum of the names in their order, and one over a row of pixels of each image, None for a stream."""
     pixels, checksum = images.pixels, None
     if not isinstance(pixels, Stream):
         checksum = zlib.crc32(pixels[:, :, pixels.shape[2] // 2].contiguous().cpu().numpy())

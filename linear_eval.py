@@ -149,14 +149,14 @@ GRID = [(lr, decay) for lr in (0.01, 0.03, 0.1, 0.3, 1.0) for decay in (0.0, 1e-
 
 
 def linear_probe(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels, *, augmented=None, epochs=100, held_out=0.1, seed=0
+    train: Tensor, train_labels: Tensor, test: Tensor, test_labels, *, augmented=None, epochs=100, seed=0
 ) -> dict[str, float]:
     """Test accuracy of a linear classifier on frozen features, standardised by the training features' mean and
     deviation: {"linear", "held_out", "lr", "weight_decay"}.
 
-    (learning rate, weight decay) are those of the best accuracy on held-out training images; the winner is trained
-    anew on all of them. augmented: rows (n,) of the training images -> their features (n, F) under fresh
-    augmentation, computed every epoch. held_out: their share.
+    (learning rate, weight decay) are those of the best accuracy on a tenth of the training images, held out; the winner
+    is trained anew on all of them. augmented: rows (n,) of the training images -> their features (n, F) under fresh
+    augmentation, computed every epoch.
     """
     classes = int(max(train_labels.max(), test_labels.max())) + 1
     mean = train.mean(0)
@@ -170,7 +170,7 @@ def linear_probe(
         return fit_probes(features, train_labels[rows], classes, grid, epochs, seed)
 
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    out, rest = order.tensor_split([max(1, int(held_out * len(order)))])
+    out, rest = order.tensor_split([max(1, int(0.1 * len(order)))])
     scores = probe_accuracy(*fit(rest, GRID), train[out.to(train.device)], train_labels[out])
     best = scores.index(max(scores))
     accuracy = probe_accuracy(*fit(torch.arange(len(train)), [GRID[best]]), test, test_labels)[0]
@@ -249,9 +249,7 @@ def few_shot(
 # ---- fine-tuning ----------------------------------------------------------------------------------------------------
 
 
-def classifier(
-    backbone, facts, images: Images, rows: Tensor, lr, epochs, device, seed=0, batch_size=64, compiled=False
-) -> nn.Module:
+def classifier(backbone, facts, images: Images, rows: Tensor, lr, epochs, device, seed=0, compiled=False) -> nn.Module:
     """A copy of the backbone with a linear classifier, all of it trained on some rows: crops and flips, SGD with
     Nesterov momentum, no weight decay, cosine (2210.02808). The classifier starts at 0 and has 10 times the rate."""
     rng = np.random.default_rng(seed)
@@ -268,7 +266,7 @@ def classifier(
     groups = [{"params": network[0].parameters(), "lr": lr}, {"params": network[1].parameters(), "lr": 10 * lr}]
     cuda = device.type == "cuda"
     optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=cuda or None)
-    batch = min(batch_size, len(rows))
+    batch = min(64, len(rows))
     own = torch.arange(rank, max(batch, world), world) % batch  # this rank's share of every batch, one at least
     steps = len(rows) // batch
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)

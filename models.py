@@ -95,12 +95,10 @@ def describe(arch: str | dict) -> str:
     if isinstance(arch, str):
         return arch
     stages = zip(arch["depth"], arch["inner"], arch["kernel"])
-    return f"{arch['block']} " + " ".join(f"{depth}x{inner:g}k{kernel}" for depth, inner, kernel in stages)
+    return " ".join([arch["block"], *(f"{depth}x{inner:g}k{kernel}" for depth, inner, kernel in stages)])
 
 
 class Plan(NamedTuple):
-    """What a network is built from."""
-
     channels: int  # of the stem's convolution
     kernel: int
     stride: int
@@ -151,9 +149,7 @@ def stage_macs(arch: dict, width: float = 1.0, stem: str = "imagenet", size: int
     for spec in blocks:
         parts[1 + spec.stage] += BLOCKS[arch["block"]].macs(spec, side)
         side = spec.strided(side)
-    if last:
-        parts.append(side**2 * blocks[-1].c_out * last)
-    return parts
+    return [*parts, side**2 * blocks[-1].c_out * last] if last else parts
 
 
 def macs(arch: dict, width: float = 1.0, stem: str = "imagenet", size: int = 224) -> int:
@@ -372,18 +368,13 @@ class ViT(nn.Module):
             position = F.interpolate(position, (rows, columns), mode="bicubic").flatten(2).transpose(1, 2)
         return x + torch.cat([cls, position], 1)
 
-    def encode(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, 1 + patches, dim), after the last norm."""
-        return self.encoder.ln(self.encoder.layers(self.tokens(x)))
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.encode(x)[:, 0]
+        return self.last_blocks(x, 1)
 
     def stages(self, x: Tensor) -> list[Tensor]:
         """One feature map (B, dim, rows, columns): the patches' tokens after the last norm."""
-        rows = x.shape[2] // self.patch
-        patches = self.encode(x)[:, 1:]  # (B, rows * columns, dim)
-        return [patches.transpose(1, 2).unflatten(2, (rows, -1))]
+        patches = self.encoder.ln(self.encoder.layers(self.tokens(x)))[:, 1:]  # (B, rows * columns, dim)
+        return [patches.transpose(1, 2).unflatten(2, (x.shape[2] // self.patch, -1))]
 
     def last_blocks(self, x: Tensor, n: int) -> Tensor:
         """The class tokens after each of the last n blocks, normed, side by side: (B, n dim), as DINO's linear
@@ -433,14 +424,11 @@ def build_backbone(
 
 @dataclass(frozen=True)
 class Space:
-    """Architectures with every choice made anew in each of some stages; the rest is as in a handcrafted one.
-
-    choices: values for some of FIELDS, the largest last.
-    """
+    """Architectures with every choice made anew in each of some stages; the rest is as in a handcrafted one."""
 
     handcrafted: str
     stages: tuple[int, ...]
-    choices: dict[str, tuple] = field(hash=False)
+    choices: dict[str, tuple] = field(hash=False)  # values for some of FIELDS, the largest last
 
     @property
     def options(self) -> list[tuple]:
@@ -553,8 +541,7 @@ class Choices(nn.Module):
         return total
 
     def expected_macs(self, base: int, table: Tensor) -> Tensor:
-        """E[MACs] under the alphas, in closed form and differentiable; (base, table) from Space.costs, on the alphas'
-        device."""
+        """E[MACs] under the alphas, in closed form and differentiable; (base, table) as Space.costs gives them."""
         return base + (self.log_probabilities().exp() * table).sum()
 
 
@@ -624,7 +611,7 @@ class SearchBackbone(nn.Module):
         return {name: _slice(supernet[names[name]], tensor.shape) for name, tensor in own}
 
     def subnet(self, choice: Sequence[int]) -> nn.Module:
-        """A network of the space with a copy of its part of the weights; its BN statistics want `recalibrate`."""
+        """A network with a copy of its part of the weights; its BN statistics want `recalibrate`."""
         network, _ = build_backbone(self.space.arch(choice), self.stem, self.width)
         network.to(next(self.supernet.parameters()))  # device and precision
         network.load_state_dict(self.slices(choice))
@@ -642,9 +629,7 @@ def _slice(large: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _masks(small: list[Sequence[int] | None], large: Sequence[int]) -> Tensor:
     """(..., options): ones where the slice of shape small[option] lies, zeros elsewhere; None: nothing of it is used.
-
-    Of size 1 along dimensions where all options have all, and along what the parameter puts out: see MASKS.
-    """
+    Of size 1 along dimensions where all options have all, and along what the parameter puts out: see MASKS."""
     least = [min(sizes) for sizes in zip(*filter(None, small))]
     size = [n if dim > 0 and n > least[dim] else 1 for dim, n in enumerate(large)]
     masks = torch.zeros(*size, len(small))
@@ -727,10 +712,8 @@ def random_choice(base: int, table: Tensor, target: float, generator: torch.Gene
 
 @torch.no_grad()
 def recalibrate(module: nn.Module, batches: Iterable, forward: Callable | None = None) -> nn.Module:
-    """BN statistics anew: the mean over batches, in place of those that other networks have left.
-
-    forward: what takes a batch, by default the module itself.
-    """
+    """BN statistics anew: the mean over batches, in place of those that other networks have left. forward: what takes
+    a batch, by default the module itself."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [m.momentum for m in norms]
     training = module.training
@@ -763,7 +746,7 @@ def _linear(activation: type[nn.Module], in_dim: int, out_dim: int) -> nn.Module
 
 
 def _identity(in_dim: int, out_dim: int) -> nn.Sequential:
-    """Nothing, where the layer keeps the number of features; else what brings them to out_dim."""
+    """Nothing, where the layer keeps the number of features."""
     return nn.Sequential() if in_dim == out_dim else nn.Sequential(_linear(nn.ReLU, in_dim, out_dim))
 
 
@@ -873,11 +856,11 @@ def random_head(layers: int, rng: random.Random) -> list[str]:
 
 def count_heads(dims: Sequence[int]) -> tuple[int, int, int]:
     """How many heads there are: by name, by choices that differ within their layer, and as functions."""
-    layers = list(pairwise(dims))
-    functions = 1
-    for (in_dim, out_dim), run in groupby(layers):
-        if in_dim == out_dim:  # m layers alike: all sequences of 0 to m operations other than identity
-            functions *= sum((len(OPS) - 1) ** k for k in range(len(list(run)) + 1))
-        else:
-            functions *= math.prod(len(distinct_ops(*layer)) for layer in run)
-    return len(OPS) ** len(layers), math.prod(len(distinct_ops(*layer)) for layer in layers), functions
+    names = differing = functions = 1
+    for layer, run in groupby(pairwise(dims)):
+        n, m = len(distinct_ops(*layer)), len(list(run))
+        names *= len(OPS) ** m
+        differing *= n**m
+        # m layers that keep the number of features: all sequences of 0 to m operations other than identity
+        functions *= sum((n - 1) ** k for k in range(m + 1)) if layer[0] == layer[1] else n**m
+    return names, differing, functions
