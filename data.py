@@ -192,14 +192,11 @@ def cores() -> int:
     return max(1, mine // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-LEAST_EDGE = 8  # px of an image
-
-
-def to_pixels(image: Image.Image, size: int | None = None) -> np.ndarray:
+def to_pixels(image: Image.Image, size: int | None) -> np.ndarray:
     """A PIL image as uint8 RGB (H, W, 3); with a size, its centre square resized to it, antialiased."""
     w, h = image.size
-    if min(w, h) < LEAST_EDGE:
-        raise ValueError(f"{w} x {h} pixels: an edge of fewer than {LEAST_EDGE} pixels shows nothing")
+    if min(w, h) < 8:
+        raise ValueError(f"{w} x {h} pixels: an edge of fewer than 8 pixels shows nothing")
     if w * h > Image.MAX_IMAGE_PIXELS:  # PIL itself refuses what is twice as large
         raise ValueError(f"{w} x {h} pixels, more than {Image.MAX_IMAGE_PIXELS:,}: a decompression bomb?")
     if size is not None:
@@ -279,13 +276,12 @@ class Stream:
                     print(text, end=end, file=sys.stderr, flush=True)
         finally:
             self.pool.shutdown(cancel_futures=True)  # else Ctrl-C would wait until all are decoded
-        if not self.broken:
-            return pixels, list(range(n))
-        print(f"{self.what}: skipped {len(self.broken)} of {n:,} files that could not be decoded", file=sys.stderr)
         kept = [row for row in range(n) if row not in self.broken]
-        for i in range(0, len(kept), chunk):  # moves up in place: there may be no memory for all of them twice
-            rows = kept[i : i + chunk]
-            pixels[i : i + len(rows)] = pixels[rows]
+        if self.broken:
+            print(f"{self.what}: skipped {n - len(kept)} of {n:,} files that could not be decoded", file=sys.stderr)
+            for i in range(0, len(kept), chunk):  # moves up in place: there may be no memory for all of them twice
+                rows = kept[i : i + chunk]
+                pixels[i : i + len(rows)] = pixels[rows]
         return pixels[: len(kept)], kept
 
     def _submit(self, out: Tensor, rows: Tensor, chunk: int) -> list[Future]:

@@ -445,7 +445,6 @@ def check(args: argparse.Namespace) -> None:
 
 
 def caption(args: argparse.Namespace, facts: dict) -> str:
-    """What the table shows, and how it was measured."""
     text = f"{describe(facts['arch'])} x{facts['width']:g} ({args.weights}), seed {args.seed}: test accuracy. "
     text += f"kNN: k {args.knn_k}, T {args.knn_t:g}, cosine; chosen: "
     text += "the probe's learning rate, weight decay and accuracy with them, on held-out training images"
@@ -474,7 +473,6 @@ def cells(args: argparse.Namespace, row: dict) -> dict[str, str]:
 
 
 def markdown(rows: list[dict[str, str]]) -> list[str]:
-    """The lines of a table whose columns are the rows' keys."""
     lines = [f"| {' | '.join(texts)} |" for texts in (rows[0], *(row.values() for row in rows))]
     return [lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]
 

@@ -50,11 +50,11 @@ class BlockSpec(NamedTuple):
         return -(-side // self.stride)
 
 
-# What an architecture says of each stage, and of what numbers: type, least, most, whether odd.
+# What an architecture says of each stage, and of what numbers: types (not bool, an int), least, most, whether odd.
 FIELDS = {
-    "depth": (int, 1, 64, False),
-    "inner": ((int, float), 1 / 64, 64, False),  # a share of the planes; of inverted blocks: a multiple of c_in
-    "kernel": (int, 1, 31, True),
+    "depth": ([int], 1, 64, False),
+    "inner": ([int, float], 1 / 64, 64, False),  # a share of the planes; of inverted blocks: a multiple of c_in
+    "kernel": ([int], 1, 31, True),
 }
 # An architecture, as it stands in arch.json: the block, and for each of FIELDS a list over the stages.
 BACKBONES: dict[str, dict] = {
@@ -80,10 +80,9 @@ def check_arch(arch: object, source: str = "arch") -> dict:
     if not isinstance(arch["block"], str) or arch["block"] not in BLOCKS:
         raise ValueError(f"{source}: unknown block {arch['block']!r}: choose from {', '.join(BLOCKS)}")
     stages = 7 if arch["block"] == "inverted" else 4
-    for name, (kind, low, high, odd) in FIELDS.items():
+    for name, (types, low, high, odd) in FIELDS.items():
         values = arch[name] if isinstance(arch[name], list) else []
-        good = [v for v in values if isinstance(v, kind) and not isinstance(v, bool)]  # True is an int
-        good = [v for v in good if low <= v <= high and (v % 2 or not odd)]
+        good = [v for v in values if type(v) in types and low <= v <= high and (v % 2 or not odd)]
         if not len(good) == len(values) == stages:
             numbers = "odd numbers" if odd else "numbers"
             raise ValueError(f'{source}: "{name}" must be a list of {stages} {numbers}, {low:g} to {high:g}')

@@ -263,10 +263,8 @@ def _limits(views: tuple[View, ...], area: int) -> dict[str, np.ndarray]:
 
 
 def sample_boxes(views: Sequence[View], u: np.ndarray, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """Crops (V, n, 4) as RandomResizedCrop draws them: ten tries, the first legal one counts.
-
-    u (4, V, n) is for the first try's area and shape, and for the place; the other tries are drawn where needed.
-    """
+    """Crops (V, n, 4) as RandomResizedCrop draws them: ten tries, the first legal one counts. u (4, V, n) is for the
+    first try's area and shape, and for the place; the other tries are drawn where needed."""
     limits = _limits(tuple(views), height * width)
     u_area, u_ratio, u_top, u_left = u
     h, w, legal = _shapes(limits["area"], limits["log_ratio"], u_area, u_ratio, height, width)  # (V, n) each
@@ -314,11 +312,8 @@ def resize_matrix(
     start: Tensor, length: Tensor, size: int, extent: int, flip: Tensor | None = None, bicubic: bool = False
 ) -> Tensor:
     """(n, size, extent): row o of image i holds the weights with which the pixels of [start_i, start_i + length_i)
-    make pixel o.
-
-    A triangle, or Keys' cubic, as wide as the reduction, cut at the crop's edge and normalised: torchvision's
-    antialiased bilinear and bicubic resize, exactly.
-    """
+    make pixel o: a triangle, or Keys' cubic, as wide as the reduction, cut at the crop's edge and normalised, which is
+    torchvision's antialiased bilinear and bicubic resize, exactly."""
     scale = (length / size)[:, None]
     out = torch.arange(size, device=start.device, dtype=torch.float32).expand(len(start), size)
     if flip is not None:
