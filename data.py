@@ -92,7 +92,7 @@ def load_images(
         names = [os.path.relpath(path, source) for path in items]
     if limit is not None and limit < len(items):
         keep = np.random.default_rng(0).permutation(len(items))[:limit].tolist()
-        items = torch.utils.data.Subset(items, keep) if labels is None else [items[i] for i in keep]
+        items = torch.utils.data.Subset(items, keep)
         labels = labels and [labels[i] for i in keep]
         names = [names[i] for i in keep]
 
@@ -147,8 +147,7 @@ def _torchvision_items(name, split, root):
             f'there from a machine that has one, where python -c "{command}" fetches it, or give a folder of images'
         ) from error
     if isinstance(dataset, datasets.ImageFolder):  # imagenet
-        files, labels = zip(*dataset.samples)
-        return list(files), list(labels), dataset.classes
+        return [file for file, _ in dataset.samples], dataset.targets, dataset.classes
     return dataset, None, getattr(dataset, "classes", None)
 
 
@@ -462,9 +461,7 @@ def make_shapes(n: int, size: int = 32, seed: int = 0) -> Images:
     """n images of 10 balanced classes: about a dozen copies of one shape, strewn over a sloping, noisy ground.
 
     Place, size and angle are drawn for each copy, colours for each image, all independently of the class: neither a
-    colour nor a pixel tells it, while nearly every crop shows it, which is what a method that compares crops can
-    learn from.
-    """
+    colour nor a pixel tells it, while nearly every crop shows it, which is what comparing crops can learn from."""
     rng = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *shape):

@@ -155,9 +155,7 @@ def linear_probe(
     deviation: {"linear", "held_out", "lr", "weight_decay"}.
 
     (learning rate, weight decay) are those of the best accuracy on a tenth of the training images, held out; the winner
-    is trained anew on all of them. augmented: rows (n,) of the training images -> their features (n, F) under fresh
-    augmentation, computed every epoch.
-    """
+    is trained anew on all. augmented: rows (n,) -> their features (n, F) under fresh augmentation, every epoch."""
     classes = int(max(train_labels.max(), test_labels.max())) + 1
     mean = train.mean(0)
     std = train.std(0)
@@ -223,8 +221,7 @@ def few_shot(
 ) -> tuple[float, float]:
     """(mean accuracy over draws, half of its 95 % confidence interval) of the nearest class mean by cosine, of `shots`
     images a class drawn anew each time. Features are centred by the mean of the drawn ones and brought to unit length
-    (SimpleShot, 1911.04623, which centres by other classes' images); nothing is to be chosen.
-    """
+    (SimpleShot, 1911.04623, which centres by other classes' images); nothing is to be chosen."""
     generator = torch.Generator().manual_seed(seed)
     by_class = rows_by_class(train_labels)
     fewest = min(len(rows) for rows in by_class)
@@ -296,8 +293,7 @@ def finetune(
     backbone, facts, train: Images, rows, test: Images, device, learning_rates, epochs=None, seed=0, compiled=False
 ) -> dict[str, float]:
     """Test accuracy of the whole network trained on some labelled rows: {"finetuned", "finetune_lr"}. The learning rate
-    is the best on a fifth of them, held out; with it the network is trained anew on all. The backbone itself stays as
-    it is.
+    is the best on a fifth of them, held out; with it the network is trained anew on all.
 
     epochs: None is 2210.02808's, 60 where at most 5 % are labelled, else 30; but 400 steps at least, since those of a
     few hundred images would be too few.
