@@ -14,6 +14,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import KW_ONLY, InitVar, dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from launch import barrier, memory_format
+from launch import barrier, is_main, memory_format
 from views import MultiCrop
 
 
@@ -58,31 +59,23 @@ DATASETS = {
     "imagenet": ("ImageNet", {"split": "train"}, {"split": "val"}),
     "imagenette": ("Imagenette", {"split": "train"}, {"split": "val"}),
 }
-
-
 BY_HAND = ("cars", "imagenet")  # torchvision does not download these
 
 
 def load_images(
     source: str,
-    split: str = "train",
-    size: int | None = None,
+    split: str = "train",  # or "test"
+    size: int | None = None,  # edge in pixels; None keeps the images as they are, which then must all have one size
     *,
     root: str = "data",
-    limit: int | None = None,
-    budget_gb: float = 16.0,
-    workers: int | None = None,
+    limit: int | None = None,  # that many images of a fixed shuffle (the same ones whatever the seed of the run)
+    budget_gb: float = 16.0,  # that the pixels may take in memory; files beyond it become a Stream, if there is a size
+    workers: int | None = None,  # threads that decode; None is one a core, shared among a machine's ranks
 ) -> Images:
     """Loads one split, whole into memory where it fits.
 
-    source  `shapes` (made in memory), a name in DATASETS (downloaded to `root`), or a folder: train/ and test/ or
-            val/ with a sub-folder a class; or images in any nesting, which are then a training split without labels
-    split   "train" or "test"
-    size    edge in pixels: the short side is resized to it, antialiased, and the centre cut out; None keeps the images
-            as they are, which then must all have one size
-    limit   that many images of a fixed shuffle (the same ones whatever the seed of the run)
-    budget_gb  that the pixels may take in memory; files beyond it become a Stream, if there is a size
-    workers    threads that decode; None is one a core, shared among a machine's ranks
+    source: `shapes` (made in memory), a name in DATASETS (downloaded to `root`), or a folder: train/ and test/ or val/
+    with a sub-folder a class; or images in any nesting, which are then a training split without labels.
 
     Everything becomes 8-bit RGB: grey is repeated, alpha dropped, 16 bits scaled to 8. A file that cannot be decoded
     is named on stderr and skipped. Raises FileNotFoundError, ConnectionError or ValueError with what to do.
@@ -99,11 +92,11 @@ def load_images(
         names = [os.path.relpath(path, source) for path in items]
     if limit is not None and limit < len(items):
         keep = np.random.default_rng(0).permutation(len(items))[:limit].tolist()
-        items = torch.utils.data.Subset(items, keep) if labels is None else [items[i] for i in keep]
+        items = torch.utils.data.Subset(items, keep)
         labels = labels and [labels[i] for i in keep]
         names = [names[i] for i in keep]
 
-    stream = Stream(items, size, workers, what=f"{source} ({split})")
+    stream = Stream(items, size, workers, f"{source} ({split})")
     n, _, height, width = stream.shape
     need = n * 3 * height * width / 1e9
     if need > budget_gb:
@@ -124,19 +117,12 @@ def load_images(
 
 def load_data(args: argparse.Namespace, source: str, split: str) -> Images:
     """load_images by the flags; rank 0 goes first, so that a download happens once."""
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    if not first:
+    if not is_main():
         barrier()
-    images = load_images(
-        source,
-        split,
-        args.image_size,
-        root=args.data_root,
-        limit=args.max_images if split == "train" else None,
-        budget_gb=args.resident_gb,
-        workers=args.workers,
-    )
-    if first:
+    limit = args.max_images if split == "train" else None
+    where = {"root": args.data_root, "budget_gb": args.resident_gb, "workers": args.workers}
+    images = load_images(source, split, args.image_size, limit=limit, **where)
+    if is_main():
         barrier()
     return images
 
@@ -144,11 +130,9 @@ def load_data(args: argparse.Namespace, source: str, split: str) -> Images:
 def _torchvision_items(name, split, root):
     """(data set of (PIL image, label), None, class names), or as of a folder: (paths, labels, class names)."""
     class_name, train, test = DATASETS[name]
-    arguments = train if split == "train" else test
-    if name not in BY_HAND:
-        arguments = {"download": True, **arguments}
+    download = {} if name in BY_HAND else {"download": True}
     try:
-        dataset = getattr(datasets, class_name)(root, **arguments)
+        dataset = getattr(datasets, class_name)(root, **download, **(train if split == "train" else test))
     except ImportError as error:
         raise ValueError(f"torchvision's {class_name} needs another package: pip install {error.name}") from error
     except Exception as error:  # urllib, tarfile, hashing: every data set fails in its own way
@@ -163,8 +147,7 @@ def _torchvision_items(name, split, root):
             f'there from a machine that has one, where python -c "{command}" fetches it, or give a folder of images'
         ) from error
     if isinstance(dataset, datasets.ImageFolder):  # imagenet
-        files, labels = zip(*dataset.samples)
-        return list(files), list(labels), dataset.classes
+        return [file for file, _ in dataset.samples], dataset.targets, dataset.classes
     return dataset, None, getattr(dataset, "classes", None)
 
 
@@ -208,14 +191,11 @@ def cores() -> int:
     return max(1, mine // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-LEAST_EDGE = 8  # px of an image
-
-
-def to_pixels(image: Image.Image, size: int | None = None) -> np.ndarray:
+def to_pixels(image: Image.Image, size: int | None) -> np.ndarray:
     """A PIL image as uint8 RGB (H, W, 3); with a size, its centre square resized to it, antialiased."""
     w, h = image.size
-    if min(w, h) < LEAST_EDGE:
-        raise ValueError(f"{w} x {h} pixels: an edge of fewer than {LEAST_EDGE} pixels shows nothing")
+    if min(w, h) < 8:
+        raise ValueError(f"{w} x {h} pixels: an edge of fewer than 8 pixels shows nothing")
     if w * h > Image.MAX_IMAGE_PIXELS:  # PIL itself refuses what is twice as large
         raise ValueError(f"{w} x {h} pixels, more than {Image.MAX_IMAGE_PIXELS:,}: a decompression bomb?")
     if size is not None:
@@ -232,32 +212,30 @@ def to_pixels(image: Image.Image, size: int | None = None) -> np.ndarray:
     return np.array(image)
 
 
+@dataclass(eq=False)
 class Stream:
     """Images that are decoded when they are asked for; reads by rows like a uint8 tensor (N, 3, H, W).
-
-    files    paths, or a torchvision data set of (image, label)
-    size     as in load_images; the shape is that of the first image that can be decoded
-    workers  threads, as PIL lets go of Python's lock while it decodes; None is one a core
-    what     names the images in messages
 
     In the place of a file that cannot be decoded, which is named on stderr once, stands another of the same rows, or
     a grey square where there is none. `broken` has the rows of these files, as far as they are known.
     """
 
+    files: Sequence  # paths, or a torchvision data set of (image, label)
+    size: int | None = None  # as in load_images; the shape is that of the first image that can be decoded
+    workers: InitVar[int | None] = None  # threads, as PIL lets go of Python's lock while it decodes; None is one a core
+    what: str = "images"  # names them in messages
+
     device = torch.device("cpu")
 
-    def __init__(self, files: Sequence, size: int | None = None, workers: int | None = None, what: str = "images"):
-        self.files = files
-        self.size = size
-        self.what = what
+    def __post_init__(self, workers):
         self.pool = ThreadPoolExecutor(workers or cores())
         self.labels: dict[int, int] = {}  # row: label, of a torchvision data set's images, once they are decoded
         self.broken: set[int] = set()
         self.asked: dict[bytes, tuple[Tensor, list[Future]]] = {}
-        first = next((x for x in map(self._decode, range(len(files))) if x is not None), None)
+        first = next((x for x in map(self._decode, range(len(self))) if x is not None), None)
         if first is None:
-            raise ValueError(f"{what}: none of the {len(files):,} files could be decoded as an image")
-        self.shape = (len(files), 3, *first.shape[:2])
+            raise ValueError(f"{self.what}: none of the {len(self):,} files could be decoded as an image")
+        self.shape = (len(self), 3, *first.shape[:2])
 
     def __len__(self) -> int:
         return len(self.files)
@@ -297,13 +275,12 @@ class Stream:
                     print(text, end=end, file=sys.stderr, flush=True)
         finally:
             self.pool.shutdown(cancel_futures=True)  # else Ctrl-C would wait until all are decoded
-        if not self.broken:
-            return pixels, list(range(n))
-        print(f"{self.what}: skipped {len(self.broken)} of {n:,} files that could not be decoded", file=sys.stderr)
         kept = [row for row in range(n) if row not in self.broken]
-        for i in range(0, len(kept), chunk):  # moves up in place: there may be no memory for all of them twice
-            rows = kept[i : i + chunk]
-            pixels[i : i + len(rows)] = pixels[rows]
+        if self.broken:
+            print(f"{self.what}: skipped {n - len(kept)} of {n:,} files that could not be decoded", file=sys.stderr)
+            for i in range(0, len(kept), chunk):  # moves up in place: there may be no memory for all of them twice
+                rows = kept[i : i + chunk]
+                pixels[i : i + len(rows)] = pixels[rows]
         return pixels[: len(kept)], kept
 
     def _submit(self, out: Tensor, rows: Tensor, chunk: int) -> list[Future]:
@@ -314,12 +291,11 @@ class Stream:
         height, width = self.shape[2:]
         for image, row in zip(out.numpy(), rows.tolist()):
             pixels = self._decode(row)
-            if pixels is None:
-                continue
-            if pixels.shape[:2] != (height, width):
+            if pixels is not None and pixels.shape[:2] != (height, width):
                 sizes = f"{width} x {height}, {pixels.shape[1]} x {pixels.shape[0]}, ..."
                 raise ValueError(f"{self.what}: images differ in size ({sizes}): choose one with --image-size")
-            image[:] = pixels.transpose(2, 0, 1)
+            if pixels is not None:
+                image[:] = pixels.transpose(2, 0, 1)
 
     def _decode(self, row: int) -> np.ndarray | None:
         """uint8 RGB (H, W, 3), or None for what cannot be decoded."""
@@ -341,11 +317,10 @@ class Stream:
 
 def in_turn(pixels: Tensor | Stream, batches: Sequence[Tensor]) -> Iterator[Tensor]:
     """pixels[rows] for each batch of rows; a stream decodes the next one meanwhile."""
-    for rows, following in zip(batches, [*batches[1:], None]):
+    for n, rows in enumerate(batches):
         if isinstance(pixels, Stream):
-            pixels.ahead(rows.cpu())
-            if following is not None:
-                pixels.ahead(following.cpu())
+            for now_or_next in batches[n : n + 2]:
+                pixels.ahead(now_or_next.cpu())
         yield pixels[rows]
 
 
@@ -356,15 +331,13 @@ def decoded(pixels: Tensor | Stream, rows: Tensor) -> Tensor:
     broken = torch.zeros(len(pixels), dtype=torch.int32)
     broken[list(pixels.broken)] = 1
     if dist.is_initialized():
-        place = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-        broken = broken.to(place)
+        broken = broken.to("cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(broken, dist.ReduceOp.MAX)
     return broken.cpu()[rows.cpu()] == 0
 
 
 def channel_stats(pixels: Tensor | Stream) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, on the scale 0..1, of at most 10,000 evenly spaced images, 1,000 of
-    a stream."""
+    """Mean and standard deviation of each channel, on the scale 0..1, of some evenly spaced images."""
     x = pixels[:: max(1, len(pixels) // (1000 if isinstance(pixels, Stream) else 10_000))]
     n = x.numel() / 3
     parts = x.split(500)  # all in double would take more memory than the data set
@@ -378,20 +351,16 @@ def channel_stats(pixels: Tensor | Stream) -> tuple[tuple[float, ...], tuple[flo
 def split_images(n: int, held_out: float, parts: int) -> list[Tensor]:
     """[held-out, part, ...]: disjoint index tensors of one shuffle, the same for every seed; equal parts."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    n_held_out = int(n * held_out)
-    size = (n - n_held_out) // parts
-    starts = [n_held_out + i * size for i in range(parts)]
-    return [order[:n_held_out], *(order[start : start + size] for start in starts)]
+    out, rest = order.tensor_split([int(n * held_out)])
+    return [out, *rest[: len(rest) // parts * parts].tensor_split(parts)]
 
 
 def fingerprint(images: Images) -> list[int | None]:
-    """Of the images and of their order: shape, a checksum of their names, and one over a row of pixels of each, None
-    for a stream."""
-    names = zlib.crc32("\n".join(images.names).encode())
-    if isinstance(images.pixels, Stream):
-        return [*images.pixels.shape, names, None]
-    row = images.pixels[:, :, images.pixels.shape[2] // 2]
-    return [*images.pixels.shape, names, zlib.crc32(row.contiguous().cpu().numpy())]
+    """Shape, a checksum of the names in their order, and one over a row of pixels of each image, None for a stream."""
+    pixels, checksum = images.pixels, None
+    if not isinstance(pixels, Stream):
+        checksum = zlib.crc32(pixels[:, :, pixels.shape[2] // 2].contiguous().cpu().numpy())
+    return [*pixels.shape, zlib.crc32("\n".join(images.names).encode()), checksum]
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
@@ -403,46 +372,36 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 WEIGHTS, ALPHAS, GATES, HELD_OUT, RECALIBRATION, ORDER = range(6)
 
 
+@lru_cache(maxsize=4)  # of the epoch that is, and of the next, for weights and alphas
+def _order(seed: int, stream: int, epoch: int, n: int) -> Tensor:
+    return torch.from_numpy(np.random.default_rng((seed, ORDER, stream, epoch)).permutation(n))
+
+
+@dataclass(eq=False)
 class Batches:
     """batches(step) -> ([(B, 3, S, S), ...], index (B,)) of this rank: a pure function of (seed, step).
 
-    pixels      uint8 (N, 3, H, W) on the device, or a Stream
-    rows        (n,) of pixels, the images that are trained on
-    batch_size  over all ranks; n // batch_size steps are an epoch, and what is left of it is dropped
-    stream      what the batches are for: WEIGHTS, ALPHAS, ...
-    shuffle     each epoch in an order of its own; else always that of rows
-
-    The index is an image's place within `rows`, which is DIET's class. Every rank draws for all ranks and takes its
+    The index is an image's place within the rows, which is DIET's class. Every rank draws for all ranks and takes its
     share, so that one or many see the same views.
     """
 
-    def __init__(
-        self,
-        pixels: Tensor | Stream,
-        rows: Tensor,
-        views: MultiCrop,
-        batch_size: int,
-        device: torch.device,
-        *,
-        seed: int = 0,
-        stream: int = WEIGHTS,
-        shuffle: bool = True,
-    ):
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        share = batch_size // world
-        self.pixels = pixels
-        self.views = views
-        self.batch_size = batch_size
-        self.device = device
-        self.seed = seed
-        self.stream = stream
-        self.shuffle = shuffle
+    pixels: Tensor | Stream  # uint8 (N, 3, H, W) on the device
+    trained_on: InitVar[Tensor]  # (n,) rows of pixels
+    views: MultiCrop
+    batch_size: int  # over all ranks; n // batch_size steps are an epoch, and what is left of it is dropped
+    device: torch.device
+    _: KW_ONLY
+    seed: int = 0
+    stream: int = WEIGHTS  # what the batches are for: WEIGHTS, ALPHAS, ...
+    shuffle: bool = True  # each epoch in an order of its own; else always that of the rows
+
+    def __post_init__(self, trained_on: Tensor):
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        share = self.batch_size // world
         self.share = slice(rank * share, (rank + 1) * share)
-        self.steps_per_epoch = len(rows) // batch_size
-        self._rows = rows.cpu()
-        self._rows_there = rows.to(device)
-        self._order = (-1, rows)  # (epoch, its permutation)
+        self.steps_per_epoch = len(trained_on) // self.batch_size
+        self._rows = trained_on.cpu()
+        self._rows_there = trained_on.to(self.device)
         self._ahead: dict[int, Future] = {}  # step: what is being drawn for it
         self._thread = ThreadPoolExecutor(1)
 
@@ -451,7 +410,11 @@ class Batches:
         return self._rows[self._index(step)]
 
     def __call__(self, step: int) -> tuple[list[Tensor], Tensor]:
-        index, parameters = (to_device(x, self.device) for x in self._prepared(step))
+        if self.device.type == "cuda":  # a thread draws the next step's meanwhile; a CPU is busy with the network
+            task = self._ahead.get(step) or self._thread.submit(self.draw, step)
+            self._ahead = {step + 1: self._thread.submit(self.draw, step + 1)}
+        drawn = task.result() if self.device.type == "cuda" else self.draw(step)
+        index, parameters = (to_device(x, self.device) for x in drawn)
         if isinstance(self.pixels, Stream):
             batches = [self.rows(s)[self.share] for s in (step, step + 1)]
             pixels = to_device(next(in_turn(self.pixels, batches)), self.device)
@@ -463,32 +426,15 @@ class Batches:
     def _index(self, step: int) -> Tensor:
         """(batch_size,) places within rows, of all ranks' batch."""
         epoch, step = divmod(step, self.steps_per_epoch)
-        places = slice(step * self.batch_size, (step + 1) * self.batch_size)
-        if not self.shuffle:
-            return torch.arange(places.start, places.stop)
-        drawn_for, order = self._order  # read once: the thread that draws ahead may replace it
-        if drawn_for != epoch:
-            rng = np.random.default_rng((self.seed, ORDER, self.stream, epoch))
-            order = torch.from_numpy(rng.permutation(len(self._rows)))
-            self._order = epoch, order
-        return order[places]
+        n = len(self._rows)
+        order = _order(self.seed, self.stream, epoch, n) if self.shuffle else torch.arange(n)
+        return order[step * self.batch_size : (step + 1) * self.batch_size]
 
     def draw(self, step: int) -> tuple[Tensor, Tensor]:
-        """(index (B,), parameters (V, B, P)) of this rank, on the host; pinned where there is a GPU."""
+        """(index (B,), parameters (V, B, P)) of this rank, on the host."""
         rng = np.random.default_rng((self.seed, self.stream, step))
         parameters = self.views.sample(self.batch_size, *self.pixels.shape[2:], rng)
-        index, parameters = self._index(step)[self.share], parameters[:, self.share].contiguous()
-        if self.device.type == "cuda":
-            return index.pin_memory(), parameters.pin_memory()
-        return index, parameters
-
-    def _prepared(self, step: int) -> tuple[Tensor, Tensor]:
-        """draw(step); for a GPU a thread draws the next step's meanwhile. A CPU is busy with this one's network."""
-        if self.device.type != "cuda":
-            return self.draw(step)
-        task = self._ahead.get(step) or self._thread.submit(self.draw, step)
-        self._ahead = {step + 1: self._thread.submit(self.draw, step + 1)}
-        return task.result()
+        return self._index(step)[self.share], parameters[:, self.share].contiguous()
 
 
 def _box(x, y, cx, cy, w, h):
@@ -515,9 +461,7 @@ def make_shapes(n: int, size: int = 32, seed: int = 0) -> Images:
     """n images of 10 balanced classes: about a dozen copies of one shape, strewn over a sloping, noisy ground.
 
     Place, size and angle are drawn for each copy, colours for each image, all independently of the class: neither a
-    colour nor a pixel tells it, while nearly every crop shows it, which is what a method that compares crops can
-    learn from.
-    """
+    colour nor a pixel tells it, while nearly every crop shows it, which is what comparing crops can learn from."""
     rng = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *shape):

@@ -21,6 +21,7 @@ import copy
 import math
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -43,7 +44,6 @@ from views import CROP_AND_FLIP, MultiCrop
 
 
 def rank_and_world() -> tuple[int, int]:
-    """(0, 1) where there is one process."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -51,8 +51,7 @@ def rank_and_world() -> tuple[int, int]:
 def extract(
     backbone, pixels: Tensor | Stream, mean, std, device, batch_size=512, rows=None, forward=None, crop=None
 ) -> Tensor:
-    """uint8 (N, 3, H, W) -> features (N, F) in fp32, in eval mode; of some rows (n,) alone (n, F). Ranks share
-    the work.
+    """uint8 (N, 3, H, W) -> features (N, F) in fp32, in eval mode; of some rows (n,) alone (n, F). Ranks share it.
 
     forward: (b, 3, H, W) -> (b, F), by default the backbone itself. crop: uint8 (b, 3, H, W) -> [views], the first of
     which is seen, in place of the whole image normalised by mean and std.
@@ -141,27 +140,22 @@ def fit_probes(
 
 def probe_accuracy(weight: Tensor, bias: Tensor, features: Tensor, labels: Tensor) -> list[float]:
     """Accuracy on (M, F) and (M,) of each of G probes, (F, G, C) and (G, C)."""
-    predicted = []
-    for x in features.split(4096):
-        logits = (x @ weight.flatten(1)).view(len(x), *bias.shape).add_(bias)  # (b, G, C)
-        predicted.append(logits.argmax(2))
-    right = torch.cat(predicted) == labels.to(features.device)[:, None]  # (M, G)
-    return right.double().mean(0).tolist()
+    logits = ((x @ weight.flatten(1)).view(len(x), *bias.shape).add_(bias) for x in features.split(4096))  # (b, G, C)
+    predicted = torch.cat([x.argmax(2) for x in logits])  # (M, G)
+    return (predicted == labels.to(features.device)[:, None]).double().mean(0).tolist()
 
 
 GRID = [(lr, decay) for lr in (0.01, 0.03, 0.1, 0.3, 1.0) for decay in (0.0, 1e-4, 1e-3)]
 
 
 def linear_probe(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels, *, augmented=None, epochs=100, held_out=0.1, seed=0
+    train: Tensor, train_labels: Tensor, test: Tensor, test_labels, *, augmented=None, epochs=100, seed=0
 ) -> dict[str, float]:
     """Test accuracy of a linear classifier on frozen features, standardised by the training features' mean and
     deviation: {"linear", "held_out", "lr", "weight_decay"}.
 
-    (learning rate, weight decay) are those of the best accuracy on held-out training images; the winner is trained
-    anew on all of them. augmented: rows (n,) of the training images -> their features (n, F) under fresh
-    augmentation, computed every epoch. held_out: their share.
-    """
+    (learning rate, weight decay) are those of the best accuracy on a tenth of the training images, held out; the winner
+    is trained anew on all. augmented: rows (n,) -> their features (n, F) under fresh augmentation, every epoch."""
     classes = int(max(train_labels.max(), test_labels.max())) + 1
     mean = train.mean(0)
     std = train.std(0)
@@ -169,19 +163,15 @@ def linear_probe(
     train = (train - mean) / std
     test = (test - mean) / std
 
-    def fresh(rows: Tensor) -> Tensor:
-        return (augmented(rows) - mean) / std
-
     def fit(rows: Tensor, grid: list[tuple]) -> tuple[Tensor, Tensor]:
-        features = partial(fresh, rows) if augmented else train[rows.to(train.device)]
+        features = (lambda: (augmented(rows) - mean) / std) if augmented else train[rows.to(train.device)]
         return fit_probes(features, train_labels[rows], classes, grid, epochs, seed)
 
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    out, rest = order.tensor_split([max(1, int(held_out * len(order)))])
+    out, rest = order.tensor_split([max(1, int(0.1 * len(order)))])
     scores = probe_accuracy(*fit(rest, GRID), train[out.to(train.device)], train_labels[out])
     best = scores.index(max(scores))
-    winner = fit(torch.arange(len(train)), [GRID[best]])
-    accuracy = probe_accuracy(*winner, test, test_labels)[0]
+    accuracy = probe_accuracy(*fit(torch.arange(len(train)), [GRID[best]]), test, test_labels)[0]
     lr, decay = GRID[best]
     return {"linear": accuracy, "held_out": scores[best], "lr": lr, "weight_decay": decay}
 
@@ -201,28 +191,22 @@ def balanced_rows(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
     by_class = rows_by_class(labels)
     n = max(len(by_class), round(fraction * len(labels)))
     each, left_over = divmod(n, len(by_class))
-    one_more = set(torch.randperm(len(by_class), generator=generator)[:left_over].tolist())
-    chosen = []
-    for c, rows in enumerate(by_class):
-        shuffled = rows[torch.randperm(len(rows), generator=generator)]
-        chosen.append(shuffled[: each + (c in one_more)])
-    return torch.cat(chosen)
+    order = torch.randperm(len(by_class), generator=generator).tolist()  # the first `left_over` get one more
+    counts = [each + (c in order[:left_over]) for c in range(len(by_class))]
+    return torch.cat([r[torch.randperm(len(r), generator=generator)[:n]] for r, n in zip(by_class, counts)])
 
 
 def listed_rows(path: str, images: Images) -> Tensor:
     """Rows of the images that a text file names, one a line, as in images.names or by the file's name alone, as
-    published lists do. Raises ValueError or OSError."""
-    try:
-        lines = Path(path).read_text().split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"'{path}' is not a text file with an image a line") from error
-    known: dict[str, list[int]] = {}
+    published lists do."""
+    lines = Path(path).read_text(errors="replace").split("\n")  # of no text file the first is no image's name
+    known = defaultdict(list)  # by a name: rows
     for row, name in enumerate(images.names):
         for key in {name, os.path.basename(name)}:
-            known.setdefault(key, []).append(row)
+            known[key].append(row)
     found = []
     for number, name in enumerate(map(str.strip, lines), 1):
-        rows = known.get(name, [])
+        rows = known[name]
         if name and len(rows) != 1:
             what = f"{len(rows)} of them: give the folder too" if rows else "none"
             raise ValueError(f"'{path}' line {number}: '{name}' should be one of the training images, but is {what}")
@@ -237,10 +221,7 @@ def few_shot(
 ) -> tuple[float, float]:
     """(mean accuracy over draws, half of its 95 % confidence interval) of the nearest class mean by cosine, of `shots`
     images a class drawn anew each time. Features are centred by the mean of the drawn ones and brought to unit length
-    (SimpleShot, 1911.04623, which centres by other classes' images); nothing is to be chosen.
-
-    Raises ValueError where a class has too few images.
-    """
+    (SimpleShot, 1911.04623, which centres by other classes' images); nothing is to be chosen."""
     generator = torch.Generator().manual_seed(seed)
     by_class = rows_by_class(train_labels)
     fewest = min(len(rows) for rows in by_class)
@@ -265,9 +246,7 @@ def few_shot(
 # ---- fine-tuning ----------------------------------------------------------------------------------------------------
 
 
-def classifier(
-    backbone, facts, images: Images, rows: Tensor, lr, epochs, device, seed=0, batch_size=64, compiled=False
-) -> nn.Module:
+def classifier(backbone, facts, images: Images, rows: Tensor, lr, epochs, device, seed=0, compiled=False) -> nn.Module:
     """A copy of the backbone with a linear classifier, all of it trained on some rows: crops and flips, SGD with
     Nesterov momentum, no weight decay, cosine (2210.02808). The classifier starts at 0 and has 10 times the rate."""
     rng = np.random.default_rng(seed)
@@ -284,7 +263,7 @@ def classifier(
     groups = [{"params": network[0].parameters(), "lr": lr}, {"params": network[1].parameters(), "lr": 10 * lr}]
     cuda = device.type == "cuda"
     optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=cuda or None)
-    batch = min(batch_size, len(rows))
+    batch = min(64, len(rows))
     own = torch.arange(rank, max(batch, world), world) % batch  # this rank's share of every batch, one at least
     steps = len(rows) // batch
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
@@ -314,11 +293,10 @@ def finetune(
     backbone, facts, train: Images, rows, test: Images, device, learning_rates, epochs=None, seed=0, compiled=False
 ) -> dict[str, float]:
     """Test accuracy of the whole network trained on some labelled rows: {"finetuned", "finetune_lr"}. The learning rate
-    is the best on a fifth of them, held out; with it the network is trained anew on all. The backbone itself stays as
-    it is.
+    is the best on a fifth of them, held out; with it the network is trained anew on all.
 
     epochs: None is 2210.02808's, 60 where at most 5 % are labelled, else 30; but 400 steps at least, since those of a
-    few hundred images would be too few. Raises ValueError where there is no image to choose a learning rate on.
+    few hundred images would be too few.
     """
     if epochs is None:
         published = 60 if len(rows) <= 0.05 * len(train.pixels) else 30
@@ -332,8 +310,7 @@ def finetune(
         out, rest = order.tensor_split([max(1, len(rows) // 5)])
         scores = [network_accuracy(fit(rest, lr), facts, train, out, device) for lr in learning_rates]
         best_lr = learning_rates[scores.index(max(scores))]
-    everything = torch.arange(len(test.pixels))
-    accuracy = network_accuracy(fit(rows, best_lr), facts, test, everything, device)
+    accuracy = network_accuracy(fit(rows, best_lr), facts, test, torch.arange(len(test.pixels)), device)
     return {"finetuned": accuracy, "finetune_lr": best_lr}
 
 
@@ -447,7 +424,6 @@ def get_parser() -> Parser:
 
 
 def check(args: argparse.Namespace) -> None:
-    """ValueError for flags that cannot be."""
     if not all(0 < f <= 1 for f in args.label_fraction):
         raise ValueError("--label-fraction: shares of the labels, above 0 and up to 1")
     if args.label_list and args.label_fraction != [1.0]:
@@ -461,21 +437,10 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--seed {args.seed}: must be 0 or above")
 
 
-def label_sets(args: argparse.Namespace, source: str, train: Images) -> list[Tensor | None]:
-    """The rows whose labels are known, for each row of the table. Raises ValueError or OSError."""
-    if not train.labelled:
-        needed = "it needs train/ and test/ or val/, a folder a class"
-        raise ValueError(f"'{source}' has no labels to measure with: {needed}")
-    if args.label_list:
-        return [listed_rows(args.label_list, train)]
-    return [None if f == 1 else balanced_rows(train.labels, f, args.seed) for f in args.label_fraction]
-
-
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 
 def caption(args: argparse.Namespace, facts: dict) -> str:
-    """What the table shows, and how it was measured."""
     text = f"{describe(facts['arch'])} x{facts['width']:g} ({args.weights}), seed {args.seed}: test accuracy. "
     text += f"kNN: k {args.knn_k}, T {args.knn_t:g}, cosine; chosen: "
     text += "the probe's learning rate, weight decay and accuracy with them, on held-out training images"
@@ -504,7 +469,6 @@ def cells(args: argparse.Namespace, row: dict) -> dict[str, str]:
 
 
 def markdown(rows: list[dict[str, str]]) -> list[str]:
-    """The lines of a table whose columns are the rows' keys."""
     lines = [f"| {' | '.join(texts)} |" for texts in (rows[0], *(row.values() for row in rows))]
     return [lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]
 
@@ -533,7 +497,11 @@ def main(args: argparse.Namespace) -> list[dict]:
         lines, table = [], []
         for source in sources:
             train, test = (load_data(args, source, split) for split in ("train", "test"))
-            settings["labelled"] = label_sets(args, source, train)
+            if not train.labelled:
+                needed = "it needs train/ and test/ or val/, a folder a class"
+                raise ValueError(f"'{source}' has no labels to measure with: {needed}")
+            drawn = (None if f == 1 else balanced_rows(train.labels, f, args.seed) for f in args.label_fraction)
+            settings["labelled"] = [listed_rows(args.label_list, train)] if args.label_list else list(drawn)
             for name, network in networks.items():
                 rows = measure(network, facts, train, test, device, **settings)
                 table += [{"data": Path(source).name, "network": name, **row} for row in rows]

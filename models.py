@@ -7,7 +7,7 @@ SearchHead(dims)                    the mixture of all operations in each layer,
 PRESETS                             the seven genotypes that NASiam's authors published
 
 To add a backbone of known blocks, add an entry to BACKBONES; an operation, to OPS; a space, to SPACES. A new kind of
-choice (squeeze-excite, say) is an entry in FIELDS and BlockSpec, a module with its MASKS in a block, a term of `macs`.
+choice (squeeze-excite, say) is an entry in FIELDS, BlockSpec and MASKS, a module in a block and a term of its `macs`.
 """
 
 import copy
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import accumulate, chain, count, groupby, pairwise, product
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from torchvision.ops import Conv2dNormActivation, StochasticDepth
 
 
 class BlockSpec(NamedTuple):
-    """All that a block is built from; index: its place in its stage, from 0."""
+    """All that a block is built from."""
 
     stage: int
     c_in: int
@@ -39,7 +39,7 @@ class BlockSpec(NamedTuple):
     inner: int
     kernel: int
     stride: int
-    index: int = 0
+    index: int = 0  # its place in its stage
 
     @property
     def reshapes(self) -> bool:
@@ -50,11 +50,11 @@ class BlockSpec(NamedTuple):
         return -(-side // self.stride)
 
 
-# What an architecture says of each stage, and of what numbers: type, least, most, whether odd.
+# What an architecture says of each stage, and of what numbers: types (not bool, an int), least, most, whether odd.
 FIELDS = {
-    "depth": (int, 1, 64, False),
-    "inner": ((int, float), 1 / 64, 64, False),  # a share of the planes; of inverted blocks: a multiple of c_in
-    "kernel": (int, 1, 31, True),
+    "depth": ([int], 1, 64, False),
+    "inner": ([int, float], 1 / 64, 64, False),  # a share of the planes; of inverted blocks: a multiple of c_in
+    "kernel": ([int], 1, 31, True),
 }
 # An architecture, as it stands in arch.json: the block, and for each of FIELDS a list over the stages.
 BACKBONES: dict[str, dict] = {
@@ -80,10 +80,9 @@ def check_arch(arch: object, source: str = "arch") -> dict:
     if not isinstance(arch["block"], str) or arch["block"] not in BLOCKS:
         raise ValueError(f"{source}: unknown block {arch['block']!r}: choose from {', '.join(BLOCKS)}")
     stages = 7 if arch["block"] == "inverted" else 4
-    for name, (kind, low, high, odd) in FIELDS.items():
+    for name, (types, low, high, odd) in FIELDS.items():
         values = arch[name] if isinstance(arch[name], list) else []
-        good = [v for v in values if isinstance(v, kind) and not isinstance(v, bool)]  # True is an int
-        good = [v for v in good if low <= v <= high and (v % 2 or not odd)]
+        good = [v for v in values if type(v) in types and low <= v <= high and (v % 2 or not odd)]
         if not len(good) == len(values) == stages:
             numbers = "odd numbers" if odd else "numbers"
             raise ValueError(f'{source}: "{name}" must be a list of {stages} {numbers}, {low:g} to {high:g}')
@@ -95,12 +94,10 @@ def describe(arch: str | dict) -> str:
     if isinstance(arch, str):
         return arch
     stages = zip(arch["depth"], arch["inner"], arch["kernel"])
-    return f"{arch['block']} " + " ".join(f"{depth}x{inner:g}k{kernel}" for depth, inner, kernel in stages)
+    return " ".join([arch["block"], *(f"{depth}x{inner:g}k{kernel}" for depth, inner, kernel in stages)])
 
 
 class Plan(NamedTuple):
-    """What a network is built from."""
-
     channels: int  # of the stem's convolution
     kernel: int
     stride: int
@@ -117,12 +114,11 @@ def plan(arch: dict, width: float = 1.0, stem: str = "imagenet") -> Plan:
     """
     inverted = arch["block"] == "inverted"
     if inverted:
-        divisible = partial(mobilenetv2._make_divisible, divisor=8)
-        channels = divisible(32 * width)
+        widths = [mobilenetv2._make_divisible(c * width, 8) for c in (32, 16, 24, 32, 64, 96, 160, 320)]
+        channels, *c_outs = widths
         kernel, stride, pool = (3, 1, 1) if stem == "small" else (3, 2, 1)
-        c_outs = [divisible(c * width) for c in (16, 24, 32, 64, 96, 160, 320)]
         strides = [1, stride, 2, 2, 1, 2, 1]
-        last = divisible(1280 * max(1.0, width))  # torchvision never narrows it
+        last = mobilenetv2._make_divisible(1280 * max(1.0, width), 8)  # torchvision never narrows it
     else:
         channels = round(64 * width)
         kernel, stride, pool = (3, 1, 1) if stem == "small" else (7, 2, 2)
@@ -144,8 +140,7 @@ def plan(arch: dict, width: float = 1.0, stem: str = "imagenet") -> Plan:
 
 
 def stage_macs(arch: dict, width: float = 1.0, stem: str = "imagenet", size: int = 224) -> list[int]:
-    """Multiply-accumulates of the convolutions for one image of size x size pixels, in closed form: of the stem, of
-    every stage, and of the last convolution, if there is one."""
+    """Multiply-accumulates of the stem, of every stage, and of the last convolution, if there is one, for one image."""
     channels, kernel, stride, pool, blocks, last = plan(arch, width, stem)
     side = -(-size // stride)  # padded: rounded up
     parts = [side**2 * kernel**2 * 3 * channels] + [0] * len(arch["depth"])
@@ -153,32 +148,18 @@ def stage_macs(arch: dict, width: float = 1.0, stem: str = "imagenet", size: int
     for spec in blocks:
         parts[1 + spec.stage] += BLOCKS[arch["block"]].macs(spec, side)
         side = spec.strided(side)
-    if last:
-        parts.append(side**2 * blocks[-1].c_out * last)
-    return parts
+    return [*parts, side**2 * blocks[-1].c_out * last] if last else parts
 
 
 def macs(arch: dict, width: float = 1.0, stem: str = "imagenet", size: int = 224) -> int:
-    """Multiply-accumulates of the whole network, see `stage_macs`."""
     return sum(stage_macs(arch, width, stem, size))
 
 
 # ---- blocks ---------------------------------------------------------------------------------------------------------
-#
-# MASKS: the choices that mask a parameter of a block in the supernet, see SearchBackbone. Inner channels are masked
-# where the next convolution takes them in, that is after BN and activation: before BN, which undoes any scale, their
-# gates would have no gradients.
 
 
 class BasicBlock(resnet.BasicBlock):
     """torchvision's, of any inner width and kernel."""
-
-    MASKS: ClassVar = {
-        "conv1.weight": ["kernel"],
-        "conv2.weight": ["kernel", "inner"],
-        "bn2.weight": ["depth"],
-        "bn2.bias": ["depth"],
-    }
 
     def __init__(self, spec: BlockSpec):
         super().__init__(spec.c_in, spec.c_out, spec.stride, _shortcut(spec))
@@ -195,13 +176,6 @@ class BasicBlock(resnet.BasicBlock):
 
 class Bottleneck(resnet.Bottleneck):
     """torchvision's, of any inner width and kernel; c_out: four times the planes."""
-
-    MASKS: ClassVar = {
-        "conv2.weight": ["kernel", "inner"],
-        "conv3.weight": ["inner"],
-        "bn3.weight": ["depth"],
-        "bn3.bias": ["depth"],
-    }
 
     def __init__(self, spec: BlockSpec):
         super().__init__(spec.c_in, spec.c_out // self.expansion, spec.stride, _shortcut(spec))
@@ -222,13 +196,6 @@ class Bottleneck(resnet.Bottleneck):
 class InvertedResidual(mobilenetv2.InvertedResidual):
     """torchvision's, of any kernel; inner is c_in times the expansion. An expansion of 1 leaves out the first
     convolution, which moves the keys: a space must not have it as an option."""
-
-    MASKS: ClassVar = {
-        "conv.1.0.weight": ["kernel"],
-        "conv.2.weight": ["inner"],
-        "conv.3.weight": ["depth"],
-        "conv.3.bias": ["depth"],
-    }
 
     def __init__(self, spec: BlockSpec):
         super().__init__(spec.c_in, spec.c_out, spec.stride, spec.inner / spec.c_in)
@@ -264,17 +231,30 @@ def _shortcut(spec: BlockSpec) -> nn.Module | None:
 
 
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck, "inverted": InvertedResidual}
+# What a choice masks in a block of the supernet. Inner channels are masked where the next convolution takes them in,
+# that is after BN and activation: before BN, which undoes any scale, their gates would have no gradients.
+MASKS = {
+    "basic": {
+        "kernel": ["conv1.weight", "conv2.weight"],
+        "inner": ["conv2.weight"],
+        "depth": ["bn2.weight", "bn2.bias"],
+    },
+    "bottleneck": {
+        "kernel": ["conv2.weight"],
+        "inner": ["conv2.weight", "conv3.weight"],
+        "depth": ["bn3.weight", "bn3.bias"],
+    },
+    "inverted": {"kernel": ["conv.1.0.weight"], "inner": ["conv.2.weight"], "depth": ["conv.3.weight", "conv.3.bias"]},
+}
 
 
-def _kaiming(module: nn.Module) -> nn.Module:
-    for m in module.modules():
-        if isinstance(m, nn.Conv2d):
-            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-    return module
+def _kaiming(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 def new_block(block: str, spec: BlockSpec) -> nn.Module:
-    return _kaiming(BLOCKS[block](spec))
+    return BLOCKS[block](spec).apply(_kaiming)
 
 
 # ---- networks -------------------------------------------------------------------------------------------------------
@@ -297,7 +277,7 @@ class ResNet(nn.Module):
             layer = [make_block(arch["block"], spec) for spec in blocks if spec.stage == stage]
             setattr(self, f"layer{stage + 1}", nn.Sequential(*layer))
         self.feature_dim = blocks[-1].c_out
-        _kaiming(self.conv1)
+        self.conv1.apply(_kaiming)
 
     @staticmethod
     def prefixes(arch: dict) -> list[list[str]]:  # of the keys of each stage's blocks
@@ -306,11 +286,10 @@ class ResNet(nn.Module):
     def stages(self, x: Tensor) -> list[Tensor]:
         """The feature maps (B, C, h, w) of the four stages."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        maps = []
+        maps = [x]
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = layer(x)
-            maps.append(x)
-        return maps
+            maps.append(layer(maps[-1]))
+        return maps[1:]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.stages(x)[-1].mean((2, 3))  # (B, F, h, w) -> (B, F)
@@ -328,8 +307,8 @@ class MobileNetV2(nn.Module):
             Conv2dNormActivation(blocks[-1].c_out, self.feature_dim, 1, activation_layer=nn.ReLU6),
         )
         self.ends = set(accumulate(arch["depth"]))  # where in `features` a stage ends
-        _kaiming(self.features[0])
-        _kaiming(self.features[-1])
+        self.features[0].apply(_kaiming)
+        self.features[-1].apply(_kaiming)
 
     @staticmethod
     def prefixes(arch: dict) -> list[list[str]]:  # here the last convolution is one stage more
@@ -388,18 +367,13 @@ class ViT(nn.Module):
             position = F.interpolate(position, (rows, columns), mode="bicubic").flatten(2).transpose(1, 2)
         return x + torch.cat([cls, position], 1)
 
-    def encode(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, 1 + patches, dim), after the last norm."""
-        return self.encoder.ln(self.encoder.layers(self.tokens(x)))
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.encode(x)[:, 0]
+        return self.last_blocks(x, 1)
 
     def stages(self, x: Tensor) -> list[Tensor]:
         """One feature map (B, dim, rows, columns): the patches' tokens after the last norm."""
-        rows = x.shape[2] // self.patch
-        patches = self.encode(x)[:, 1:]  # (B, rows * columns, dim)
-        return [patches.transpose(1, 2).unflatten(2, (rows, -1))]
+        patches = self.encoder.ln(self.encoder.layers(self.tokens(x)))[:, 1:]  # (B, rows * columns, dim)
+        return [patches.transpose(1, 2).unflatten(2, (x.shape[2] // self.patch, -1))]
 
     def last_blocks(self, x: Tensor, n: int) -> Tensor:
         """The class tokens after each of the last n blocks, normed, side by side: (B, n dim), as DINO's linear
@@ -424,17 +398,18 @@ def build_backbone(
 
     Raises ValueError for any other architecture, one of too many parameters, or a drop_path that has no meaning.
     """
-    if isinstance(arch, str) and arch not in ARCHS:
+    named = isinstance(arch, str)
+    if named and arch not in ARCHS:
         raise ValueError(f"unknown --arch '{arch}': choose from {', '.join(ARCHS)}")
-    if isinstance(arch, str) and arch in VITS:
+    if named and arch in VITS:
         heads = VITS[arch]["heads"]
         dim = heads * max(1, round(VITS[arch]["dim"] * width / heads))
         return ViT(dim, heads, stem=stem, drop_path=drop_path), dim
     if drop_path:
         raise ValueError(f"--drop-path {drop_path:g} means nothing to {describe(arch)}: it is for a ViT")
-    spec = BACKBONES[arch] if isinstance(arch, str) else check_arch(arch)
+    spec = BACKBONES[arch] if named else check_arch(arch)
     network = NETWORKS[spec["block"]]
-    if not isinstance(arch, str) or width > 8:  # anyone's numbers: how large would it be?
+    if not named or width > 8:  # anyone's numbers: how large would it be?
         with torch.device("meta"):
             size = sum(p.numel() for p in network(spec, width, stem).parameters())
         if size > MAX_PARAMETERS:
@@ -448,14 +423,11 @@ def build_backbone(
 
 @dataclass(frozen=True)
 class Space:
-    """Architectures with every choice made anew in each of some stages; the rest is as in a handcrafted one.
-
-    choices: values for some of FIELDS, the largest last.
-    """
+    """Architectures with every choice made anew in each of some stages; the rest is as in a handcrafted one."""
 
     handcrafted: str
     stages: tuple[int, ...]
-    choices: dict[str, tuple] = field(hash=False)
+    choices: dict[str, tuple] = field(hash=False)  # values for some of FIELDS, the largest last
 
     @property
     def options(self) -> list[tuple]:
@@ -465,9 +437,8 @@ class Space:
     def arch(self, choice: Sequence[int]) -> dict:
         """The architecture with the choice[s]-th option in the s-th searched stage."""
         arch = copy.deepcopy(BACKBONES[self.handcrafted])
-        options = self.options
         for stage, option in zip(self.stages, choice, strict=True):
-            for name, value in zip(self.choices, options[option]):
+            for name, value in zip(self.choices, self.options[option]):
                 arch[name][stage] = value
         return arch
 
@@ -475,8 +446,7 @@ class Space:
         """The choice that makes up an architecture; None where it is no point of the space."""
         arch = BACKBONES[arch] if isinstance(arch, str) else arch
         try:
-            options = [tuple(arch[name][stage] for name in self.choices) for stage in self.stages]
-            choice = [self.options.index(option) for option in options]
+            choice = [self.options.index(tuple(arch[name][stage] for name in self.choices)) for stage in self.stages]
         except (ValueError, IndexError):  # no such option, or fewer stages
             return None
         return choice if self.arch(choice) == arch else None
@@ -484,14 +454,11 @@ class Space:
     def costs(self, width: float, stem: str, size: int) -> tuple[int, Tensor]:
         """(base, table (S, O)): MACs of the smallest network, and what each option adds to it, which is independent of
         the other stages since widths between stages are fixed: a network's MACs are base + the sum of its choices'."""
-        smallest = [0] * len(self.stages)
-        base = macs(self.arch(smallest), width, stem, size)
-        table = torch.zeros(len(self.stages), len(self.options), dtype=torch.float64)
-        for s, option in product(range(len(self.stages)), range(len(self.options))):
-            choice = list(smallest)
-            choice[s] = option
-            table[s, option] = macs(self.arch(choice), width, stem, size) - base
-        return base, table
+        one_hot = np.eye(len(self.stages), dtype=int)
+        base = macs(self.arch(0 * one_hot[0]), width, stem, size)
+        options = range(len(self.options))
+        table = [[macs(self.arch(option * row), width, stem, size) - base for option in options] for row in one_hot]
+        return base, torch.tensor(table, dtype=torch.float64)
 
 
 RESNET_CHOICES = {"depth": (1, 2, 3, 4), "inner": (0.25, 0.5, 0.75, 1.0), "kernel": (3, 5)}
@@ -532,15 +499,14 @@ class Choices(nn.Module):
         """Gates from a Gumbel softmax of temperature tau (1611.01144), hard, with straight-through gradients where
         alphas have any. The noise comes from the host, in one copy, so that ranks and devices sample the same."""
         alphas = self.alphas()
+        first, *_ = alphas.values()
         sizes = [alpha.shape[1] for alpha in alphas.values()]
-        first = next(iter(alphas.values()))
         noise = torch.from_numpy(rng.gumbel(size=(len(first), sum(sizes)))).to(first.dtype)
         if first.device.type == "cuda":
             noise = noise.pin_memory()  # from pageable memory the host would wait for the copy
-        noise = noise.to(first.device, non_blocking=True)
         self.gates = {}
         self.known_choice = None
-        for (name, alpha), gumbel in zip(alphas.items(), noise.split(sizes, 1)):
+        for (name, alpha), gumbel in zip(alphas.items(), noise.to(first.device, non_blocking=True).split(sizes, 1)):
             soft = ((alpha + gumbel) / tau).softmax(1)
             hard = F.one_hot(soft.argmax(1), soft.shape[1]).to(soft.dtype)
             self.gates[name] = hard + (soft - soft.detach()) if alpha.requires_grad else hard
@@ -548,9 +514,9 @@ class Choices(nn.Module):
     def set(self, choice: Sequence[int]) -> None:
         """Gates of one option a stage; copies nothing to a GPU."""
         self.gates = {name: torch.zeros_like(alpha, requires_grad=False) for name, alpha in self.alphas().items()}
-        values = list(product(*(range(gate.shape[1]) for gate in self.gates.values())))
-        for row, option in enumerate(choice):
-            for gate, value in zip(self.gates.values(), values[option]):
+        values = np.unravel_index(choice, [gate.shape[1] for gate in self.gates.values()])
+        for gate, value_of_stage in zip(self.gates.values(), values):
+            for row, value in enumerate(value_of_stage.tolist()):
                 gate[row, value].fill_(1.0)  # an assignment would copy the 1 from the host
         self.known_choice = list(choice)
 
@@ -574,8 +540,7 @@ class Choices(nn.Module):
         return total
 
     def expected_macs(self, base: int, table: Tensor) -> Tensor:
-        """E[MACs] under the alphas, in closed form and differentiable; (base, table) from Space.costs, on the alphas'
-        device."""
+        """E[MACs] under the alphas, in closed form and differentiable; (base, table) as Space.costs gives them."""
         return base + (self.log_probabilities().exp() * table).sum()
 
 
@@ -600,17 +565,16 @@ class SearchBackbone(nn.Module):
         rows = {prefix: row for row, s in enumerate(space.stages) for prefix in self.supernet.prefixes(arch)[s]}
         self.masked = []  # what the n-th buffer of masks is for: (row of the gates, choice, parameter, shape)
         for prefix, row in rows.items():
-            block = self.supernet.get_submodule(prefix)
-            for name, parameter in block.named_parameters():
-                for choice in block.MASKS.get(name, []):
-                    if choice in space.choices:
+            for name, parameter in self.supernet.get_submodule(prefix).named_parameters():
+                for choice, names in MASKS[arch["block"]].items():
+                    if choice in space.choices and name in names:
                         masks = _masks([small.get(f"{prefix}.{name}") for small in shapes[choice]], parameter.shape)
                         # flat: Module.to(channels_last) refuses tensors of five dimensions
                         self.register_buffer(f"masks_{len(self.masked)}", masks.flatten(0, -2), persistent=False)
                         self.masked.append((row, choice, f"{prefix}.{name}", masks.shape[:-1]))
 
     def _shapes(self, choice: str, value: float) -> dict[str, torch.Size]:
-        """By the supernet's names: of the parameters of the subnet that is the largest in all but one choice."""
+        """Of the parameters of the subnet that is the largest in all but one choice."""
         option = tuple(value if name == choice else values[-1] for name, values in self.space.choices.items())
         network, names = self.skeleton([self.space.options.index(option)] * len(self.space.stages))
         return {names[name]: parameter.shape for name, parameter in network.named_parameters()}
@@ -646,7 +610,7 @@ class SearchBackbone(nn.Module):
         return {name: _slice(supernet[names[name]], tensor.shape) for name, tensor in own}
 
     def subnet(self, choice: Sequence[int]) -> nn.Module:
-        """A network of the space with a copy of its part of the weights; its BN statistics want `recalibrate`."""
+        """A network with a copy of its part of the weights; its BN statistics want `recalibrate`."""
         network, _ = build_backbone(self.space.arch(choice), self.stem, self.width)
         network.to(next(self.supernet.parameters()))  # device and precision
         network.load_state_dict(self.slices(choice))
@@ -664,9 +628,7 @@ def _slice(large: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _masks(small: list[Sequence[int] | None], large: Sequence[int]) -> Tensor:
     """(..., options): ones where the slice of shape small[option] lies, zeros elsewhere; None: nothing of it is used.
-
-    Of size 1 along dimensions where all options have all, and along what the parameter puts out: see MASKS.
-    """
+    Of size 1 along dimensions where all options have all, and along what the parameter puts out: see MASKS."""
     least = [min(sizes) for sizes in zip(*filter(None, small))]
     size = [n if dim > 0 and n > least[dim] else 1 for dim, n in enumerate(large)]
     masks = torch.zeros(*size, len(small))
@@ -688,7 +650,6 @@ def _meta_block(block: str, spec: BlockSpec) -> nn.Module:
 def _skeleton(
     space: Space, choice: tuple[int, ...], width: float, stem: str, synced: bool
 ) -> tuple[nn.Module, dict[str, str]]:
-    """See SearchBackbone.skeleton; synced: with BN over ranks."""
     arch = space.arch(choice)
     with torch.device("meta"):
         network = NETWORKS[arch["block"]](arch, width, stem, _meta_block)
@@ -706,37 +667,37 @@ def derive(scores: Tensor, base: int, table: Tensor, target: float) -> list[int]
     """The choice with the highest total score (S, O) among all whose MACs lie in BAND of the target, by enumeration.
 
     With scores = log probabilities the likeliest network that meets the target; each stage's own argmax would miss it.
-    Raises ValueError where no network does.
     """
     scores = scores.detach().double().cpu()
     table = table.cpu()
     stages, options = table.shape
-    low, high = BAND[0] * target, BAND[1] * target
     # all combinations of all stages but the first: with that one too they would take O times the memory
-    rest_score = torch.zeros(1, dtype=torch.float64)
-    rest_cost = torch.zeros(1, dtype=torch.float64)
-    for s in range(1, stages):
-        rest_score = (rest_score[:, None] + scores[s]).flatten()
-        rest_cost = (rest_cost[:, None] + table[s]).flatten()
-    best, best_score = None, -math.inf
+    rest_score, rest_cost = (_sums(of_options[1:]) for of_options in (scores, table))
+    found = []  # the best of those with each first option
     for first in range(options):
         cost = base + table[0, first] + rest_cost
-        score = torch.where((cost >= low) & (cost <= high), rest_score, -math.inf)
-        rest = score.argmax()
-        total = float(score[rest] + scores[0, first])
-        if total > best_score:
-            best_score = total
-            best = [first, *map(int, torch.unravel_index(rest, [options] * (stages - 1)))]
-    if best is None:
+        in_band = (cost >= BAND[0] * target) & (cost <= BAND[1] * target)
+        score, rest = torch.where(in_band, rest_score, -math.inf).max(0)
+        found.append((float(score + scores[0, first]), first, rest))
+    best_score, first, rest = max(found, key=lambda entry: entry[0])
+    if best_score == -math.inf:
         largest = base + float(table.max(1).values.sum())
         wanted = f"{BAND[0]:g} to {BAND[1]:g} of {target / 1e6:.4g} MMACs"
         have = f"they go from {base / 1e6:.4g} to {largest / 1e6:.4g} MMACs"
         raise ValueError(f"no network of the space has {wanted}: {have}")
-    return best
+    return [first, *map(int, torch.unravel_index(rest, [options] * (stages - 1)))]
+
+
+def _sums(table: Tensor) -> Tensor:
+    """Of all combinations of an entry from each row of (S, O): (O^S,)."""
+    total = torch.zeros(1, dtype=torch.float64)
+    for row in table:
+        total = (total[:, None] + row).flatten()
+    return total
 
 
 def random_choice(base: int, table: Tensor, target: float, generator: torch.Generator) -> list[int]:
-    """A choice drawn evenly from those whose MACs lie in BAND of the target. Raises ValueError where there is none."""
+    """A choice drawn evenly from those whose MACs lie in BAND of the target."""
     table = table.cpu()
     stages, options = table.shape
     while True:
@@ -750,10 +711,8 @@ def random_choice(base: int, table: Tensor, target: float, generator: torch.Gene
 
 @torch.no_grad()
 def recalibrate(module: nn.Module, batches: Iterable, forward: Callable | None = None) -> nn.Module:
-    """BN statistics anew: the mean over batches, in place of those that other networks have left.
-
-    forward: what takes a batch, by default the module itself.
-    """
+    """BN statistics anew: the mean over batches, in place of those that other networks have left. forward: what takes
+    a batch, by default the module itself."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [m.momentum for m in norms]
     training = module.training
@@ -786,7 +745,7 @@ def _linear(activation: type[nn.Module], in_dim: int, out_dim: int) -> nn.Module
 
 
 def _identity(in_dim: int, out_dim: int) -> nn.Sequential:
-    """Nothing, where the layer keeps the number of features; else what brings them to out_dim."""
+    """Nothing, where the layer keeps the number of features."""
     return nn.Sequential() if in_dim == out_dim else nn.Sequential(_linear(nn.ReLU, in_dim, out_dim))
 
 
@@ -806,28 +765,26 @@ OPS: dict[str, Callable[[int, int], nn.Module]] = {  # (in_dim, out_dim) -> modu
 }
 
 
-def _genotype(ops: str) -> list[str]:
+def _genotype(**heads: str) -> dict[str, list[str]]:
     """Names of OPS from the authors' shorter ones."""
-    return [op if op in OPS else f"linear_{op}" for op in ops.split()]
+    short = {op.removeprefix("linear_").removesuffix("_3x3"): op for op in OPS}
+    return {head: [short[op] for op in ops.split()] for head, ops in heads.items()}
 
 
-PRESETS: dict[str, dict[str, list[str]]] = {
-    "simsiam_cifar10_resnet18": {
-        "projector": _genotype("relu silu elu identity identity relu"),
-        "predictor": _genotype("hardswish avgpool_3x3 avgpool_3x3 hardswish"),
-    },
-    "simsiam_cifar10_resnet50": {
-        "projector": _genotype("silu hardswish hardswish hardswish silu silu"),
-        "predictor": _genotype("hardswish hardswish avgpool_3x3 silu"),
-    },
-    "simsiam_cifar100_resnet50": {
-        "projector": _genotype("identity silu silu elu silu elu"),
-        "predictor": _genotype("elu elu elu hardswish"),
-    },
-    "moco_cifar10_resnet18": {"projector": _genotype("avgpool_3x3 avgpool_3x3 avgpool_3x3 avgpool_3x3")},
-    "moco_cifar100_resnet18": {"projector": _genotype("avgpool_3x3 avgpool_3x3 avgpool_3x3 avgpool_3x3")},
-    "moco_cifar10_resnet50": {"projector": _genotype("identity avgpool_3x3 avgpool_3x3 avgpool_3x3")},
-    "simclr_cifar10_resnet50": {"projector": _genotype("hardswish hardswish avgpool_3x3 relu relu relu")},
+PRESETS = {
+    "simsiam_cifar10_resnet18": _genotype(
+        projector="relu silu elu identity identity relu", predictor="hardswish avgpool avgpool hardswish"
+    ),
+    "simsiam_cifar10_resnet50": _genotype(
+        projector="silu hardswish hardswish hardswish silu silu", predictor="hardswish hardswish avgpool silu"
+    ),
+    "simsiam_cifar100_resnet50": _genotype(
+        projector="identity silu silu elu silu elu", predictor="elu elu elu hardswish"
+    ),
+    "moco_cifar10_resnet18": _genotype(projector="avgpool avgpool avgpool avgpool"),
+    "moco_cifar100_resnet18": _genotype(projector="avgpool avgpool avgpool avgpool"),
+    "moco_cifar10_resnet50": _genotype(projector="identity avgpool avgpool avgpool"),
+    "simclr_cifar10_resnet50": _genotype(projector="hardswish hardswish avgpool relu relu relu"),
 }
 
 
@@ -898,11 +855,11 @@ def random_head(layers: int, rng: random.Random) -> list[str]:
 
 def count_heads(dims: Sequence[int]) -> tuple[int, int, int]:
     """How many heads there are: by name, by choices that differ within their layer, and as functions."""
-    layers = list(pairwise(dims))
-    functions = 1
-    for (in_dim, out_dim), run in groupby(layers):
-        if in_dim == out_dim:  # m layers alike: all sequences of 0 to m operations other than identity
-            functions *= sum((len(OPS) - 1) ** k for k in range(len(list(run)) + 1))
-        else:
-            functions *= math.prod(len(distinct_ops(*layer)) for layer in run)
-    return len(OPS) ** len(layers), math.prod(len(distinct_ops(*layer)) for layer in layers), functions
+    names = differing = functions = 1
+    for layer, run in groupby(pairwise(dims)):
+        n, m = len(distinct_ops(*layer)), len(list(run))
+        names *= len(OPS) ** m
+        differing *= n**m
+        # m layers that keep the number of features: all sequences of 0 to m operations other than identity
+        functions *= sum((n - 1) ** k for k in range(m + 1)) if layer[0] == layer[1] else n**m
+    return names, differing, functions

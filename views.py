@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.v2.functional import rgb_to_grayscale_image, solarize_image
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -49,25 +50,23 @@ class Recipe(NamedTuple):
     blur_above: int = 64  # px of the globals: the published recipes for small images have no blur
 
 
+Pair = tuple[float, float] | None
+Triple = tuple[float, float, float] | None  # of the first global view, the second, the locals
+
+
 def multi_crop(
     boundary: float,
-    share: float,
+    share: float,  # of a local view's edge in a global one's
     n: int,
-    balance: tuple[float, float] | None = None,
+    balance: Pair = None,
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1),
-    blur: tuple[float, float, float] = (1.0, 0.1, 0.5),
-    solarize: tuple[float, float, float] = (0.0, 0.2, 0.0),
+    blur: Triple = (1.0, 0.1, 0.5),
+    solarize: Triple = (0.0, 0.2, 0.0),
 ) -> Recipe:
-    """Two global views of [boundary, 1] of the area and n local ones of [.05, boundary], 2210.02808.
-
-    share: of a local view's edge in a global one's; blur and solarize: of the first global, the second, the locals.
-    """
-    scales = (boundary, 1.0), (boundary, 1.0), (0.05, boundary)
-    first, second, local = (
-        View(scale, bicubic=True, jitter=jitter, blur=b, solarize=s)
-        for scale, b, s in zip(scales, blur, solarize, strict=True)
-    )
-    return Recipe((first, second), (local._replace(share=share),) * n, balance)
+    """Two global views of [boundary, 1] of the area and n local ones of [.05, boundary], 2210.02808."""
+    view = View((boundary, 1.0), bicubic=True, jitter=jitter)
+    first, second, local = (view._replace(blur=b, solarize=s) for b, s in zip(blur, solarize))
+    return Recipe((first, second), (local._replace(scale=(0.05, boundary), share=share),) * n, balance)
 
 
 _simclr = View(scale=(0.08, 1.0))
@@ -102,10 +101,6 @@ RECIPES = {
 CROP_AND_FLIP = Recipe((View((0.08, 1.0), jitter_p=0.0, grey=0.0, blur=0.0),))  # one view, to train a probe on
 
 
-Pair = tuple[float, float] | None
-Triple = tuple[float, float, float] | None
-
-
 def adjust(
     recipe: Recipe,
     *,
@@ -122,7 +117,7 @@ def adjust(
         Pair, "loss weights: pairs of globals, pairs with a local; the second is the harder task"
     ] = None,
 ) -> Recipe:
-    """The recipe with some knobs turned; None leaves one as it is. Raises ValueError for what cannot be.
+    """The recipe with some knobs turned; None leaves one as it is.
 
     A recipe without locals gets them, if asked for some, from its first global view: areas below that one's, 3/7 of its
     edge. One with a single view that is asked for two gets it twice.
@@ -133,8 +128,8 @@ def adjust(
         global_scale = (boundary, 1.0)
         local_scale = (0.05, boundary)
     for name, scale in ("global", global_scale), ("local", local_scale):
-        if scale and not 0 < scale[0] <= scale[1] <= 1:
-            low, high = scale
+        low, high = scale or (1, 1)
+        if not 0 < low <= high <= 1:
             raise ValueError(f"the {name} scale {low:g} to {high:g} must be shares of the area, small to large")
     for name, chances in ("blur", blur), ("solarize", solarize):
         if chances and not all(0 <= p <= 1 for p in chances):
@@ -147,18 +142,12 @@ def adjust(
 
     first, second = recipe.globals[0], recipe.globals[-1]
     local = recipe.locals[0] if recipe.locals else first._replace(scale=(0.05, first.scale[0]), share=96 / 224)
-    views = [first, second, local]
-    knobs = {
-        "scale": (global_scale, global_scale, local_scale),
-        "size": (global_size, global_size, local_size),
-        "blur": blur or (None, None, None),
-        "solarize": solarize or (None, None, None),
-    }
-    for name, values in knobs.items():
-        for k, value in enumerate(values):
-            if value is not None:
-                value = tuple(value) if name == "scale" else value  # a flag's is a list
-                views[k] = views[k]._replace(**{name: value})
+    views = []
+    for k, view in enumerate((first, second, local)):
+        scale, size = (global_scale, global_size) if k < 2 else (local_scale, local_size)
+        view = view._replace(scale=tuple(scale or view.scale), size=size or view.size)  # a flag's scale is a list
+        view = view._replace(blur=blur[k]) if blur else view
+        views.append(view._replace(solarize=solarize[k]) if solarize else view)
     n_globals = len(recipe.globals) if views_per_image is None else views_per_image
     n_locals = len(recipe.locals) if locals is None else locals
     return Recipe(
@@ -185,21 +174,13 @@ PARAMETERS = {
 _ORDERS = np.array(list(permutations(range(3))), np.float32)
 
 
-def _columns(x):
-    """{name: its part of x (..., P), a tensor or an array: (...) or (..., k)}, as PARAMETERS has them."""
+def named(parameters: Tensor | np.ndarray) -> dict[str, Tensor | np.ndarray]:
+    """(..., P) -> {name: (...) or (..., k)}, views of it, as PARAMETERS has them."""
     parts, start = {}, 0
     for name, k in PARAMETERS.items():
-        parts[name] = x[..., start] if k == 1 else x[..., start : start + k]
+        parts[name] = parameters[..., start] if k == 1 else parameters[..., start : start + k]
         start += k
     return parts
-
-
-def named(parameters: Tensor) -> dict[str, Tensor]:
-    """(n, P) -> {name: (n,) or (n, k)}, as PARAMETERS has them; what is 0 or 1 as bool."""
-    p = _columns(parameters)
-    for name in ("flip", "grey", "solarize"):
-        p[name] = p[name] > 0.5
-    return p
 
 
 class MultiCrop:
@@ -218,7 +199,6 @@ class MultiCrop:
         self.balance = recipe.balance
         self.mean = torch.tensor(mean, device=device).view(3, 1, 1)
         self.std = torch.tensor(std, device=device).view(3, 1, 1)
-        self._render = self._render_all
 
     def __call__(self, pixels: Tensor, rng: np.random.Generator) -> list[Tensor]:
         parameters = self.sample(len(pixels), *pixels.shape[2:], rng)
@@ -235,9 +215,9 @@ class MultiCrop:
             return self._render(pixels, parameters)
 
     def compile(self) -> None:
-        self._render = torch.compile(self._render_all, dynamic=False)
+        self._render = torch.compile(self._render, dynamic=False)
 
-    def _render_all(self, pixels: Tensor, parameters: Tensor) -> list[Tensor]:
+    def _render(self, pixels: Tensor, parameters: Tensor) -> list[Tensor]:
         out = []
         for view, p in zip(self.views, map(named, parameters.unbind()), strict=True):
             x = render_view(pixels, p, view.size, view.bicubic, view.reach).sub_(self.mean).div_(self.std)
@@ -251,7 +231,7 @@ def sample_views(views: Sequence[View], n: int, height: int, width: int, rng: np
     u = rng.random((16, len(views), n), np.float32)  # all at once: a call costs more than its numbers
     u_box, u_chance, u_jitter, (u_order, u_sigma, u_erase) = np.split(u, [4, 9, 13])
     out = np.zeros((len(views), n, sum(PARAMETERS.values())), np.float32)
-    p = _columns(out)  # to write to
+    p = named(out)  # to write to
 
     p["box"][:] = sample_boxes(views, u_box, height, width, rng)
     p["flip"][:], p["grey"][:], p["solarize"][:], jittered, blurred = u_chance < limits["chance"]
@@ -283,10 +263,8 @@ def _limits(views: tuple[View, ...], area: int) -> dict[str, np.ndarray]:
 
 
 def sample_boxes(views: Sequence[View], u: np.ndarray, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """Crops (V, n, 4) as RandomResizedCrop draws them: ten tries, the first legal one counts.
-
-    u (4, V, n) is for the first try's area and shape, and for the place; the other tries are drawn where needed.
-    """
+    """Crops (V, n, 4) as RandomResizedCrop draws them: ten tries, the first legal one counts. u (4, V, n) is for the
+    first try's area and shape, and for the place; the other tries are drawn where needed."""
     limits = _limits(tuple(views), height * width)
     u_area, u_ratio, u_top, u_left = u
     h, w, legal = _shapes(limits["area"], limits["log_ratio"], u_area, u_ratio, height, width)  # (V, n) each
@@ -334,15 +312,12 @@ def resize_matrix(
     start: Tensor, length: Tensor, size: int, extent: int, flip: Tensor | None = None, bicubic: bool = False
 ) -> Tensor:
     """(n, size, extent): row o of image i holds the weights with which the pixels of [start_i, start_i + length_i)
-    make pixel o.
-
-    A triangle, or Keys' cubic, as wide as the reduction, cut at the crop's edge and normalised: torchvision's
-    antialiased bilinear and bicubic resize, exactly.
-    """
+    make pixel o: a triangle, or Keys' cubic, as wide as the reduction, cut at the crop's edge and normalised, which is
+    torchvision's antialiased bilinear and bicubic resize, exactly."""
     scale = (length / size)[:, None]
     out = torch.arange(size, device=start.device, dtype=torch.float32).expand(len(start), size)
     if flip is not None:
-        out = torch.where(flip[:, None], size - 1 - out, out)
+        out = torch.where(flip[:, None] > 0, size - 1 - out, out)
     centre = start[:, None] + (out + 0.5) * scale
     x = torch.arange(extent, device=start.device) + 0.5
     away = (x - centre[..., None]).abs() / scale[..., None].clamp(min=1)
@@ -370,11 +345,6 @@ def blur_matrix(sigma: Tensor, size: int, reach: int | None = None) -> Tensor:
     return sigma.new_zeros(len(sigma), size, size).scatter_add_(2, source.expand(shape), kernel[:, None].expand(shape))
 
 
-def grey(x: Tensor) -> Tensor:
-    """(n, 3, S, S) -> luma (n, 1, S, S)"""
-    return (0.2989 * x[:, 0]).add_(x[:, 1], alpha=0.587).add_(x[:, 2], alpha=0.114)[:, None]
-
-
 def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
     """(n, 3, S, S) in 0..1 -> the same with the hue of HSV moved by (n,) turns."""
     r, g, b = x.unbind(1)
@@ -400,9 +370,9 @@ def render_view(
         x = _where((p["hue"] != 0) & (p["hue_after"] == step), shift_hue, x, p["hue"])
         if step < 3:
             blend_(x, p["order"][:, step], p["factor"])
-    x = _where(p["grey"], grey, x)
+    x = _where(p["grey"] > 0, rgb_to_grayscale_image, x)
     x = _where(p["sigma"] > 0, partial(blur, reach=reach), x, p["sigma"])
-    return _where(p["solarize"], solarize, x)
+    return _where(p["solarize"] > 0, partial(solarize_image, threshold=0.5), x)
 
 
 def _everywhere(x: Tensor) -> bool:
@@ -438,27 +408,20 @@ def _crop(pixels: Tensor, box: Tensor, flip: Tensor, size: int, bicubic: bool) -
 def crop_bytes(pixels: Tensor, box: Tensor, flip: Tensor, size: int, bicubic: bool) -> Tensor:
     """The same, an image at a time, by torch's resize of bytes: rounded after each direction, as PIL does, so about
     half a grey level off; 4 times faster than `_crop` for a view of 224 px and 14 times for one of 96."""
-    out = torch.empty(len(pixels), 3, size, size, dtype=torch.uint8)
-    for image, view, (top, left, h, w), flipped in zip(pixels, out, box.int().tolist(), flip.tolist()):
+    mode, out = "bicubic" if bicubic else "bilinear", []
+    for image, (top, left, h, w), flipped in zip(pixels, box.int().tolist(), flip.tolist()):
         part = image[None, :, top : top + h, left : left + w]
-        part = F.interpolate(part, (size, size), mode="bicubic" if bicubic else "bilinear", antialias=True)[0]
-        view.copy_(part.flip(2) if flipped else part)
-    return out.float().div_(255)
-
-
-BRIGHTNESS, CONTRAST, SATURATION = range(3)
+        part = F.interpolate(part, (size, size), mode=mode, antialias=True)
+        out.append(part.flip(3) if flipped else part)
+    return torch.cat(out).float().div_(255)
 
 
 def blend_(x: Tensor, step: Tensor, factor: Tensor) -> None:
-    """One of brightness, contrast and saturation, in place; step (n,) says which for each image, factor (n, 3) how
-    much.
-
-    All are clamp(f x + (1 - f) reference), the reference being black, the mean luma and the luma: one expression
-    serves them all.
-    """
+    """One of brightness (0), contrast (1) and saturation (2), in place; step (n,) says which for each image, factor
+    (n, 3) how much. All are clamp(f x + (1 - f) reference), the reference being black, the mean luma or the luma."""
     f = factor.gather(1, step[:, None].long()).view(-1, 1, 1, 1)
-    to_mean, to_luma = ((1 - f) * (step == k).view(-1, 1, 1, 1) for k in (CONTRAST, SATURATION))
-    luma = grey(x)
+    to_mean, to_luma = ((1 - f) * (step == k).view(-1, 1, 1, 1) for k in (1, 2))
+    luma = rgb_to_grayscale_image(x)  # (n, 1, S, S)
     mean = luma.mean((2, 3), keepdim=True)
     x.mul_(f).add_(luma.mul_(to_luma).add_(to_mean * mean)).clamp_(0, 1)
 
@@ -467,10 +430,6 @@ def blur(x: Tensor, sigma: Tensor, reach: int | None) -> Tensor:
     """(n, 3, S, S) by a Gaussian of sigma (n,) pixels."""
     matrix = blur_matrix(sigma, x.shape[-1], reach)[:, None]
     return matrix @ x @ matrix.transpose(2, 3)
-
-
-def solarize(x: Tensor) -> Tensor:
-    return torch.where(x >= 0.5, 1 - x, x)
 
 
 def erase(x: Tensor, box: Tensor) -> Tensor:
