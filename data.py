@@ -373,8 +373,8 @@ WEIGHTS, ALPHAS, GATES, HELD_OUT, RECALIBRATION, ORDER = range(6)
 
 
 @lru_cache(maxsize=4)  # of the epoch that is, and of the next, for weights and alphas
-def _order(seed: int, stream: int, epoch: int, n: int) -> Tensor:
-    return torch.from_numpy(np.random.default_rng((seed, ORDER, stream, epoch)).permutation(n))
+def _order(seed: int, purpose: int, epoch: int, n: int) -> Tensor:
+    return torch.from_numpy(np.random.default_rng((seed, ORDER, purpose, epoch)).permutation(n))
 
 
 @dataclass(eq=False)
@@ -387,12 +387,12 @@ class Batches:
 
     pixels: Tensor | Stream  # uint8 (N, 3, H, W) on the device
     trained_on: InitVar[Tensor]  # (n,) rows of pixels
-    views: MultiCrop
+    multi_crop: MultiCrop
     batch_size: int  # over all ranks; n // batch_size steps are an epoch, and what is left of it is dropped
     device: torch.device
     _: KW_ONLY
     seed: int = 0
-    stream: int = WEIGHTS  # what the batches are for: WEIGHTS, ALPHAS, ...
+    purpose: int = WEIGHTS  # what the batches are for: WEIGHTS, ALPHAS, ...
     shuffle: bool = True  # each epoch in an order of its own; else always that of the rows
 
     def __post_init__(self, trained_on: Tensor):
@@ -405,7 +405,7 @@ class Batches:
         self._ahead: dict[int, Future] = {}  # step: what is being drawn for it
         self._thread = ThreadPoolExecutor(1)
 
-    def rows(self, step: int) -> Tensor:
+    def rows_of(self, step: int) -> Tensor:
         """(batch_size,) the images of all ranks' batch, as rows of pixels."""
         return self._rows[self._index(step)]
 
@@ -416,24 +416,24 @@ class Batches:
         drawn = task.result() if self.device.type == "cuda" else self.draw(step)
         index, parameters = (to_device(x, self.device) for x in drawn)
         if isinstance(self.pixels, Stream):
-            batches = [self.rows(s)[self.share] for s in (step, step + 1)]
+            batches = [self.rows_of(s)[self.share] for s in (step, step + 1)]
             pixels = to_device(next(in_turn(self.pixels, batches)), self.device)
         else:
             pixels = self.pixels[self._rows_there[index]]
-        views = self.views.render(pixels, parameters)
+        views = self.multi_crop.render(pixels, parameters)
         return [v.contiguous(memory_format=memory_format(self.device)) for v in views], index
 
     def _index(self, step: int) -> Tensor:
         """(batch_size,) places within rows, of all ranks' batch."""
         epoch, step = divmod(step, self.steps_per_epoch)
         n = len(self._rows)
-        order = _order(self.seed, self.stream, epoch, n) if self.shuffle else torch.arange(n)
+        order = _order(self.seed, self.purpose, epoch, n) if self.shuffle else torch.arange(n)
         return order[step * self.batch_size : (step + 1) * self.batch_size]
 
     def draw(self, step: int) -> tuple[Tensor, Tensor]:
         """(index (B,), parameters (V, B, P)) of this rank, on the host."""
-        rng = np.random.default_rng((self.seed, self.stream, step))
-        parameters = self.views.sample(self.batch_size, *self.pixels.shape[2:], rng)
+        rng = np.random.default_rng((self.seed, self.purpose, step))
+        parameters = self.multi_crop.sample(self.batch_size, *self.pixels.shape[2:], rng)
         return self._index(step)[self.share], parameters[:, self.share].contiguous()
 
 

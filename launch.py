@@ -266,7 +266,7 @@ class Meter:
         path = self.folder / "not-finite.json"
         facts = {"what": name, "value": str(loss), "epoch": epoch + 1, "step": step_of_epoch + 1, "lr": lr}
         facts["last_finite"] = last
-        facts["rows"] = self.batches[name].rows(step).tolist()
+        facts["rows"] = self.batches[name].rows_of(step).tolist()
         facts["images"] = [self.names[row] for row in facts["rows"]]
         with user_errors():
             if is_main():

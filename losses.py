@@ -18,7 +18,8 @@ Under torch.distributed each rank gives its share of the batch, and losses gathe
 the ranks' gradients is the gradient of one process with the whole batch, but for BN, whose statistics are the rank's.
 
 To add a method: a loss function, a class, a line in METHODS. Each keyword of its __init__ becomes a flag, with the
-annotation as its help. `Class.heads(F, out_dim)` names the heads that a search may fill.
+annotation as its help. It sets `projector`, through which the monitor looks at z; `Class.heads(F, out_dim)` names the
+heads that a search may fill. tests/test_losses.py goes through METHODS and says what it wants to know of a new one.
 """
 
 import copy

@@ -7,7 +7,9 @@ SearchHead(dims)                    the mixture of all operations in each layer,
 PRESETS                             the seven genotypes that NASiam's authors published
 
 To add a backbone of known blocks, add an entry to BACKBONES; an operation, to OPS; a space, to SPACES. A new kind of
-choice (squeeze-excite, say) is an entry in FIELDS, BlockSpec and MASKS, a module in a block and a term of its `macs`.
+choice (squeeze-excite, say) is a field of BlockSpec, an entry in FIELDS, a value in each of BACKBONES, a module in a
+block that does nothing where its masked weights are zero, its entries in MASKS, and a term of the block's `macs`. An
+arch.json of before then wants the new field; `derive` looks at all options of all stages, so keep them below some 50.
 """
 
 import copy

@@ -198,7 +198,7 @@ def stem_of(args: argparse.Namespace, images: Images) -> str:
     return "small" if images.pixels.shape[-1] <= 64 else "imagenet"
 
 
-def build_views(args: argparse.Namespace, images: Images, stats: tuple, device: torch.device) -> MultiCrop:
+def build_multi_crop(args: argparse.Namespace, images: Images, stats: tuple, device: torch.device) -> MultiCrop:
     """By the method's recipe or --recipe, with its knobs turned. stats: (mean, std) of the images' channels."""
     kind, size = METHODS[args.method], images.pixels.shape[-1]
     usual = kind.small_recipe if kind.small_recipe and (args.global_size or size) <= 64 else kind.recipe
@@ -208,10 +208,10 @@ def build_views(args: argparse.Namespace, images: Images, stats: tuple, device: 
             f"--method {args.method} compares two views of an image, and the recipe has one: "
             "--views-per-image 2, or another --recipe"
         )
-    views = MultiCrop(recipe, size, *stats, device)
+    multi_crop = MultiCrop(recipe, size, *stats, device)
     if args.compile:
-        views.compile()
-    return views
+        multi_crop.compile()
+    return multi_crop
 
 
 def build_method(
@@ -219,13 +219,13 @@ def build_method(
     encoder: nn.Module,
     heads: dict[str, nn.Module] | None,
     n_images: int,
-    views: MultiCrop,
+    multi_crop: MultiCrop,
     device: torch.device,
 ) -> Method:
     """The method by its flags, on the device. n_images: those that are trained on."""
     launch.refuse_others(args, METHODS, args.method)
     method = METHODS[args.method](encoder, heads, n_images, **given(args, METHODS[args.method]))
-    method.balance = views.balance
+    method.balance = multi_crop.balance
     method = launch.synced(method, device) if args.sync_bn else method
     return method.to(device, memory_format=memory_format(device))
 
@@ -277,12 +277,12 @@ class Monitor:
         stats: tuple,
         held_out: Tensor,
         rows: Tensor,
-        views: MultiCrop,
+        multi_crop: MultiCrop,
         device: torch.device,
     ):
         self.args, self.images, self.stats = args, images, stats
         self.held_out, self.rows = held_out, rows
-        self.views, self.device = views, device
+        self.multi_crop, self.device = multi_crop, device
 
     def features(self, encoder: nn.Module, rows: Tensor) -> Tensor:
         where = rows.to(self.images.pixels.device)
@@ -316,7 +316,13 @@ class Monitor:
         training images."""
         rows = self.rows[: len(self.held_out)] if method.classifies_instances else self.held_out
         batches = Batches(
-            self.images.pixels, rows, self.views, self.args.batch_size, self.device, stream=HELD_OUT, shuffle=False
+            self.images.pixels,
+            rows,
+            self.multi_crop,
+            self.args.batch_size,
+            self.device,
+            purpose=HELD_OUT,
+            shuffle=False,
         )
         losses = []
         method.eval()
@@ -400,11 +406,14 @@ def resources(begun: float, device: torch.device) -> dict[str, float]:
     return {"seconds": time.time() - begun, "peak_mib": peak_memory(device) / 2**20}
 
 
-def save_views(views: list[Tensor], crop: MultiCrop, path: Path) -> None:
+def save_views(views: list[Tensor], multi_crop: MultiCrop, path: Path) -> None:
     """The views of a batch's first images, an image a column, or a row where there are more views."""
     side = max(v.shape[-1] for v in views)
     n = min(16, len(views[0]), max(4, 1024 // side))
-    tiles = [nn.functional.pad(v[:n] * crop.std + crop.mean, [0, side - v.shape[-1]] * 2, value=1.0) for v in views]
+    tiles = [
+        nn.functional.pad(v[:n] * multi_crop.std + multi_crop.mean, [0, side - v.shape[-1]] * 2, value=1.0)
+        for v in views
+    ]
     grid = torch.stack(tiles, 0 if n >= len(views) else 1).flatten(0, 1).cpu().clamp(0, 1)
     save_image(make_grid(grid, nrow=max(n, len(views)), pad_value=1.0), path)
 
@@ -585,7 +594,7 @@ def train(
             lr = set_lr(optimizer, step, warmup, total)
             views, index = batches(step)  # [(B, 3, S, S), ...] globals first, (B,)
             if step == 0 and is_main():
-                save_views(views, batches.views, checkpoint.folder / "views.png")
+                save_views(views, batches.multi_crop, checkpoint.folder / "views.png")
             with autocast(args, device):
                 loss = model(views, index)
             loss.backward()
@@ -625,7 +634,7 @@ def main(args: argparse.Namespace, images: Images | None = None) -> dict[str, fl
         images = load_training_images(args, device, images)
         held_out, rows = split(images, args)
         stats = channel_stats(images.pixels)
-        views = build_views(args, images, stats, device)
+        multi_crop = build_multi_crop(args, images, stats, device)
         stem, what = stem_of(args, images), f"{describe(arch)} x{args.width:g}"
         torch.manual_seed(args.seed)
         drop_path = 0.1 * (what.split()[0] in VITS) if args.drop_path is None else args.drop_path
@@ -633,13 +642,13 @@ def main(args: argparse.Namespace, images: Images | None = None) -> dict[str, fl
         if args.weights:
             load_weights(encoder, args.weights, f"{what} with the {stem} stem")
         operations, heads = build_heads(args, feature_dim)
-        method = build_method(args, encoder, heads, len(rows), views, device)
+        method = build_method(args, encoder, heads, len(rows), multi_crop, device)
         if args.compile:
             method.compile(**compile_options(args))
         torch.backends.cudnn.benchmark = device.type == "cuda" and not args.deterministic  # shapes are always the same
-        batches = Batches(images.pixels, rows, views, args.batch_size, device, seed=args.seed)
+        batches = Batches(images.pixels, rows, multi_crop, args.batch_size, device, seed=args.seed)
         optimizer = optimizer_of([(n, p) for n, p in method.named_parameters() if p.requires_grad], method, args)
-        monitor = Monitor(args, images, stats, held_out, rows, views, device)
+        monitor = Monitor(args, images, stats, held_out, rows, multi_crop, device)
         total = args.epochs * batches.steps_per_epoch
         meter = Meter(total, {"loss": batches}, images.names, folder, args.print_every)
         say(

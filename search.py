@@ -274,7 +274,7 @@ class Search:
         self.held_out, *self.rows = pretrain.split(self.images, args, parts if learns else 1)
         self.stem, self.size = pretrain.stem_of(args, self.images), self.images.pixels.shape[-1]
         self.stats = channel_stats(self.images.pixels)
-        self.views = pretrain.build_views(args, self.images, self.stats, device)
+        self.multi_crop = pretrain.build_multi_crop(args, self.images, self.stats, device)
 
         torch.manual_seed(args.seed)
         self.space = next((SPACES[name] for name in args.space if name in SPACES), None)
@@ -292,7 +292,7 @@ class Search:
             self.dims, self.heads = {}, {}
             self.operations, heads = pretrain.build_heads(args, encoder.feature_dim)
         n_images = min(map(len, self.rows))  # a queue is for a part
-        self.method = pretrain.build_method(args, encoder, heads, n_images, self.views, device)
+        self.method = pretrain.build_method(args, encoder, heads, n_images, self.multi_crop, device)
         self.choices = encoder.choices if self.space else None
         self.cost = self.cost_of_space() if self.space else None
         self.candidates = 0
@@ -301,7 +301,7 @@ class Search:
                 args, self.choices, self.cost, parts, n_images, len(self.held_out)
             )
         self.batches = self.batches_of(self.rows[0])
-        self.alpha_batches = self.batches_of(self.rows[-1], stream=ALPHAS)
+        self.alpha_batches = self.batches_of(self.rows[-1], purpose=ALPHAS)
         self.total = args.epochs * self.batches.steps_per_epoch
         share = args.arch_warmup if args.arch_warmup is not None else 0.25 if self.space else 0.0
         self.warmup = round(share * self.total) if learns else self.total  # steps on weights alone
@@ -334,7 +334,7 @@ class Search:
     def batches_of(self, rows: Tensor, **options) -> Batches:
         args = self.args
         return Batches(
-            self.images.pixels, rows, self.views, args.batch_size, self.device, **{"seed": args.seed, **options}
+            self.images.pixels, rows, self.multi_crop, args.batch_size, self.device, **{"seed": args.seed, **options}
         )
 
     def sample(self, step: int, alphas: bool) -> None:
@@ -419,7 +419,7 @@ class Search:
         for name, child in method.named_children():
             if isinstance(child, SearchBackbone):
                 setattr(method, name, child.subnet(choice))
-        batches = self.batches_of(self.rows[0], stream=RECALIBRATION, shuffle=False)
+        batches = self.batches_of(self.rows[0], purpose=RECALIBRATION, shuffle=False)
 
         def forward(batch: tuple[list[Tensor], Tensor]) -> None:
             with autocast(self.args, self.device):
@@ -698,7 +698,7 @@ def announce(search: Search) -> None:
 
 def monitor_of(search: Search) -> Monitor:
     rows = torch.cat(search.rows)
-    return Monitor(search.args, search.images, search.stats, search.held_out, rows, search.views, search.device)
+    return Monitor(search.args, search.images, search.stats, search.held_out, rows, search.multi_crop, search.device)
 
 
 def checkpoint_of(search: Search, asked: argparse.Namespace, command: str) -> tuple[Checkpoint, Meter]:

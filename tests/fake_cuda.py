@@ -257,7 +257,7 @@ def steps_marked():
     draw, add, save = Batches.__call__, Meter.add, pretrain.save_views
 
     def drawn(batches, step):
-        RECORD.in_step = batches.stream in (WEIGHTS, ALPHAS)
+        RECORD.in_step = batches.purpose in (WEIGHTS, ALPHAS)
         return draw(batches, step)
 
     def added(meter, step, lr, **losses):

@@ -234,7 +234,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_batch(tmp_path, 
     assert "\n" not in end.value.code and not (tmp_path / "checkpoint.pth").exists()
     bad = json.loads((tmp_path / "not-finite.json").read_text())
     assert (bad["what"], bad["epoch"], bad["step"]) == ("loss", 1, 2) and math.isfinite(bad["last_finite"])
-    rows = build(pretrain, tmp_path / "again", *flags).batches.rows(1).tolist()
+    rows = build(pretrain, tmp_path / "again", *flags).batches.rows_of(1).tolist()
     assert bad["rows"] == rows and bad["images"] == [str(i) for i in rows]
     assert bad["lr"] == pytest.approx(1e30 * 16 / 256 * (1 + math.cos(math.pi / 24)) / 2)
 

@@ -266,7 +266,7 @@ def test_a_batch_is_a_function_of_seed_and_step_alone(make):
     want = batches.views(batches.pixels[rows], np.random.default_rng((5, 0, 6)))
     torch.testing.assert_close(views, want, rtol=0, atol=0)
     assert [v.is_contiguous(memory_format=torch.channels_last) for v in views] == [True, True]
-    for changed in ({"seed": 6}, {"stream": ALPHAS}):
+    for changed in ({"seed": 6}, {"purpose": ALPHAS}):
         assert not same(make(**changed)(6), one[6])
 
 
@@ -278,7 +278,7 @@ def test_an_epoch_shows_each_image_once_at_most(shuffle, make):
     for e, index in enumerate(epochs):
         assert len(index.unique()) == 32 and index.max() < 35
         assert index.equal(torch.arange(32)) == (not shuffle)
-        shown = torch.cat([batches.rows(step) for step in range(4 * e, 4 * e + 4)])
+        shown = torch.cat([batches.rows_of(step) for step in range(4 * e, 4 * e + 4)])
         assert shown.equal(batches._rows[index])
     assert epochs[0].equal(epochs[1]) == (not shuffle)
 
@@ -292,7 +292,7 @@ def test_two_ranks_see_the_halves_of_what_one_would(make, monkeypatch):
         batches, half = make(), slice(4 * rank, 4 * rank + 4)
         for step, (views, index) in enumerate(whole):
             share, places = batches(step)
-            assert places.equal(index[half]) and len(batches.rows(step)) == 8
+            assert places.equal(index[half]) and len(batches.rows_of(step)) == 8
             torch.testing.assert_close(share, [v[half] for v in views], rtol=1e-5, atol=1e-6)
 
 
@@ -302,4 +302,4 @@ def test_a_stream_gives_the_bits_of_resident_images_and_is_a_step_ahead(make, tm
     resident, stream = make(), make(Stream(sorted(map(str, tmp_path.iterdir())), 16))
     for step in (0, 1, 2, 3, 4, 5, 2):
         assert same(stream(step), resident(step))
-        assert resident.rows(step + 1).numpy().tobytes() in stream.pixels.asked  # over the end of an epoch too
+        assert resident.rows_of(step + 1).numpy().tobytes() in stream.pixels.asked  # over the end of an epoch too

@@ -128,7 +128,7 @@ def test_views_of_the_monitor_under_autocast(tmp_path):
 def test_small_images_get_no_local_views_unless_asked(tmp_path):
     for method in ("swav", "dino"):
         for flags, n in (([], 2), (["--locals", 2], 4), (["--global-size", 72, "--max-images", 40], 8)):
-            assert len(build(pretrain, tmp_path, "--method", method, *flags).batches.views.views) == n
+            assert len(build(pretrain, tmp_path, "--method", method, *flags).batches.multi_crop.views) == n
 
 
 def test_rankme_and_the_warnings_in_words(tmp_path, capsys):
