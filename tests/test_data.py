@@ -263,7 +263,7 @@ def test_a_batch_is_a_function_of_seed_and_step_alone(make):
     views, index = one[6]
     assert index.equal(torch.from_numpy(np.random.default_rng((5, ORDER, 0, 1)).permutation(35)[16:24]))
     rows = batches.rows_of(6)
-    want = batches.views(batches.pixels[rows], np.random.default_rng((5, 0, 6)))
+    want = batches.multi_crop(batches.pixels[rows], np.random.default_rng((5, 0, 6)))
     torch.testing.assert_close(views, want, rtol=0, atol=0)
     assert [v.is_contiguous(memory_format=torch.channels_last) for v in views] == [True, True]
     for changed in ({"seed": 6}, {"purpose": ALPHAS}):
