@@ -28,6 +28,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -69,7 +70,7 @@ def training_flags(parser: Parser) -> None:
     group.add_argument("--epochs", type=int, default=12)
     group.add_argument("--batch-size", type=int, default=64, help="images a step, over all ranks together")
     group.add_argument("--optimizer", choices=["sgd", "adamw", "lars"], help="left out, the method's; a ViT's is adamw")
-    group.add_argument("--lr", type=float, help="at batch size 256, scaled with it; short runs want more (.24)")
+    group.add_argument("--lr", type=float, help="at batch size 256, scaled with it; left out, the method's")
     group.add_argument("--final-lr", type=float, help="at batch size 256, scaled as --lr; left out: 0, or a ViT's")
     group.add_argument("--weight-decay", type=float, help="left out, the method's, or the optimiser's")
     group.add_argument("--final-weight-decay", type=float, help="by a cosine; left out it stays, but .4 for a ViT")
@@ -569,8 +570,8 @@ def profiler_of(args: argparse.Namespace, folder: Path) -> torch.profiler.profil
 def seed_step(seed: int, step: int) -> None:
     """For what networks draw themselves in a step, as a ViT's skipped branches: a function of the seed, the step and
     the rank, so that a run resumes from its step."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    torch.manual_seed((seed << 40) + step * world + rank)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
 
 
 def train(
@@ -594,7 +595,8 @@ def train(
             lr = set_lr(optimizer, step, warmup, total)
             views, index = batches(step)  # [(B, 3, S, S), ...] globals first, (B,)
             if step == 0 and is_main():
-                save_views(views, batches.multi_crop, checkpoint.folder / "views.png")
+                with user_errors():
+                    save_views(views, batches.multi_crop, checkpoint.folder / "views.png")
             with autocast(args, device):
                 loss = model(views, index)
             loss.backward()

@@ -316,6 +316,7 @@ class Search:
         self.gradients = AlphaGradients(device)
         # a sampled network leaves weights without gradients
         self.model = distributed(self.method, find_unused_parameters=self.space is not None)
+        torch.backends.cudnn.benchmark = device.type == "cuda" and not self.space and not args.deterministic
         self.alpha_model = self.method
         if args.compile and self.space:  # alphas see the masked network, whose shapes stay, and weights the sampled one
             self.alpha_model = torch.compile(self.method, **compile_options(args))
