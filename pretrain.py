@@ -107,13 +107,11 @@ FREE_FLAGS = {
     "workers",
     "resume",
     "checkpoint_minutes",
-    "bench",
-    "bench_json",
-    "profile",
     "resident_gb",
     "data_root",
     "device",
 }
+FREE_FLAGS |= {"bench", "bench_json", "profile"}
 
 
 def get_parser() -> Parser:
