@@ -441,12 +441,13 @@ class Checkpoint:
         try:
             state = read_tensors(self.path)
             told = json.loads(state["facts"])
+            known = told["facts"]
             if zlib.crc32(state["facts"].encode()) != state["crc"]:
                 raise ValueError("its facts were changed")
         except Exception as error:  # a damaged file fails in zipfile, pickle, json or torch
             raise self.damaged(error) from error
-        for what in sorted({*self.facts, *told["facts"]}):
-            have, want = told["facts"].get(what), self.facts.get(what)
+        for what in sorted({*self.facts, *known}):
+            have, want = known.get(what), self.facts.get(what)
             if have != want and UNKNOWN not in (have, want):
                 other = f"another {what}" if isinstance(want, (list, dict)) else f"{what} {have}, not {want}"
                 raise ValueError(
@@ -463,6 +464,6 @@ class Checkpoint:
 
     def damaged(self, error: Exception) -> ValueError:
         return ValueError(
-            f"'{self.path}' is damaged ({type(error).__name__}): delete it or pass --no-resume to start over, or "
+            f"'{self.path}' is damaged, or of another version ({type(error).__name__}): delete it or pass --no-resume to start over, or "
             "choose another --output-dir"
         )

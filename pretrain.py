@@ -213,6 +213,12 @@ def build_multi_crop(args: argparse.Namespace, images: Images, stats: tuple, dev
     return multi_crop
 
 
+def build_encoder(args: argparse.Namespace, arch: str | dict, stem: str) -> nn.Module:
+    """A ViT skips a tenth of its branches by default; --drop-path means nothing to others (ValueError)."""
+    drop_path = 0.1 * (describe(arch) in VITS) if args.drop_path is None else args.drop_path
+    return build_backbone(arch, stem, args.width, drop_path)[0]
+
+
 def build_method(
     args: argparse.Namespace,
     encoder: nn.Module,
@@ -637,11 +643,10 @@ def main(args: argparse.Namespace, images: Images | None = None) -> dict[str, fl
         multi_crop = build_multi_crop(args, images, stats, device)
         stem, what = stem_of(args, images), f"{describe(arch)} x{args.width:g}"
         torch.manual_seed(args.seed)
-        drop_path = 0.1 * (what.split()[0] in VITS) if args.drop_path is None else args.drop_path
-        encoder, feature_dim = build_backbone(arch, stem, args.width, drop_path)
+        encoder = build_encoder(args, arch, stem)
         if args.weights:
             load_weights(encoder, args.weights, f"{what} with the {stem} stem")
-        operations, heads = build_heads(args, feature_dim)
+        operations, heads = build_heads(args, encoder.feature_dim)
         method = build_method(args, encoder, heads, len(rows), multi_crop, device)
         if args.compile:
             method.compile(**compile_options(args))

@@ -282,7 +282,7 @@ class Search:
         if self.space:
             encoder = SearchBackbone(self.space, args.width, self.stem)
         else:
-            encoder, _ = models.build_backbone(self.arch, self.stem, args.width)
+            encoder = pretrain.build_encoder(args, self.arch, self.stem)
         if "heads" in args.space:
             spaces = METHODS[args.method].heads(encoder.feature_dim, args.out_dim)
             self.dims = {name: models.head_dims(*head) for name, head in spaces.items()}
@@ -574,9 +574,9 @@ def train(search: Search, monitor: Monitor, meter: Meter, checkpoint: Checkpoint
         for step in range(checkpoint.step, total):
             pretrain.seed_step(args.seed, step)
             lr = set_lr(search.optimizer, step, warmup, total)
-            if step >= search.warmup:
-                meter.add(step, lr, alpha_loss=search.alpha_step(step))
-            meter.add(step, lr, loss=search.weight_step(step))
+            losses = {"alpha_loss": search.alpha_step(step)} if step >= search.warmup else {}
+            losses["loss"] = search.weight_step(step)
+            meter.add(step, lr, **losses)
             meter.print(step)
             if (step + 1) % per_epoch == 0:
                 epoch, means, state = (step + 1) // per_epoch, meter.end_epoch(), search.state()
