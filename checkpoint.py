@@ -464,6 +464,6 @@ class Checkpoint:
 
     def damaged(self, error: Exception) -> ValueError:
         return ValueError(
-            f"'{self.path}' is damaged, or of another version ({type(error).__name__}): delete it or pass --no-resume to start over, or "
-            "choose another --output-dir"
+            f"'{self.path}' is damaged, or of another version ({type(error).__name__}): delete it or pass "
+            "--no-resume to start over, or choose another --output-dir"
         )
