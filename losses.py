@@ -295,12 +295,12 @@ class _DietLoss(torch.autograd.Function):
 # ---- what methods are made of ---------------------------------------------------------------------------------------
 
 # Keywords of several methods: type and help. Each keyword of a method's __init__ is a flag of the scripts.
-OutDim = Annotated[int | None, "dimensions of z, of dino outputs of its last layer; None is the method's own"]
+OutDim = Annotated[int | None, "dimensions of z, of dino outputs of its last layer; left out, the method's own"]
 Projector = Annotated[Literal["none", "mlp"], "none takes the loss on features, to ask what a projector adds"]
 Teacher = Annotated[Literal["none", "ema"], "where targets come from: the network itself, or its steadier average"]
 MomentumTeacher = Annotated[float, "share of the EMA teacher that a step keeps; nearer 1 for long runs, small batches"]
 Temperature = Annotated[float, "divides similarities or scores ahead of the softmax; lower makes hard cases count more"]
-QueueSize = Annotated[int | None, "embeddings kept of past batches; more for small batches; None fits it to the data"]
+QueueSize = Annotated[int | None, "embeddings kept of past batches; more for small batches; left out, it fits the data"]
 
 Heads = dict[str, nn.Module] | None
 
@@ -415,7 +415,6 @@ class Method(nn.Module):
     fixed_lr: float | None = None  # in place of lr, where it is the same at any batch
     constant_lr: tuple[str, ...] = ()  # parameters, by the start of their name, whose learning rate stays
     balance: tuple[float, float] | None = None  # lambda_gg, lambda_gl
-    separate_views = True  # two views are two batches to BN, see `separate`
     classifies_instances = False  # whether every training image is a class, and so has weights of its own
     sharded: tuple[str, ...] = ()  # parameters of which every rank holds its own rows
 
@@ -438,7 +437,7 @@ class Method(nn.Module):
     def separate(self, views: list[Tensor]) -> bool:
         """Whether each view is a batch of its own to BN: two views are, as in SimSiam's and MoCo's own code and in
         lightly's. Of more, those of one resolution are one to the encoder, and all to a head, as in 2210.02808."""
-        return self.separate_views and len(views) == 2
+        return len(views) == 2
 
     def add_teacher(self, *names: str) -> None:
         """A `momentum_copy` of each of these modules, as momentum_<name>."""
@@ -675,7 +674,7 @@ class SwAV(Method):
         n_images: int = 50_000,
         *,
         out_dim: OutDim = None,
-        prototypes: Annotated[int | None, "many more than classes; None is 3000, a tenth of the images at most"] = None,
+        prototypes: Annotated[int | None, "more than classes; left out: 3000, at most a tenth of the images"] = None,
         queue_size: QueueSize = None,
         temperature: Temperature = 0.1,
         epsilon: Annotated[float, "of Sinkhorn: lower makes codes harder; try .03 where the loss stays at ln K"] = 0.05,
@@ -760,10 +759,10 @@ class DINO(Method):
             tuple[float, float], "the teacher's, at first and after its warm-up; above .07 is unstable, .04 is safe"
         ] = (0.04, 0.07),
         teacher_warmup: Annotated[
-            float | None, "share of the run in which the teacher's temperature rises; None is .25, without BN .15"
+            float | None, "share of the run in which the teacher's temperature rises; left out: .25, without BN .15"
         ] = None,
         center_momentum: Annotated[float, "share of the centre that a step keeps; more for small batches"] = 0.9,
-        head_bn: Annotated[bool | None, "BN in the projector; None is as in the encoder, so a ViT's has none"] = None,
+        head_bn: Annotated[bool | None, "BN in the projector; left out, as in the encoder, so a ViT's has none"] = None,
     ):
         super().__init__(encoder)
         if head_bn is None:

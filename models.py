@@ -402,13 +402,13 @@ def build_backbone(
     """
     named = isinstance(arch, str)
     if named and arch not in ARCHS:
-        raise ValueError(f"unknown --arch '{arch}': choose from {', '.join(ARCHS)}")
+        raise ValueError(f"unknown architecture '{arch}': choose from {', '.join(ARCHS)}")
     if named and arch in VITS:
         heads = VITS[arch]["heads"]
         dim = heads * max(1, round(VITS[arch]["dim"] * width / heads))
         return ViT(dim, heads, stem=stem, drop_path=drop_path), dim
     if drop_path:
-        raise ValueError(f"--drop-path {drop_path:g} means nothing to {describe(arch)}: it is for a ViT")
+        raise ValueError(f"a drop path of {drop_path:g} means nothing to {describe(arch)}: it is for a ViT")
     spec = BACKBONES[arch] if named else check_arch(arch)
     network = NETWORKS[spec["block"]]
     if not named or width > 8:  # anyone's numbers: how large would it be?

@@ -54,7 +54,7 @@ Pair = tuple[float, float] | None
 Triple = tuple[float, float, float] | None  # of the first global view, the second, the locals
 
 
-def multi_crop(
+def multi_crop_recipe(
     boundary: float,
     share: float,  # of a local view's edge in a global one's
     n: int,
@@ -83,15 +83,15 @@ RECIPES = {
     "simclr": Recipe((_simclr, _simclr)),  # 2002.05709 appendix B.9
     "moco": Recipe((_simclr, _simclr)),  # 2003.04297
     # 2210.02808: baselines for CNNs and ViTs with 96 px to 224, then SSLight's with 128; other sizes in proportion
-    "dino": multi_crop(0.14, 96 / 224, 6),
-    "dino-vit": multi_crop(0.25, 96 / 224, 10),
-    "swav": multi_crop(0.14, 96 / 224, 6, **_swav),
-    "sslight-cnn": multi_crop(0.3, 128 / 224, 6, (0.4, 0.6)),
-    "sslight-vit": multi_crop(0.3, 128 / 224, 10, (0.4, 0.6)),
-    "sslight-swav": multi_crop(0.3, 128 / 224, 6, (0.4, 0.6), **_swav),
+    "dino": multi_crop_recipe(0.14, 96 / 224, 6),
+    "dino-vit": multi_crop_recipe(0.25, 96 / 224, 10),
+    "swav": multi_crop_recipe(0.14, 96 / 224, 6, **_swav),
+    "sslight-cnn": multi_crop_recipe(0.3, 128 / 224, 6, (0.4, 0.6)),
+    "sslight-vit": multi_crop_recipe(0.3, 128 / 224, 10, (0.4, 0.6)),
+    "sslight-swav": multi_crop_recipe(0.3, 128 / 224, 6, (0.4, 0.6), **_swav),
     # as published CIFAR benchmarks have them: no locals, which would be of 12 px, and SwAV's colours half as strong
-    "dino-small": multi_crop(0.14, 1, 0, blur=_never),
-    "swav-small": multi_crop(0.14, 1, 0, jitter=(0.4, 0.4, 0.4, 0.1), blur=_never, solarize=_never),
+    "dino-small": multi_crop_recipe(0.14, 1, 0, blur=_never),
+    "swav-small": multi_crop_recipe(0.14, 1, 0, jitter=(0.4, 0.4, 0.4, 0.1), blur=_never, solarize=_never),
     # 2406.10743: one view; strengths 0 (none), 1 (crop and flip), 2 (and colours), 3 (and blur and erasing)
     "diet": Recipe((_diet,), blur_above=0),
     "diet-2": Recipe((_diet_2,)),
@@ -145,7 +145,7 @@ def adjust(
     views = []
     for k, view in enumerate((first, second, local)):
         scale, size = (global_scale, global_size) if k < 2 else (local_scale, local_size)
-        view = view._replace(scale=tuple(scale or view.scale), size=size or view.size)  # a flag's scale is a list
+        view = view._replace(scale=tuple(scale or view.scale), size=size or view.size)
         view = view._replace(blur=blur[k]) if blur else view
         views.append(view._replace(solarize=solarize[k]) if solarize else view)
     n_globals = len(recipe.globals) if views_per_image is None else views_per_image

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -205,6 +206,9 @@ def test_a_checkpoint_that_does_not_fit_is_left_alone(pretrained, tmp_path, caps
     said, status = refused(capsys, pretrain, *TINY, "--output-dir", tmp_path)
     assert "is damaged, or of another version" in said and "--no-resume" in said and status == 1
     assert (tmp_path / "checkpoint.pth").stat().st_size == len(whole) // 2
+    facts = json.dumps({"flags": {}, "epoch": 3, "step": 0})  # of a version before this one
+    torch.save({"facts": facts, "crc": zlib.crc32(facts.encode())}, tmp_path / "checkpoint.pth")
+    assert "of another version" in refused(capsys, pretrain, *TINY, "--output-dir", tmp_path)[0]
     run(pretrain, tmp_path, "--no-resume")
     assert saved(tmp_path)["step"] == 24
 

@@ -56,10 +56,8 @@ def test_torchvisions_model_loads_the_state_dict_and_gives_the_same_features(arc
     ours, feature_dim = build_backbone(arch)
     vit = torchvision.models.VisionTransformer(224, 16, 12, 3, 192, 768) if arch == "vit_tiny" else None
     theirs = vit or torchvision.models.get_model(arch)
-    result = theirs.load_state_dict(randomise_norms(ours).state_dict(), strict=False)
-    assert not result.unexpected_keys
-    assert all(key.startswith(("fc.", "classifier.", "heads.")) for key in result.missing_keys)
     theirs.fc = theirs.classifier = theirs.heads = nn.Identity()
+    theirs.load_state_dict(randomise_norms(ours).state_dict())
     x = torch.randn(2, 3, *[224 if vit else 64] * 2)
     with torch.no_grad():
         h = ours.eval()(x)
@@ -117,7 +115,7 @@ def test_drop_path_skips_branches_of_some_images_in_the_student_alone():
     teacher = momentum_copy(vit).train()
     torch.testing.assert_close(teacher(x), vit.eval()(x)[:1].expand(64, -1))
     assert vit.state_dict().keys() == build_backbone("vit_tiny", "small", 1 / 3)[0].state_dict().keys()
-    with pytest.raises(ValueError, match=r"--drop-path 0\.1 means nothing to resnet18"):
+    with pytest.raises(ValueError, match=r"drop path of 0\.1 means nothing to resnet18"):
         build_backbone("resnet18", drop_path=0.1)
 
 
@@ -181,7 +179,7 @@ def test_any_other_architecture_is_refused_in_one_line(arch, wrong, data):
 
 
 def test_networks_of_no_name_or_too_large_and_heads_of_other_layers_are_refused():
-    with pytest.raises(ValueError, match="unknown --arch 'resnet19': choose from resnet18"):
+    with pytest.raises(ValueError, match="unknown architecture 'resnet19': choose from resnet18"):
         build_backbone("resnet19")
     largest = {"depth": [64] * 4, "inner": [64] * 4, "kernel": [31] * 4}
     with pytest.raises(ValueError, match="parameters, more than 2,000,000,000"):

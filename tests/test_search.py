@@ -9,7 +9,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import BOTH, TINY, arguments, load, refused, run
+from conftest import BOTH, TINY, arguments, build, load, refused, run
+from torchvision.ops import StochasticDepth
 
 import compare
 import linear_eval
@@ -118,6 +119,16 @@ def test_dead_alphas_are_named(tmp_path):
         g[[0, 69]] = 0
     s.gradients.steps[0][5] = 0
     assert s.gradients.dead(s.alpha_names()) == [f"projector 1 {next(iter(OPS))}", f"predictor 4 {list(OPS)[-1]}"]
+
+
+def test_a_search_has_the_encoder_that_its_flags_name_and_counts_a_step_once(tmp_path):
+    s = make(tmp_path, "--arch", "vit_tiny", "--drop-path", 0.3)
+    rates = [m.p for m in s.method.encoder.modules() if isinstance(m, StochasticDepth)]
+    assert max(rates) == pytest.approx(0.3) and len(set(rates)) == 11
+    built, counted = build(search, tmp_path / "run"), []
+    built.meter.restart = lambda: counted.append(built.meter.steps)  # at an epoch's end
+    search.train(**vars(built))
+    assert counted == [4, 8, 12]
 
 
 # ---- cost -----------------------------------------------------------------------------------------------------------
@@ -327,8 +338,6 @@ def test_wrong_searches_are_told_in_one_line(tmp_path, capsys):
 
 
 def test_weights_are_where_pretraining_starts(found_both, tmp_path):
-    from conftest import build
-
     folder, _ = found_both
     flags = ["--arch", folder / "arch.json", "--weights", folder / "backbone.pth", "--image-size", 16]
     method = build(pretrain, tmp_path, *flags, "--method", "moco").method
