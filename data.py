@@ -27,6 +27,7 @@ from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from launch import barrier, is_main, memory_format
+from losses import ranks
 from views import MultiCrop
 
 
@@ -396,7 +397,7 @@ class Batches:
     shuffle: bool = True  # each epoch in an order of its own; else always that of the rows
 
     def __post_init__(self, trained_on: Tensor):
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, world = ranks()
         share = self.batch_size // world
         self.share = slice(rank * share, (rank + 1) * share)
         self.steps_per_epoch = len(trained_on) // self.batch_size

@@ -36,15 +36,11 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import load_backbone
 from data import Images, Stream, decoded, in_turn, load_data, to_device
 from launch import Parser, data_flags, is_main, memory_format, say, setup, synced, user_errors
-from losses import gather
+from losses import gather, ranks
 from models import ARCHS, ViT, build_backbone, describe
 from views import CROP_AND_FLIP, MultiCrop
 
 # ---- frozen features ------------------------------------------------------------------------------------------------
-
-
-def rank_and_world() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 @torch.no_grad()
@@ -59,7 +55,7 @@ def extract(
     training = backbone.training
     backbone.eval()
     forward = forward or backbone
-    rank, world = rank_and_world()
+    rank, world = ranks()
     if rows is None:
         rows = torch.arange(len(pixels), device=pixels.device)
     share = math.ceil(len(rows) / world)
@@ -250,7 +246,7 @@ def classifier(backbone, facts, images: Images, rows: Tensor, lr, epochs, device
     """A copy of the backbone with a linear classifier, all of it trained on some rows: crops and flips, SGD with
     Nesterov momentum, no weight decay, cosine (2210.02808). The classifier starts at 0 and has 10 times the rate."""
     rng = np.random.default_rng(seed)
-    rank, world = rank_and_world()
+    rank, world = ranks()
     head = nn.Linear(backbone.feature_dim, len(images.classes))
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
@@ -373,7 +369,7 @@ def measure(
         bank, query = h[:, -backbone.feature_dim :], h_test[:, -backbone.feature_dim :]  # a ViT's last block
         row = {"labels": len(rows), "images": len(train.pixels)}
         row["knn"] = knn_accuracy(bank, labels, query, test_labels, knn_k, knn_t)
-        rng = np.random.default_rng(seed + rank_and_world()[0])  # every rank crops its own share
+        rng = np.random.default_rng(seed + ranks()[0])  # every rank crops its own share
         augmented = partial(new_crops, rng, rows) if augment else None
         row.update(linear_probe(h, labels, h_test, test_labels, augmented=augmented, epochs=epochs, seed=seed))
         smallest = labels.bincount(minlength=len(train.classes)).min().item()

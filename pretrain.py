@@ -39,7 +39,7 @@ from checkpoint import UNKNOWN, Checkpoint, load_arch, load_heads, load_weights,
 from data import HELD_OUT, Batches, Images, Stream, channel_stats, decoded, fingerprint, load_data, split_images
 from launch import Meter, Parser, barrier, dashed, given, is_main, memory_format, say, user_errors
 from linear_eval import extract, knn_accuracy
-from losses import METHODS, Method
+from losses import METHODS, Method, ranks
 from models import ARCHS, VITS, build_backbone, build_head, describe, head_dims
 from optim import clip_gradients, distributed, optimizer_of, set_lr, warmup_steps
 from views import RECIPES, MultiCrop, adjust
@@ -384,8 +384,7 @@ def warn(method: Method, facts: dict[str, float], loss: float, batch_size: int, 
 
 
 def machine(args: argparse.Namespace, device: torch.device) -> str:
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    return f"{ranks} x {device.type}{', bf16' * args.amp}{', compiled' * args.compile}"
+    return f"{ranks()[1]} x {device.type}{', bf16' * args.amp}{', compiled' * args.compile}"
 
 
 def announce(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: int) -> None:
@@ -543,7 +542,7 @@ def write_bench(args: argparse.Namespace, figures: dict, device: torch.device, c
     cpu = platform.processor() or platform.machine()
     where = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
-        "ranks": dist.get_world_size() if dist.is_initialized() else 1,
+        "ranks": ranks()[1],
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "command": command,
@@ -574,8 +573,7 @@ def profiler_of(args: argparse.Namespace, folder: Path) -> torch.profiler.profil
 def seed_step(seed: int, step: int) -> None:
     """For what networks draw themselves in a step, as a ViT's skipped branches: a function of the seed, the step and
     the rank, so that a run resumes from its step."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, ranks()[0])).generate_state(1)[0]))
 
 
 def train(

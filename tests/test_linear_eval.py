@@ -154,7 +154,7 @@ def test_features_are_those_of_normalised_images_in_eval_mode_and_ranks_share_th
     shares = []
     monkeypatch.setattr(linear_eval, "gather", lambda part: shares.append(part) or part[None])
     for rank in range(3):
-        monkeypatch.setattr(linear_eval, "rank_and_world", lambda rank=rank: (rank, 3))
+        monkeypatch.setattr(linear_eval, "ranks", lambda rank=rank: (rank, 3))
         extract(backbone, images.pixels, **FACTS, device=CPU, rows=rows)
     assert [len(part) for part in shares] == [2, 2, 2]
     torch.testing.assert_close(torch.cat(shares)[:5], h)
