@@ -51,8 +51,8 @@ OF_A_VIT = Settings("adamw", 5e-4, 0.04, 2.5e-6, 0.4)
 OTHERS = {"sgd": (0.12, 5e-4), "adamw": (1e-3, 0.05), "lars": (0.48, 1e-6)}  # where --optimizer is not the method's
 
 
-# Batches below the smallest of published CIFAR runs take its rate: with half of it, at 64, short runs learned 2 points
-# less (results/README.md).
+# Batches below the smallest of published CIFAR runs take its rate, but no more than twice what linear scaling gives: with
+# half of it, at 64, short runs learned 2 points less (results/README.md); still smaller ones were not measured.
 SMALLEST_BATCH = 128
 
 
@@ -65,8 +65,8 @@ def settings_of(method: nn.Module, args: argparse.Namespace) -> Settings:
     if args.optimizer and args.optimizer != settings.optimizer:
         settings = Settings(args.optimizer, *OTHERS[args.optimizer])
     if method.fixed_lr is None or settings.optimizer != method.optimizer:
-        least = max(1.0, SMALLEST_BATCH / args.batch_size)
-        settings = settings._replace(lr=settings.lr * least, final_lr=settings.final_lr * least)
+        above_linear = min(2.0, max(1.0, SMALLEST_BATCH / args.batch_size))
+        settings = settings._replace(lr=settings.lr * above_linear, final_lr=settings.final_lr * above_linear)
     flags = {name: getattr(args, name) for name in Settings._fields[1:]}
     return settings._replace(**{name: value for name, value in flags.items() if value is not None})
 

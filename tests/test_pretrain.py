@@ -225,7 +225,7 @@ def settings(tmp_path, *flags):
 def test_defaults_are_the_fields(tmp_path):
     assert settings(tmp_path, "--batch-size", 512)[:3] == ("sgd", pytest.approx(0.03), 5e-4)  # 2011.10566 on CIFAR
     assert settings(tmp_path, "--batch-size", 128)[1] * 128 / 256 == pytest.approx(0.06)
-    for batch, rate in ((256, 0.12), (128, 0.06), (64, 0.06)):  # lightly's smallest batch is 128
+    for batch, rate in ((256, 0.12), (128, 0.06), (64, 0.06), (16, 0.015)):  # lightly's smallest batch is 128
         flags = "--method", "simclr", "--batch-size", batch
         assert settings(tmp_path, *flags)[1] * batch / 256 == pytest.approx(rate)
         assert settings(tmp_path, *flags, "--lr", 1)[:2] == ("sgd", 1)
