@@ -51,8 +51,8 @@ OF_A_VIT = Settings("adamw", 5e-4, 0.04, 2.5e-6, 0.4)
 OTHERS = {"sgd": (0.12, 5e-4), "adamw": (1e-3, 0.05), "lars": (0.48, 1e-6)}  # where --optimizer is not the method's
 
 
-# Batches below the smallest of published CIFAR runs take its rate, but no more than twice what linear scaling gives: with
-# half of it, at 64, short runs learned 2 points less (results/README.md); still smaller ones were not measured.
+# Batches below the smallest of published CIFAR runs take its rate, but no more than twice what linear scaling gives:
+# with half of it, at 64, short runs learned 2 points less (results/README.md); still smaller ones were not measured.
 SMALLEST_BATCH = 128
 
 
