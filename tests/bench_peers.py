@@ -16,12 +16,14 @@ and us take turns; a figure is the median over rounds of the ratio within a roun
 """
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -29,8 +31,6 @@ from bench_views import iter_forever, race
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_pil_image
-
-import optim
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import pretrain
@@ -151,19 +151,20 @@ def whole_step(batch: int = 128, steps: int = 30, rounds: int = 5) -> None:
             optimizer.step()
 
     def our_steps(*more: str) -> Callable[[], None]:
-        args = pretrain.get_parser().parse_args([*flags.split(), "--bench", *more])
-        run = pretrain.Run(args)
-        ours = optim.optimizer_of(list(run.method.named_parameters()), run.method, args)
+        args = pretrain.get_parser().parse_args([*flags.split(), "--no-resume", *more])
+        with patch.object(pretrain, "train", side_effect=StopIteration) as train, contextlib.suppress(StopIteration):
+            pretrain.main(args)
+        args, method, batches, ours, *_, device = train.call_args.args  # what the loop would have had
 
         def take():
             for step in range(steps):
-                images, index = run.batch(run.parts[0], step, (0, step))
-                with run.autocast():
-                    loss = run.method(images, index)
+                images, index = batches(step)
+                with pretrain.autocast(args, device):
+                    loss = method(images, index)
                 loss.backward()
                 ours.step()
                 ours.zero_grad()
-                run.method.after_step(0.0)
+                method.after_step(0.0)
 
         return take
 
