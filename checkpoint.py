@@ -69,19 +69,20 @@ def write_atomic(text: str, path: Path, sync: bool = True) -> None:
         file.write(text.encode())
 
 
-def lock(folder: Path) -> int:
-    """A handle on a folder that one process can have at a time; gone with the process, however that ends. Raises
-    ValueError where another has it. Where there are no such locks (Windows, some network drives), nothing is held."""
-    handle = os.open(folder, os.O_RDONLY)
+def lock(path: Path, wait: bool = False) -> int | None:
+    """A handle on a file, made where it is missing, that one process can have at a time, on any of the machines that
+    see it; close it to let go. Gone with the process, however that ends. None where another process has it; with `wait`
+    we wait for that. Where a file system has no locks, which stderr then says, everyone gets a handle."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
-        import fcntl
+        import fcntl  # which Windows has not
 
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
         os.close(handle)
-        raise ValueError(f"another process is at work in '{folder}': wait for it, or choose another folder") from error
-    except (ImportError, OSError):
-        pass
+        return None
+    except (ImportError, OSError) as error:
+        print(f"no file locks at '{path}' ({error}): run one process there at a time", file=sys.stderr)
     return handle
 
 
@@ -350,7 +351,9 @@ class Checkpoint:
     def __enter__(self) -> "Checkpoint":
         if is_main():
             with user_errors():
-                self.handle = lock(self.folder)
+                self.handle = lock(self.folder / ".lock")
+                if self.handle is None:
+                    raise ValueError(f"another process is at work in '{self.folder}': wait, or choose another folder")
                 if not self.resume:
                     self.path.unlink(missing_ok=True)
         self.handlers = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}

@@ -468,6 +468,9 @@ MOBILENET_CHOICES = {"depth": (1, 2, 3, 4), "inner": (2.0, 4.0, 6.0), "kernel": 
 # ResNet18 and MobileNetV2 are points of their spaces; ResNet50, with its stage of 6 blocks, is not.
 SPACES: dict[str, Space] = {
     "resnet": Space("resnet18", (0, 1, 2, 3), RESNET_CHOICES),
+    "resnetk1": Space(
+        "resnet18", (0, 1, 2, 3), {"depth": (1, 2, 3, 4), "inner": (0.25, 0.5, 1.0), "kernel": (1, 3, 5)}
+    ),
     "bottleneck": Space("resnet50", (0, 1, 2, 3), RESNET_CHOICES),
     "mobilenet": Space("mobilenet_v2", (1, 2, 3, 4, 5), MOBILENET_CHOICES),
 }
