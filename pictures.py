@@ -1,4 +1,6 @@
-"""Pictures of a search as SVG text: draw_heads, draw_backbone and draw_scores. Plain data in, a string out."""
+"""Pictures as SVG text, of a search: draw_heads, draw_backbone; of a study: draw_scores, draw_matrices, draw_costs.
+
+Plain data in, a string out."""
 
 import math
 from itertools import cycle
@@ -147,3 +149,87 @@ def draw_scores(scores: dict[str, dict[str, list[float]]], title: str) -> str:
             mean = sum(values[row]) / len(values[row])
             svg.append(f'<path d="M{at(mean):.1f} {y - 9} v18" stroke="black" stroke-width="2"/>')
     return _svg(left + len(scores) * (panel + 60) + 10, bottom + 30, svg)
+
+
+def draw_matrices(panels: dict[str, tuple], title: str, scale: tuple[float, float], digits: int) -> str:
+    """SVG: tables of numbers, each in a square of its colour: {panel: (rows' names, columns' names, numbers)}. scale:
+    the number that is white or, where below 0, orange; the one that is blue."""
+    cell, gap = 34, 30
+    svg = [f'<text x="20" y="26" font-size="15">{escape(title)}</text>']
+    x0, bottom = 20, 0
+    for panel, (rows, columns, values) in panels.items():
+        left = x0 + 6.6 * max(map(len, rows)) + 10
+        top = 64 + 5.2 * max(map(len, columns))
+        svg.append(f'<text x="{x0}" y="50" font-weight="bold">{escape(panel)}</text>')
+        for c, name in enumerate(columns):
+            x = left + cell * (c + 0.6)
+            svg.append(f'<text transform="translate({x:.0f} {top - 6:.0f}) rotate(-50)">{escape(name)}</text>')
+        for r, (name, numbers) in enumerate(zip(rows, values)):
+            y = top + cell * r
+            svg.append(f'<text x="{left - 6:.0f}" y="{y + 21:.0f}" text-anchor="end">{escape(name)}</text>')
+            for c, value in enumerate(numbers):
+                x, (fill, ink) = left + cell * c, shade(value, scale)
+                svg.append(f'<rect x="{x:.0f}" y="{y:.0f}" width="{cell - 1}" height="{cell - 1}" fill="{fill}"/>')
+                text = f"{value:.{digits}f}".replace("0.", ".") if digits else f"{value:.0f}"
+                svg.append(
+                    f'<text x="{x + cell / 2:.0f}" y="{y + 21:.0f}" font-size="11" text-anchor="middle" '
+                    f'fill="{ink}">{text}</text>'
+                )
+        bottom = max(bottom, top + cell * len(rows))
+        x0 = left + cell * len(columns) + gap + 5 * max(map(len, columns))
+    return _svg(max(x0, 8 * len(title)), bottom + 20, svg)
+
+
+def shade(value: float, scale: tuple[float, float]) -> tuple[str, str]:
+    """(background, ink): white at 0, or at the scale's beginning, then blue; orange below 0. Grey where it is nan."""
+    if math.isnan(value):
+        return "#dddddd", "black"
+    low, high = scale
+    share = value / high if low < 0 else (value - low) / (high - low)
+    end = (0, 90, 160) if share >= 0 else (200, 90, 0)
+    share = min(1.0, abs(share))
+    red, green, blue = (round(255 - share * (255 - channel)) for channel in end)
+    return f"#{red:02x}{green:02x}{blue:02x}", "white" if share > 0.6 else "black"
+
+
+SERIES_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#999999"]
+
+
+def draw_costs(series: dict[str, list[tuple[float, float]]], title: str) -> str:
+    """SVG: accuracy in % over MMACs on a log scale, {series: [(MMACs, accuracy), ...]}, and each series' Pareto front."""
+    width, height, left, top = 620, 330, 60, 64
+    points = [point for of in series.values() for point in of]
+    x_low, x_high = (math.log2(f(x for x, _ in points)) for f in (min, max))
+    y_low, y_high = math.floor(min(y for _, y in points)), math.ceil(max(y for _, y in points) + 1e-9)
+    x_low, x_high = x_low - 0.1, x_high + 0.1
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = (math.log2(x) - x_low) / (x_high - x_low)
+        return left + width * across, top + height * (1 - (y - y_low) / (y_high - y_low))
+
+    svg = [f'<text x="20" y="26" font-size="15">{escape(title)}</text>']
+    svg.append(f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#bbb"/>')
+    step = next(s for s in (1, 2, 5, 10, 20, 50, 100) if (y_high - y_low) / s <= 8)
+    for y in range(-(-y_low // step) * step, y_high + 1, step):
+        _, row = at(1, y)
+        svg.append(f'<path d="M{left} {row:.1f} h{width}" stroke="#eee"/>')
+        svg.append(f'<text x="{left - 8}" y="{row + 4:.1f}" text-anchor="end" fill="#666">{y} %</text>')
+    for k in range(math.ceil(x_low), math.floor(x_high) + 1):
+        column, _ = at(2.0**k, y_low)
+        svg.append(f'<path d="M{column:.1f} {top} v{height}" stroke="#eee"/>')
+        svg.append(f'<text x="{column:.1f}" y="{top + height + 17}" text-anchor="middle" fill="#666">{2.0**k:g}</text>')
+    svg.append(f'<text x="{left + width / 2}" y="{top + height + 36}" text-anchor="middle">MMACs an image</text>')
+    for n, (name, of) in enumerate(series.items()):
+        colour, front = SERIES_COLOURS[n % len(SERIES_COLOURS)], []
+        for x, y in sorted(of):
+            column, row = at(x, y)
+            svg.append(f'<circle cx="{column:.1f}" cy="{row:.1f}" r="3.5" fill="{colour}" fill-opacity="0.5"/>')
+            if not front or y > front[-1][1]:
+                front.append((x, y))
+        path = " ".join("{:.1f},{:.1f}".format(*at(*point)) for point in front)
+        svg.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        x = left + 160 * n
+        svg.append(
+            f'<circle cx="{x + 5}" cy="46" r="5" fill="{colour}"/><text x="{x + 16}" y="50">{escape(name)}</text>'
+        )
+    return _svg(max(left + width, 8 * len(title)) + 30, top + height + 50, svg)

@@ -22,7 +22,10 @@ import launch  # ahead of torch: it says how threads wait
 
 import argparse
 import contextlib
+import csv
+import io
 import json
+import math
 import os
 import random
 import re
@@ -33,6 +36,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 import linear_eval
@@ -43,6 +47,7 @@ from data import Images, load_data
 from launch import Parser, say, user_errors
 from losses import METHODS
 from models import ARCHS, BACKBONES, SPACES, build_backbone, describe, random_head
+from pictures import draw_costs, draw_matrices, draw_scores
 from search import parse_target
 
 # ---- networks -------------------------------------------------------------------------------------------------------
@@ -239,15 +244,15 @@ def dataset(source: str) -> str:
 
 
 def runs_of(networks: list[Network], seeds: int, folder: Path) -> list[Run]:
-    """Each network once, whatever names it; those of one seed together. One that is not trained has no seeds."""
-    unique = {network.name: network for network in reversed(networks)}
-    names = [name for name in dict.fromkeys(network.name for network in networks)]
+    """Each network once, whatever names it, in their order. One that is not trained has no seeds."""
+    unique: dict[str, Network] = {}
+    for network in networks:
+        unique.setdefault(network.name, network)
     runs = []
-    for seed in range(seeds):
-        for name in names:
-            if unique[name].trained or seed == 0:
-                place = re.sub(r"[^a-z0-9.]+", "-", name.lower())
-                runs.append(Run(unique[name], seed, folder / "runs" / f"{place}-seed{seed}"))
+    for name, network in unique.items():
+        for seed in range(seeds if network.trained else 1):
+            place = re.sub(r"[^a-z0-9.]+", "-", name.lower())
+            runs.append(Run(network, seed, folder / "runs" / f"{place}-seed{seed}"))
     return runs
 
 
@@ -366,6 +371,432 @@ def progress(run: Run, runs: list[Run], sources: list[str], begun: float, before
     say(f"{line}; {left / 3600:.1f} h left")
 
 
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+
+def write_table(folder: Path) -> Path:
+    """study.csv, a line a run, sorted: what it is, what is known of it without labels, and its accuracies in % as
+    '<data set> kNN' and '<data set> linear'. Where there are no runs the study.csv that is there stays."""
+    path = folder / "study.csv"
+    rows = [json.loads(file.read_text()) for file in sorted((folder / "runs").glob("*/row.json"))]
+    if not rows:
+        if path.exists():
+            return path
+        raise FileNotFoundError(f"there is nothing to report in '{folder}'")
+    sets = sorted({name for row in rows for name in row.get("scores", {})})
+    lines = []
+    for row in sorted(rows, key=lambda row: (row["family"], row["network"], row["seed"])):
+        seconds = dict(row.get("seconds", {}))
+        line = {name: row.get(name) for name in ("network", "family", "arch", "width", "heads", "parameters", "macs")}
+        line |= {name: row.get(name) for name in ("seed", *LABEL_FREE, "knn", "error")}
+        line |= {name: json.dumps(line[name]) for name in ("arch", "heads")}
+        line |= {"train s": seconds.pop("train", None), "measure s": sum(seconds.values())}
+        line |= {"torch": row.get("versions", {}).get("torch")}
+        for name, measure in product(sets, ("knn", "linear")):
+            score = row.get("scores", {}).get(name, {}).get(measure)
+            line[f"{name} {measure}"] = None if score is None else round(100 * score, 4)
+        lines.append(line)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_atomic(text.getvalue(), path)
+    return path
+
+
+def read_table(path: str | Path) -> list[dict]:
+    """The lines of a study.csv: numbers as such, architectures as plain data, None where there is nothing."""
+    with open(path, newline="") as file:
+        lines = list(csv.DictReader(file))
+    for line in lines:
+        for name, text in line.items():
+            if name in ("arch", "heads"):
+                line[name] = json.loads(text)
+            elif name not in ("network", "family", "error", "torch"):
+                line[name] = float(text) if text else None
+    return lines
+
+
+def lookup(path: str | Path) -> dict[str, dict[str, tuple[float, float, int]]]:
+    """A tabular benchmark: {key(arch, width): {column: (mean, standard deviation over seeds, seeds)}} of a study.csv,
+    in which a search strategy is tried in seconds. arch, width: as in the table; columns: those of numbers."""
+    values: dict[str, dict[str, list[float]]] = {}
+    for line in read_table(path):
+        if line["heads"] is None:
+            of_network = values.setdefault(key(line["arch"], line["width"]), {})
+            for name, value in line.items():
+                if isinstance(value, float) and name != "seed":
+                    of_network.setdefault(name, []).append(value)
+    return {
+        k: {name: (np.mean(v), np.std(v, ddof=1) if len(v) > 1 else math.nan, len(v)) for name, v in of.items()}
+        for k, of in values.items()
+    }
+
+
+def key(arch: str | dict, width: float) -> str:
+    return json.dumps([arch, width])
+
+
+# ---- statistics: x, y (n,), float64 ---------------------------------------------------------------------------------
+
+Z = 1.959964  # of a normal distribution 95 % lie within so many standard deviations
+
+
+def ranks_of(x: np.ndarray) -> np.ndarray:
+    """1 for the least; ties share their mean rank."""
+    _, where, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[where]
+
+
+def interval(r: float, variance: float) -> tuple[float, float, float]:
+    """(r, low, high) of a correlation, whose atanh has that variance: 95 %."""
+    half = Z * math.sqrt(variance)
+    centre = math.atanh(min(max(r, -0.999999), 0.999999))
+    return r, math.tanh(centre - half), math.tanh(centre + half)
+
+
+def pearson(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
+    """With Fisher's interval; nan where one of them is constant."""
+    if np.ptp(x) == 0 or np.ptp(y) == 0 or len(x) < 4:
+        return math.nan, math.nan, math.nan
+    return interval(np.corrcoef(x, y)[0, 1], 1 / (len(x) - 3))
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
+    """With Bonett and Wright's interval (Psychometrika 65, 2000)."""
+    r, *_ = pearson(ranks_of(x), ranks_of(y))
+    return interval(r, (1 + r**2 / 2) / (len(x) - 3)) if not math.isnan(r) else (r, r, r)
+
+
+def kendall(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
+    """tau-b with Fieller's interval (Biometrika 44, 1957)."""
+    a, b = (np.sign(v[:, None] - v) for v in (x, y))
+    pairs = math.sqrt((a * a).sum() * (b * b).sum())
+    if pairs == 0 or len(x) < 5:
+        return math.nan, math.nan, math.nan
+    return interval((a * b).sum() / pairs, 0.437 / (len(x) - 4))
+
+
+def spreads(y: np.ndarray) -> tuple[float, float]:
+    """Standard deviations (between networks, residual) of accuracies (K networks, S seeds), by two-way analysis of
+    variance: what the seeds have in common is taken out, as is from the former what the residual adds to it. Where
+    the former is near 0, or far below the latter, no search can find a better network than chance does."""
+    networks, seeds = y.shape
+    means = y.mean(1)
+    residual = y - means[:, None] - y.mean(0) + y.mean()
+    within = (residual**2).sum() / ((networks - 1) * (seeds - 1))
+    return math.sqrt(max(0.0, means.var(ddof=1) - within / seeds)), math.sqrt(within)
+
+
+def improvement(found: np.ndarray, random: np.ndarray) -> tuple[float, float, float]:
+    """Relative improvement in % of a network's accuracies (S seeds,) over the mean of random ones' (K, S), and its 95 %
+    interval for other seeds and other random networks: within^2 / S + between^2 / K + within^2 / (K S)."""
+    between, within = spreads(random)
+    networks, seeds = random.shape
+    variance = within**2 / len(found) + between**2 / networks + within**2 / (networks * seeds)
+    ri, half = 100 * (found.mean() / random.mean() - 1), 100 * Z * math.sqrt(variance) / random.mean()
+    return ri, ri - half, ri + half
+
+
+def regrets(y: np.ndarray, resamples: int = 1000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(mean (D, D), its standard error (D, D)) of what choosing by scenario a costs on b, in points, of accuracies
+    (K networks, S seeds, D scenarios).
+
+    Networks are chosen by the scores of all seeds but one, on a and on b, and compared on b by the seed that is left
+    out, in turn: the best of many noisy scores is not as good as it looks. The errors are those of other networks,
+    by bootstrap.
+    """
+    networks, seeds, _ = y.shape
+
+    def cost(rows: np.ndarray) -> np.ndarray:
+        total = 0
+        for out in range(seeds):
+            chosen = rows[np.delete(y[rows], out, 1).mean(1).argmax(0)]  # (D,): the best by each scenario
+            scores = y[chosen, out]  # (D by which it is chosen, D on which it is seen)
+            total = total + scores.diagonal() - scores
+        return total / seeds
+
+    rng = np.random.default_rng(seed)
+    again = [cost(rng.integers(networks, size=networks)) for _ in range(resamples)]
+    return cost(np.arange(networks)), np.std(again, 0)
+
+
+def effects(columns: dict[str, np.ndarray], y: np.ndarray) -> dict[str, tuple[float, float]]:
+    """(points a step, standard error) of each choice on accuracy (K,), by least squares over all that vary. A step: to
+    the next of the values that a choice has, on average."""
+    columns = {name: x for name, x in columns.items() if np.ptp(x) > 0}
+    steps = {name: np.diff(np.unique(x)).mean() for name, x in columns.items()}
+    x = np.stack([np.ones(len(y)), *(v / steps[name] for name, v in columns.items())], 1)
+    fit, _, rank, _ = np.linalg.lstsq(x, y, rcond=None)
+    free = len(y) - x.shape[1]
+    if rank < x.shape[1] or free < 1:
+        return {}
+    error = np.sqrt(((y - x @ fit) ** 2).sum() / free * np.diag(np.linalg.inv(x.T @ x)))
+    return dict(zip(columns, zip(fit[1:], error[1:])))
+
+
+# ---- the report -----------------------------------------------------------------------------------------------------
+
+
+class Population(NamedTuple):
+    """Networks that are compared with each other: ResNets, MobileNets, the random ones of a space."""
+
+    lines: list[dict]  # of each of K networks the first in the table
+    accuracy: np.ndarray  # (K, S seeds, D scenarios), in %
+    label_free: dict[str, np.ndarray]  # (K,), means over seeds
+
+    @property
+    def means(self) -> np.ndarray:  # (K, D), over seeds
+        return self.accuracy.mean(1)
+
+    @property
+    def overall(self) -> np.ndarray:  # (K,): the mean over scenarios
+        return self.means.mean(1)
+
+    def facts(self, name: str) -> np.ndarray:
+        return np.array([line[name] for line in self.lines], float)
+
+    def choices(self) -> dict[str, np.ndarray]:
+        """What each network has chosen, numbers (K,) by name; of one kind of blocks."""
+        columns = {"width": self.facts("width")}
+        for field in models.FIELDS:
+            for stage, values in enumerate(zip(*(line["arch"][field] for line in self.lines))):
+                columns[f"{field} of stage {stage + 1}"] = np.array(values, float)
+        return columns
+
+
+def populations(table: list[dict], scenarios: list[str], measure: str) -> dict[str, Population]:
+    """By name, those of eight networks or more that are measured on all scenarios with all seeds."""
+    by_network: dict[str, dict[str, list[dict]]] = {}
+    for line in table:
+        if not line["error"]:
+            by_network.setdefault(population_of(line), {}).setdefault(line["network"], []).append(line)
+    found = {}
+    for name, networks in by_network.items():
+        seeds = max(map(len, networks.values()))
+        columns = [f"{scenario} {measure}" for scenario in scenarios]
+        whole = [
+            of
+            for of in networks.values()
+            if len(of) == seeds and all(line[c] is not None for line in of for c in columns)
+        ]
+        if len(whole) < 8 or seeds < 2:
+            continue
+        accuracy = np.array([[[line[c] for c in columns] for line in of] for of in whole])
+        known = [f for f in (*LABEL_FREE, "knn") if all(line.get(f) is not None for of in whole for line in of)]
+        label_free = {f: np.array([np.mean([line[f] for line in of]) for of in whole]) for f in known}
+        found[name] = Population([of[0] for of in whole], accuracy, label_free)
+    return found
+
+
+def population_of(line: dict) -> str:
+    if line["family"].startswith(("random", "found", "handcrafted")):
+        return line["family"]
+    arch = BACKBONES.get(line["arch"], line["arch"]) if isinstance(line["arch"], str) else line["arch"]
+    block = arch["block"] if isinstance(arch, dict) else line["arch"]
+    return {"basic": "ResNets", "bottleneck": "ResNets", "inverted": "MobileNets"}.get(block, block)
+
+
+def rounded(figure: tuple[float, float, float], digits: int = 2) -> str:
+    """A figure with its 95 % interval."""
+    value, low, high = figure
+    return f"{value:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+
+
+def scenario_table(p: Population, scenarios: list[str]) -> list[str]:
+    """A line a scenario. The first one is what the others are compared with."""
+    regret, error = regrets(p.accuracy)
+    rows = []
+    for d, scenario in enumerate(scenarios):
+        best = p.means[:, d].argmax()
+        between, within = spreads(p.accuracy[:, :, d])
+        row = {"scenario": scenario, "mean": f"{p.means[:, d].mean():.1f}"}
+        row["best network"] = f"{p.lines[best]['network']}: {p.means[best, d]:.1f}"
+        row["deviation between networks, residual"] = f"{between:.2f}, {within:.2f}"
+        row[f"Pearson with {scenarios[0]}"] = rounded(pearson(p.means[:, 0], p.means[:, d])) if d else ""
+        row["Spearman"] = rounded(spearman(p.means[:, 0], p.means[:, d])) if d else ""
+        row[f"choosing by {scenarios[0]} costs"] = f"{regret[0, d]:+.2f} ± {error[0, d]:.2f}" if d else ""
+        rows.append(row)
+    return linear_eval.markdown(rows)
+
+
+def in_short(p: Population, scenarios: list[str]) -> str:
+    """Is one network the best everywhere, and what does it cost not to know which?"""
+    first = np.argmin(mean_ranks(p))
+    bests = p.means.argmax(0)
+    equal = 0  # scenarios
+    for d, best in enumerate(bests):
+        noise = spreads(p.accuracy[:, :, d])[1] * math.sqrt(2 / p.accuracy.shape[1])
+        equal += p.means[best, d] - p.means[first, d] < Z * noise
+    text = f"{len(set(bests))} networks are the best on one or more of {len(scenarios)} scenarios. The one of the best "
+    text += (
+        f"mean rank, {p.lines[first]['network']} (rank {mean_ranks(p)[first]:.1f} of {len(p.lines)}), is within noise "
+    )
+    text += f"of the best on {equal} of them"
+    if len(scenarios) > 1:
+        text += f". On the others than {scenarios[0]}, choosing by {scenarios[0]} costs {regrets(p.accuracy)[0][0, 1:].mean():.2f} "
+        text += f"points beside choosing by the scenario itself, and drawing a network at random {chance_regret(p):.2f}"
+    return text + "."
+
+
+def mean_ranks(p: Population) -> np.ndarray:
+    """(K,), over scenarios; 1 is the best."""
+    return np.mean([ranks_of(-column) for column in p.means.T], 0)
+
+
+def chance_regret(p: Population) -> float:
+    """Of a network that is drawn, as `regrets` has it, on all scenarios but the first."""
+    total = 0
+    for out in range(p.accuracy.shape[1]):
+        chosen = np.delete(p.accuracy, out, 1).mean(1).argmax(0)
+        total = total + p.accuracy[chosen, out].diagonal() - p.accuracy[:, out].mean(0)
+    return (total[1:] / p.accuracy.shape[1]).mean()
+
+
+# name: what of a run's log tells, with the sign with which more is better
+PREDICTORS = {
+    "training loss": ("loss", -1),
+    "held-out loss": ("held_out_loss", -1),
+    "RankMe": ("rankme", 1),
+    "std of z": ("z_std", 1),
+    "held-out kNN (needs labels)": ("knn", 1),
+}
+
+
+def predictors(p: Population) -> dict[str, np.ndarray]:
+    """Of accuracy: numbers (K,) by name."""
+    values = {name: sign * p.label_free[key] for name, (key, sign) in PREDICTORS.items() if key in p.label_free}
+    values |= {"parameters": p.facts("parameters"), "MACs": p.facts("macs")}
+    values["blocks"] = np.array([sum(line["arch"]["depth"]) for line in p.lines], float)
+    return {name: x for name, x in values.items() if np.ptp(x) > 0}
+
+
+def predictor_table(groups: dict[str, Population], scenarios: list[str]) -> list[str]:
+    rows: dict[str, dict[str, str]] = {}
+    for group, p in groups.items():
+        for name, x in predictors(p).items():
+            row = rows.setdefault(name, {"predictor": name})
+            row[f"{group}: mean of all"] = rounded(kendall(x, p.overall))
+            row[f"{group}: {scenarios[0]}"] = rounded(kendall(x, p.means[:, 0]))
+    columns = dict.fromkeys(column for row in rows.values() for column in row)
+    return linear_eval.markdown([{c: row.get(c, "") for c in columns} for row in rows.values()])
+
+
+def choice_table(p: Population, scenarios: list[str]) -> list[str]:
+    """What a step of each choice does."""
+    on_all, on_first = effects(p.choices(), p.overall), effects(p.choices(), p.means[:, 0])
+    rows = []
+    for name, (points, error) in on_all.items():
+        row = {"choice": name, "mean of all, points a step": f"{points:+.2f} ± {error:.2f}"}
+        row[scenarios[0]] = "{:+.2f} ± {:.2f}".format(*on_first[name])
+        rows.append(row)
+    return linear_eval.markdown(rows) if rows else []
+
+
+def found_table(table: list[dict], scenarios: list[str], measure: str) -> tuple[list[str], dict]:
+    """(markdown, accuracies by scenario and family) of what is not of the paper's grids: what searches found, beside
+    random networks, if there are any: mean, deviation over runs, relative improvement over the random ones' mean."""
+    families: dict[str, list[dict]] = {}
+    for line in table:
+        if not line["error"] and line["family"] not in GRIDS:
+            families.setdefault(line["family"], []).append(line)
+    names = sorted(families, key=lambda name: (name.startswith("random"), not name.startswith("found")))
+    rows, dots = [], {scenario: {} for scenario in scenarios}
+    for name in names:
+        of = families[name]
+        row = {"network": name, "MMACs": f"{np.mean([line['macs'] for line in of]) / 1e6:.3g}", "runs": str(len(of))}
+        for scenario in scenarios:
+            values = np.array([line[f"{scenario} {measure}"] for line in of], float)
+            dots[scenario][name] = values[~np.isnan(values)].tolist()
+            row[scenario] = f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else "")
+            random = random_accuracies(families, f"{scenario} {measure}")
+            if random is not None and not name.startswith("random"):
+                row[scenario] += f"; {rounded(improvement(values, random), 1)} %"
+        rows.append(row)
+    return (linear_eval.markdown(rows) if rows else []), dots
+
+
+def random_accuracies(families: dict[str, list[dict]], column: str) -> np.ndarray | None:
+    """(K, S) of the random networks, where they are of one family and several."""
+    of_random = [lines for name, lines in families.items() if name.startswith("random")]
+    if len(of_random) != 1:
+        return None
+    by_network: dict[str, list[float]] = {}
+    for line in of_random[0]:
+        by_network.setdefault(line["network"], []).append(line[column])
+    seeds = max(map(len, by_network.values()))
+    whole = [values for values in by_network.values() if len(values) == seeds]
+    return np.array(whole, float) if len(whole) > 1 and seeds > 1 else None
+
+
+def report(folder: Path, measure: str = "linear") -> None:
+    """study.md and its pictures, from study.csv."""
+    table = read_table(write_table(folder))
+    facts = load_json(str(folder / "study.json")) if (folder / "study.json").exists() else {}
+    scenarios = [name.removesuffix(f" {measure}") for name in table[0] if name.endswith(f" {measure}")]
+    scenarios.sort(key=lambda name: name != dataset(facts.get("--data", "")))  # what all are trained on is the first
+    for line in table:
+        line["arch"] = BACKBONES.get(line["arch"], line["arch"]) if isinstance(line["arch"], str) else line["arch"]
+    groups = populations(table, scenarios, measure)
+    broken = [line for line in table if line["error"]]
+    said = ("--data", "--method", "--epochs", "--max-images", "--image-size", "--width", "--batch-size", "--lr")
+    setting = " ".join(f"{flag} {facts[flag]}" for flag in said if facts.get(flag) is not None)
+    lines = [
+        "# One network, everywhere?",
+        "",
+        f"{len({line['network'] for line in table})} networks, {len(table)} runs (`{setting}`), {len(scenarios)} data "
+        f"sets; {measure} accuracy on test images in %, means over seeds. In brackets 95 % intervals, behind ± standard "
+        "errors. What learns fast is not always what ends well: all of this is said of runs of this length.",
+    ]
+    if broken:
+        lines += [
+            "",
+            "Broken: " + "; ".join(f"{line['network']} seed {line['seed']:.0f}: {line['error']}" for line in broken),
+        ]
+    for group, p in groups.items():
+        lines += ["", f"## {group}: {len(p.lines)}, {p.accuracy.shape[1]} seeds", "", in_short(p, scenarios), ""]
+        lines += scenario_table(p, scenarios)
+        lines += ["", "What a choice does, one step of it, all else equal:", "", *choice_table(p, scenarios)]
+    if groups:
+        lines += ["", "## Which network is good, and can one know?", ""]
+        lines += ["Kendall's tau with the accuracy: 0 by chance, 1 where the order is the same.", ""]
+        lines += predictor_table(groups, scenarios)
+    found, dots = found_table(table, scenarios, measure)
+    if found:
+        lines += ["", "## Found and random networks", "", "Behind the semicolon: relative improvement over random.", ""]
+        lines += found
+        write_atomic(draw_scores(dots, f"{measure} accuracy: each run, and the mean"), folder / "study-found.svg")
+    for name, picture in pictures_of(groups, scenarios).items():
+        write_atomic(picture, folder / f"study-{name}.svg")
+        lines += ["", f"![{name}](study-{name}.svg)"]
+    write_atomic("\n".join(lines) + "\n", folder / "study.md")
+    say(f"wrote {folder / 'study.md'}, study.csv and pictures: {len(table)} runs")
+
+
+def pictures_of(groups: dict[str, Population], scenarios: list[str]) -> dict[str, str]:
+    """SVG by name: correlations between scenarios, accuracy against cost, and ranks over scenarios."""
+    correlations, costs, ranks = {}, {}, {}
+    for group, p in groups.items():
+        r = [[spearman(a, b)[0] for b in p.means.T] for a in p.means.T]
+        correlations[f"{group} ({len(p.lines)})"] = (scenarios, scenarios, r)
+        costs[group] = [(x / 1e6, y) for x, y in zip(p.facts("macs"), p.overall)]
+        order = mean_ranks(p).argsort(kind="stable")
+        rank = np.stack([ranks_of(-column) for column in p.means.T], 1)  # (K, D)
+        shown = sorted({*order[:3], *p.means.argmax(0), order[-1]}, key=list(order).index)
+        names = [p.lines[k]["network"] for k in shown]
+        ranks[f"{group} ({len(p.lines)})"] = (names, scenarios, rank[shown].tolist())
+    if not groups:
+        return {}
+    many = max(len(p.lines) for p in groups.values())
+    return {
+        "correlations": draw_matrices(
+            correlations, "Do scenarios agree on networks? Spearman's correlation", (-1, 1), 2
+        ),
+        "costs": draw_costs(costs, "Accuracy against cost: means over scenarios and seeds, and the Pareto front"),
+        "ranks": draw_matrices(ranks, "The rank of the best and of the worst networks in each scenario", (many, 1), 0),
+    }
+
+
 # ---- the script -----------------------------------------------------------------------------------------------------
 
 
@@ -443,6 +874,13 @@ def main(args: argparse.Namespace) -> None:
             work(runs, args, study)
         except KeyboardInterrupt:
             sys.exit(130)
+    with user_errors():
+        folder = Path(args.output_dir)
+        handle = lock(folder / ".lock", wait=True)  # several workers end at once
+        try:
+            report(folder)
+        finally:
+            os.close(handle)
 
 
 if __name__ == "__main__":
