@@ -256,6 +256,11 @@ def runs_of(networks: list[Network], seeds: int, folder: Path) -> list[Run]:
     return runs
 
 
+def plain(arch: str | dict) -> str | dict:
+    """A handcrafted architecture's name as plain data; a ViT keeps its name."""
+    return BACKBONES.get(arch, arch) if isinstance(arch, str) else arch
+
+
 def train(run: Run, args: argparse.Namespace, images: Images) -> dict:
     """The last line of the log of a run of pretrain.py."""
     network = run.network
@@ -276,9 +281,9 @@ def facts_of(run: Run, args: argparse.Namespace, stem: str, size: int) -> dict:
     network, width = run.network, args.width * run.network.width
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build_backbone(network.arch, stem, width)[0].parameters())
-    arch = BACKBONES.get(network.arch, network.arch) if isinstance(network.arch, str) else network.arch
+    arch = plain(network.arch)
     cost = models.macs(arch, width, stem, size) if isinstance(arch, dict) else None
-    facts = {"network": network.name, "family": network.family, "arch": network.arch, "width": width}
+    facts = {"network": network.name, "family": network.family, "arch": arch, "width": width}
     facts |= {"heads": network.heads, "parameters": parameters, "macs": cost, "seed": run.seed}
     return facts
 
@@ -557,8 +562,10 @@ class Population(NamedTuple):
         return np.array([line[name] for line in self.lines], float)
 
     def choices(self) -> dict[str, np.ndarray]:
-        """What each network has chosen, numbers (K,) by name; of one kind of blocks."""
-        columns = {"width": self.facts("width")}
+        """What each network has chosen, numbers (K,) by name."""
+        blocks = [line["arch"]["block"] for line in self.lines]
+        columns = {f"{block} blocks": np.array([b == block for b in blocks], float) for block in sorted({*blocks})[1:]}
+        columns["width"] = self.facts("width")
         for field in models.FIELDS:
             for stage, values in enumerate(zip(*(line["arch"][field] for line in self.lines))):
                 columns[f"{field} of stage {stage + 1}"] = np.array(values, float)
@@ -592,7 +599,7 @@ def populations(table: list[dict], scenarios: list[str], measure: str) -> dict[s
 def population_of(line: dict) -> str:
     if line["family"].startswith(("random", "found", "handcrafted")):
         return line["family"]
-    arch = BACKBONES.get(line["arch"], line["arch"]) if isinstance(line["arch"], str) else line["arch"]
+    arch = plain(line["arch"])
     block = arch["block"] if isinstance(arch, dict) else line["arch"]
     return {"basic": "ResNets", "bottleneck": "ResNets", "inverted": "MobileNets"}.get(block, block)
 
@@ -634,8 +641,9 @@ def in_short(p: Population, scenarios: list[str]) -> str:
     )
     text += f"of the best on {equal} of them"
     if len(scenarios) > 1:
-        text += f". On the others than {scenarios[0]}, choosing by {scenarios[0]} costs {regrets(p.accuracy)[0][0, 1:].mean():.2f} "
-        text += f"points beside choosing by the scenario itself, and drawing a network at random {chance_regret(p):.2f}"
+        regret = regrets(p.accuracy)[0][0, 1:].mean()
+        text += f". On the others than {scenarios[0]}, choosing by {scenarios[0]} costs {regret:.2f} points beside "
+        text += f"choosing by the scenario itself, and drawing a network at random {chance_regret(p):.2f}"
     return text + "."
 
 
@@ -736,7 +744,7 @@ def report(folder: Path, measure: str = "linear") -> None:
     scenarios = [name.removesuffix(f" {measure}") for name in table[0] if name.endswith(f" {measure}")]
     scenarios.sort(key=lambda name: name != dataset(facts.get("--data", "")))  # what all are trained on is the first
     for line in table:
-        line["arch"] = BACKBONES.get(line["arch"], line["arch"]) if isinstance(line["arch"], str) else line["arch"]
+        line["arch"] = plain(line["arch"])
     groups = populations(table, scenarios, measure)
     broken = [line for line in table if line["error"]]
     said = ("--data", "--method", "--epochs", "--max-images", "--image-size", "--width", "--batch-size", "--lr")
@@ -749,10 +757,8 @@ def report(folder: Path, measure: str = "linear") -> None:
         "errors. What learns fast is not always what ends well: all of this is said of runs of this length.",
     ]
     if broken:
-        lines += [
-            "",
-            "Broken: " + "; ".join(f"{line['network']} seed {line['seed']:.0f}: {line['error']}" for line in broken),
-        ]
+        said = (f"{line['network']} seed {line['seed']:.0f}: {line['error']}" for line in broken)
+        lines += ["", "Broken: " + "; ".join(said)]
     for group, p in groups.items():
         lines += ["", f"## {group}: {len(p.lines)}, {p.accuracy.shape[1]} seeds", "", in_short(p, scenarios), ""]
         lines += scenario_table(p, scenarios)
@@ -789,9 +795,7 @@ def pictures_of(groups: dict[str, Population], scenarios: list[str]) -> dict[str
         return {}
     many = max(len(p.lines) for p in groups.values())
     return {
-        "correlations": draw_matrices(
-            correlations, "Do scenarios agree on networks? Spearman's correlation", (-1, 1), 2
-        ),
+        "correlations": draw_matrices(correlations, "Do scenarios agree? Spearman's correlation", (-1, 1), 2),
         "costs": draw_costs(costs, "Accuracy against cost: means over scenarios and seeds, and the Pareto front"),
         "ranks": draw_matrices(ranks, "The rank of the best and of the worst networks in each scenario", (many, 1), 0),
     }
