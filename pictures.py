@@ -196,7 +196,7 @@ SERIES_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#99999
 
 
 def draw_costs(series: dict[str, list[tuple[float, float]]], title: str) -> str:
-    """SVG: accuracy in % over MMACs on a log scale, {series: [(MMACs, accuracy), ...]}, and each series' Pareto front."""
+    """SVG: accuracy in % over MMACs on a log scale, {series: [(MMACs, accuracy), ...]}, and its Pareto front."""
     width, height, left, top = 620, 330, 60, 64
     points = [point for of in series.values() for point in of]
     x_low, x_high = (math.log2(f(x for x, _ in points)) for f in (min, max))

@@ -753,7 +753,7 @@ def report(folder: Path, measure: str = "linear") -> None:
         "# One network, everywhere?",
         "",
         f"{len({line['network'] for line in table})} networks, {len(table)} runs (`{setting}`), {len(scenarios)} data "
-        f"sets; {measure} accuracy on test images in %, means over seeds. In brackets 95 % intervals, behind ± standard "
+        f"sets; {measure} accuracy on test images in %, means over seeds. In brackets 95 % intervals, after ± standard "
         "errors. What learns fast is not always what ends well: all of this is said of runs of this length.",
     ]
     if broken:
