@@ -4,8 +4,8 @@
     torchrun search.py --space resnet --target-macs 0.5xresnet18 --method simclr  # a backbone of half the MACs
     torchrun search.py --space heads mobilenet --method simclr                    # both together
     torchrun search.py --data cifar10 --width 1 --epochs 100 --batch-size 512     # one GPU
-    torchrun search.py --compare 8                        # found against handcrafted and 8 random ones
     torchrun search.py --bench                            # what an iteration costs
+    torchrun study.py --search runs/search --networks resnet:8    # what was found beside handcrafted and random ones
 
 Heads (NASiam, arXiv 2302.00059): every layer mixes seven operations by its alphas. Backbones (SSA, 2203.08130; the
 design is ours): one largest network in which every choice is a mask; a step samples one network for all its views, and
@@ -17,9 +17,9 @@ likeliest network among all whose MACs lie in [.95, 1] of the target. A contrast
 judge of backbones: a loss that can collapse lets the alphas choose networks that help it collapse. (MoCo's queue holds
 keys of the networks that were sampled before.)
 
---strategy random and supernet-random are the baselines of a backbone search, of the same cost in multiply-accumulates:
-networks trained alone, or networks that inherit from a largest network trained with uniform samples; the best by the
-loss on held-out training images is what they find.
+--strategy supernet-random is a baseline of a backbone search, of the same cost in multiply-accumulates: it trains the
+largest network with uniform samples, and finds the best of random networks that inherit from it by the loss on held-out
+training images. (Random networks that are trained alone: study.py.)
 
 The output folder gets log.txt (a JSON line an epoch: alphas and what they choose so far), checkpoint.pth, arch.json
 (what was found, as plain data), search.svg (alphas of heads) and backbone.svg; of a backbone also backbone.pth, with
@@ -48,12 +48,11 @@ from torch import Tensor, nn
 
 import models
 import pretrain
-from checkpoint import Checkpoint, load_arch, load_backbone, save_backbone, versions, write_atomic, write_json
-from compare import compare, facts_of_network, prepare, searched, shared_flags
+from checkpoint import Checkpoint, load_arch, save_backbone, versions, write_atomic, write_json
 from data import ALPHAS, GATES, RECALIBRATION, Batches, channel_stats
 from launch import Meter, Parser, command_line, is_main, mean_over_ranks, say, user_errors
 from losses import METHODS, Method
-from models import BACKBONES, BAND, OPS, SPACES, Choices, SearchBackbone, SearchHead
+from models import BACKBONES, BAND, OPS, SPACES, Choices, SearchBackbone, SearchHead, build_backbone
 from optim import clip_gradients, distributed, optimizer_of, set_lr, warmup_steps, with_state
 from pictures import draw_backbone, draw_heads
 from pretrain import Monitor, autocast, clock, compile_options
@@ -70,25 +69,16 @@ def get_parser() -> Parser:
     group = parser.add_argument_group("search")
     group.add_argument("--space", nargs="+", choices=["heads", *SPACES], default=["heads"], help="what is searched")
     group.add_argument("--target-macs", help="40e6, resnet18 or 0.5xresnet18; left out, the handcrafted's")
-    group.add_argument("--strategy", choices=["gradient", "random", "supernet-random"], default="gradient")
-    group.add_argument("--candidates", type=int, help="of the random strategies; left out: 8, or what fits")
+    group.add_argument("--strategy", choices=["gradient", "supernet-random"], default="gradient")
+    group.add_argument("--candidates", type=int, help="of supernet-random; left out, what fits")
     group.add_argument("--arch-lr", type=float, help=f"of the alphas; left out, about {TRAVEL} / their steps")
     group.add_argument("--arch-weight-decay", type=float, default=1e-3, help="of the heads' alphas")
     group.add_argument("--arch-warmup", type=float, help="share of steps without; left out: .25, heads 0")
     group.add_argument("--cost-weight", type=float, default=1.0, help="of the MACs in the alphas' gradient, by norm")
     group.add_argument("--tau", type=float, nargs=2, default=[5.0, 0.5], help="of the gates, at first and at last")
     group.add_argument("--recalibrate-batches", type=int, default=50, help="for the BN statistics of what was found")
-    group.add_argument("--compare", type=int, default=0, metavar="K", help="afterwards train found and K random alike")
-    group.add_argument("--compare-seeds", type=int, default=3, help="runs of each")
-    group.add_argument("--compare-epochs", type=int, help="of each run; left out, --epochs")
-    group.add_argument("--compare-data", nargs="+", help="what to measure on; left out, --data")
-    group.add_argument("--compare-with", nargs="+", default=[], help="more arch.json files, a row each")
     parser.add_argument("--output-dir", default="runs/search")
     return parser
-
-
-# of --compare, which may be asked for once the search is done
-NOT_OF_THE_SEARCH = {"compare", "compare_seeds", "compare_epochs", "compare_data", "compare_with"}
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -444,13 +434,13 @@ def alpha_optimizer_of(search: Search) -> torch.optim.Optimizer:
     return with_state(torch.optim.AdamW(groups), ("exp_avg", "exp_avg_sq"), search.method)
 
 
-# ---- baselines of the same cost -------------------------------------------------------------------------------------
+# ---- a baseline of the same cost ------------------------------------------------------------------------------------
 
 
 def plan_baseline(
     args: argparse.Namespace, choices: Choices, cost: Cost, parts: int, n_images: int, n_held_out: int
 ) -> tuple[int, int]:
-    """(candidates, epochs) so that a random strategy costs what --epochs of gradient search would.
+    """(candidates, epochs) so that supernet-random costs what --epochs of gradient search would.
 
     Costs are MACs x steps; a forward pass alone counts a third. A gradient search has its images in `parts` and so
     many fewer steps an epoch, each with a step of the largest network for the alphas, after a warm-up of one and a
@@ -468,13 +458,9 @@ def plan_baseline(
     mean = choices.expected_macs(cost.base, cost.device_table).item()
     both = (mean + largest) / 2
     budget = warmup * both + (steps - warmup) * (largest + (mean + cost.target) / 2)
-    if args.strategy == "random":
-        candidates = args.candidates or 8
-        epochs = round(budget / (candidates * cost.target * per_epoch))
-    else:
-        one = (args.recalibrate_batches + n_held_out // args.batch_size) * cost.target / 3
-        candidates = args.candidates or int(min(1000, max(8, budget / 4 / one)))
-        epochs = round((budget - candidates * one) / (both * per_epoch))
+    one = (args.recalibrate_batches + n_held_out // args.batch_size) * cost.target / 3
+    candidates = args.candidates or int(min(1000, max(8, budget / 4 / one)))
+    epochs = round((budget - candidates * one) / (both * per_epoch))
     if epochs < 1:
         raise ValueError(f"{candidates} candidates leave no epoch of training each: lower --candidates")
     say(f"{args.strategy}: {candidates} candidates, {epochs} epochs, to cost what the gradient search does")
@@ -489,22 +475,6 @@ def best_candidate(search: Search, monitor: Monitor) -> list[int]:
         method = search.standalone(choice, search.args.recalibrate_batches)
         losses.append(monitor.held_out_loss(method)["held_out_loss"])
     return choices[losses.index(min(losses))]
-
-
-def random_search(search: Search) -> tuple[dict, list[int], nn.Module]:
-    """(facts, choice, backbone) of the lowest held-out loss among networks trained alone, each a run of pretrain.py."""
-    args, ends, weights = search.args, [], []
-    choices = search.cost.random(search.candidates, args.seed)
-    for k, choice in enumerate(choices):
-        folder = Path(args.output_dir) / "candidates" / str(k + 1)
-        path = folder.with_suffix(".json")
-        write_json({"backbone": {"arch": search.space.arch(choice)}}, path)
-        flags = {"arch": str(path), "knn_every": args.epochs, "output_dir": str(folder)}
-        ends.append(pretrain.main(argparse.Namespace(**{**shared_flags(args), **flags}), search.images))
-        weights.append(folder / "backbone.pth")
-        say(f"candidate {k + 1}/{search.candidates}: held-out loss {ends[-1]['held_out_loss']:.4f}")
-    best = min(range(len(ends)), key=lambda k: ends[k]["held_out_loss"])
-    return ends[best], choices[best], load_backbone(str(weights[best]))[0]
 
 
 # ---- what it costs --------------------------------------------------------------------------------------------------
@@ -619,16 +589,12 @@ def main(args: argparse.Namespace) -> dict:
         if args.bench:
             pretrain.write_bench(args, bench(search), device, command)
             return {}
-        compared = prepare(args, list(search.dims), space) if args.compare else ()
         monitor = monitor_of(search)
         checkpoint, meter = checkpoint_of(search, asked, command)
-    if args.strategy != "random":
-        train(search, monitor, meter, checkpoint)
+    train(search, monitor, meter, checkpoint)
     history, choice, encoder = checkpoint.history, None, None
     if not space:
         facts = history[-1]
-    elif args.strategy == "random":
-        facts, choice, encoder = random_search(search)
     else:
         choice = search.cost.derive(search.choices)
         if args.strategy == "supernet-random":
@@ -664,13 +630,19 @@ def main(args: argparse.Namespace) -> dict:
             f"{100 * history[0]['knn']:.2f} % untrained"
         )
     path = folder / "arch.json"
-    flags = {**shared_flags(asked), **dict.fromkeys(searched(args), str(path))}
-    flags["output_dir"] = str(folder.parent / "pretrain")
-    say(f"wrote {path}; next:\n{command_line('pretrain.py', pretrain.get_parser(), argparse.Namespace(**flags))}")
-    if args.compare:
-        with user_errors():
-            compare(search, asked, monitor, path, *compared)
+    say(f"wrote {path}; next:\n{next_command(search, asked, path)}")
     return found
+
+
+def next_command(search: Search, asked: argparse.Namespace, path: Path) -> str:
+    """That pre-trains with what was found."""
+    parser = pretrain.get_parser()
+    flags = {name: getattr(asked, name, default) for name, default in vars(parser.parse_args([])).items()}
+    flags["output_dir"] = str(path.parent.parent / "pretrain")
+    for flag, is_found in (("arch", search.space), ("heads", search.heads)):
+        if is_found:
+            flags[flag] = str(path)
+    return command_line("pretrain.py", parser, argparse.Namespace(**flags))
 
 
 def announce(search: Search) -> None:
@@ -713,15 +685,18 @@ def checkpoint_of(search: Search, asked: argparse.Namespace, command: str) -> tu
         "gradients": search.gradients,
     }
     facts = pretrain.facts_of(
-        Path(__file__).name,
-        asked,
-        search.arch,
-        search.operations,
-        search.images,
-        pretrain.FREE_FLAGS | NOT_OF_THE_SEARCH,
+        Path(__file__).name, asked, search.arch, search.operations, search.images, pretrain.FREE_FLAGS
     )
     how = command, search.device, search.total, args.checkpoint_minutes, args.resume
     return Checkpoint(folder, things, facts, *how), meter
+
+
+def facts_of_network(search: Search, arch: str | dict) -> tuple[int, int]:
+    """(MACs, parameters) of a backbone of the search's width, stem and size."""
+    network, _ = build_backbone(arch, search.stem, search.args.width)
+    spec = BACKBONES[arch] if isinstance(arch, str) else arch
+    cost = models.macs(spec, search.args.width, search.stem, search.size)
+    return cost, sum(p.numel() for p in network.parameters())
 
 
 def describe_backbone(search: Search, choice: list[int]) -> dict:

@@ -1,4 +1,4 @@
-"""search.py: its steps, what it finds at which cost, what it leaves, and what --compare makes of it."""
+"""search.py: its steps, what it finds at which cost, and what it leaves."""
 
 import copy
 import json
@@ -12,7 +12,6 @@ import torch
 from conftest import BOTH, TINY, arguments, build, load, refused, run
 from torchvision.ops import StochasticDepth
 
-import compare
 import linear_eval
 import pretrain
 import search
@@ -179,24 +178,17 @@ def test_the_cost_pulls_the_expectation_to_the_target(tmp_path):
     assert s.cost.expected(s.choices).item() == pytest.approx(1, rel=0.1)
 
 
-@pytest.mark.parametrize("strategy", ["random", "supernet-random"])
-def test_baselines_choose_by_the_held_out_loss_at_the_gradient_searchs_cost(strategy, tmp_path, capsys):
-    flags = [*SMALL, "--strategy", strategy, "--candidates", 2, "--epochs", 4]
+def test_the_baseline_costs_what_the_gradient_search_does(tmp_path, capsys):
+    flags = [*SMALL, "--strategy", "supernet-random", "--candidates", 2, "--epochs", 4]
     found = run(search, tmp_path, *flags, "--recalibrate-batches", 2, "--method", "simclr")
-    said = capsys.readouterr().out
-    epochs = int(re.search(r"2 candidates, (\d+) epochs", said)[1])
+    epochs = int(re.search(r"2 candidates, (\d+) epochs", capsys.readouterr().out)[1])
     s = make(tmp_path / "g", *flags, "--strategy", "gradient")
     mean, most = s.state()["expected_macs"], s.cost.macs(s.choices.largest)
     steps = 4 * 4  # of a half of 64 images
     budget = steps / 4 * (mean + most) / 2 + steps * 3 / 4 * (most + (mean + s.cost.target) / 2)
-    if strategy == "random":
-        spent = 2 * epochs * 8 * s.cost.target
-        losses = [float(x) for x in re.findall(r"held-out loss ([\d.]+)", said)]
-        assert len(losses) == 2 and found["held_out_loss"] == pytest.approx(min(losses), abs=1e-4)
-    else:
-        spent = epochs * 8 * (mean + most) / 2 + 2 * (2 + 2) * s.cost.target / 3
-    assert abs(spent - budget) <= 0.6 * (2 if strategy == "random" else 1) * 8 * max(s.cost.target, (mean + most) / 2)
-    assert found["strategy"] == strategy and (tmp_path / "backbone.pth").exists()
+    spent = epochs * 8 * (mean + most) / 2 + 2 * (2 + 2) * s.cost.target / 3
+    assert abs(spent - budget) <= 0.6 * 8 * max(s.cost.target, (mean + most) / 2)
+    assert found["strategy"] == "supernet-random" and (tmp_path / "backbone.pth").exists()
     assert 0.95 <= found["backbone"]["macs"] / s.cost.target <= 1
 
 
@@ -239,7 +231,7 @@ def test_heads_and_backbone_are_found_together_and_the_printed_command_goes_on(f
     command[command.index("--output-dir") + 1] = str(tmp_path)
     pretrain.main(pretrain.get_parser().parse_args([*command[2:], "--weights", str(folder / "backbone.pth")]))
     assert f"--weights {tmp_path / 'backbone.pth'}" in capsys.readouterr().out
-    flags = ["--weights", str(tmp_path / "backbone.pth"), "--max-images", "200", "--epochs", "2"]
+    flags = ["--weights", str(tmp_path / "backbone.pth"), "--max-images", "200"]
     assert linear_eval.main(linear_eval.get_parser().parse_args(flags))[0]["linear"] > 0
     assert "basic " in (tmp_path / "linear_eval-shapes.md").read_text()
 
@@ -252,68 +244,6 @@ def test_a_bench_reports_and_leaves_nothing(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-# ---- --compare ------------------------------------------------------------------------------------------------------
-
-
-def rows_of(table):
-    lines = [line.split("|") for line in table.splitlines() if line.startswith("| ")]
-    return {line[1].strip(): [cell.strip() for cell in line[2:-1]] for line in lines}
-
-
-def test_compare_puts_found_beside_handcrafted_and_random(searched):
-    flags = ["--compare", 2, "--compare-seeds", 1, "--compare-epochs", 1]
-    run(search, searched, *flags)
-    rows = rows_of((searched / "compare" / "compare.md").read_text())
-    predictors = ["predictor", "training loss", "RankMe", "held-out kNN (needs labels)"]
-    assert list(rows) == ["network", "found", "handcrafted", "random (2 of them)", *predictors]
-    files = sorted((searched / "compare").glob("*/scores.json"))
-    score = {p.parent.name: 100 * json.loads(p.read_text())["shapes"]["linear"] for p in files}
-    assert list(score) == ["found-seed0", "handcrafted-seed0", "random-1-seed0", "random-2-seed0"]
-    randoms = [score["random-1-seed0"], score["random-2-seed0"]]
-    base = np.mean(randoms)
-    assert rows["random (2 of them)"][2:] == [f"{base:.2f} ± {np.std(randoms, ddof=1):.2f}", "+0.00"]
-    found = score["found-seed0"]
-    assert rows["found"][2:] == [f"{found:.2f}", f"{100 * (found - base) / base:+.2f}"]
-    ends = [json.loads((p.parent / "log.txt").read_text().splitlines()[-1]) for p in files]
-    for what, key, sign in (("training loss", "loss", -1), ("RankMe", "rankme", 1)):
-        tau = compare.kendall_tau([sign * end[key] for end in ends], list(score.values()))
-        assert rows[what] == [f"{tau:+.2f}"]
-    written = [p.stat().st_mtime_ns for p in files]
-    run(search, searched, *flags)
-    assert [p.stat().st_mtime_ns for p in files] == written  # what is there is not done again
-
-
-def test_compare_trains_a_found_backbone_beside_random_ones(found_both, tmp_path):
-    flags = [*SMALL, "--method", "simclr", "--epochs", 1, "--recalibrate-batches", 2]
-    more = ["--compare", 2, "--compare-seeds", 2, "--compare-epochs", 1, "--compare-with", found_both[0] / "arch.json"]
-    run(search, tmp_path, *flags, *more, "--compare-data", "shapes", "shapes")
-    table = (tmp_path / "compare" / "compare.md").read_text()
-    rows, other = rows_of(table), found_both[0].name
-    names = ["found", "found, trained on", "found, inherited", "handcrafted", other, "random (2 of them)"]
-    assert list(rows)[1:7] == names and [rows[n][2] for n in names] == ["2", "2", "1", "2", "2", "4"]
-    assert "Kendall's tau with the linear accuracy from scratch, over 5 networks (by chance 0 ± 0.41)" in table
-    inherited = [f"held-out {what}, inherited weights, 4 networks" for what in ("loss", "kNN (needs labels)")]
-    predictors = ["training loss", "RankMe", "held-out kNN (needs labels)", "MACs", *inherited]
-    assert list(rows)[8:] == predictors and all(-1 <= float(rows[what][0]) <= 1 for what in predictors)
-    target = macs(BACKBONES["resnet18"], 0.0625, "small", 16) / 1e6
-    assert all(0.94 * target <= float(rows[n][0]) <= 1.01 * target for n in names if n != other)
-    svg = xml.etree.ElementTree.parse(tmp_path / "compare" / "compare.svg").getroot()
-    assert len(list(svg.iter(f"{SVG}circle"))) == 13
-
-
-def test_spreads_between_networks_and_between_seeds():
-    rng = np.random.default_rng(0)
-    runs = rng.normal(0, 2, (4000, 1)) + rng.normal(0, 3, (4000, 3))
-    assert compare.spreads(runs.tolist()) == pytest.approx([2, 3], rel=0.05)
-
-
-def test_kendalls_tau():
-    assert compare.kendall_tau([1, 2, 3, 4], [10, 20, 30, 40]) == 1
-    assert compare.kendall_tau([1, 2, 3], [3, 2, 1]) == -1
-    assert compare.kendall_tau([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(4 / 6)
-    assert compare.kendall_tau([1, 2], [5, 5]) == 0
-
-
 def test_wrong_searches_are_told_in_one_line(tmp_path, capsys):
     for flags, message in [
         (["--space", "resnet", "mobilenet"], "one backbone space at the most"),
@@ -321,15 +251,13 @@ def test_wrong_searches_are_told_in_one_line(tmp_path, capsys):
         (["--space", "resnet", "--arch", "resnet50"], "--arch means nothing where a backbone is searched"),
         (["--heads", "simsiam_cifar10_resnet18"], "--heads means nothing where heads are searched"),
         (["--target-macs", "1e6"], "--target-macs means nothing to --space heads"),
-        (["--strategy", "random"], "--strategy random is for a backbone alone"),
+        (["--strategy", "supernet-random"], "--strategy supernet-random is for a backbone alone"),
         (["--space", "resnet", "--target-macs", "0.5*resnet18"], "is neither a number nor like 0.5xresnet18"),
         (["--space", "resnet", "--target-macs", "1e12"], "no network of the space has"),
         (["--space", "resnet", "--tau", 0, 1], "must be above 0"),
-        (["--space", "resnet", "--compare", 1, "--compare-with", "none.json"], "'none.json' is neither a readable"),
-        (["--compare", 1, "--compare-data", tmp_path.parent / "none"], "neither a folder nor a data set's name"),
         (["--space", "resnet", "--arch-warmup", 1], "must be a share"),
-        (["--space", "resnet", "--strategy", "random", "--held-out", 0], "do not fill a batch"),
-        (["--space", "resnet", "--strategy", "random", "--candidates", 999], "leave no epoch"),
+        (["--space", "resnet", "--strategy", "supernet-random", "--held-out", 0], "do not fill a batch"),
+        (["--space", "resnet", "--strategy", "supernet-random", "--candidates", 999], "leave no epoch"),
         (["--method", "diet"], "--method diet has no heads to search"),
     ]:
         said, status = refused(capsys, search, *TINY, "--output-dir", tmp_path, *flags)
