@@ -346,7 +346,7 @@ class ViT(nn.Module):
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.conv_proj = nn.Conv2d(3, dim, self.patch, self.patch)
         self.encoder = vision_transformer.Encoder(grid**2 + 1, layers, heads, dim, 4 * dim, 0.0, 0.0, norm)
-        for block, p in zip(self.encoder.layers, torch.linspace(0, drop_path, layers).tolist()):
+        for block, p in zip(self.encoder.layers, np.linspace(0, drop_path, layers).tolist()):
             if p:  # after the attention and after the MLP, where torchvision has dropout, which has no keys either
                 block.dropout = block.mlp[-1] = StochasticDepth(p, "row")
         self.feature_dim = dim

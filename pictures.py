@@ -154,13 +154,12 @@ def draw_scores(scores: dict[str, dict[str, list[float]]], title: str) -> str:
 def draw_matrices(panels: dict[str, tuple], title: str, scale: tuple[float, float], digits: int) -> str:
     """SVG: tables of numbers, each in a square of its colour: {panel: (rows' names, columns' names, numbers)}. scale:
     the number that is white or, where below 0, orange; the one that is blue."""
-    cell, gap = 34, 30
+    cell, y0, width = 34, 50, 8 * len(title)
     svg = [f'<text x="20" y="26" font-size="15">{escape(title)}</text>']
-    x0, bottom = 20, 0
     for panel, (rows, columns, values) in panels.items():
-        left = x0 + 6.6 * max(map(len, rows)) + 10
-        top = 64 + 5.2 * max(map(len, columns))
-        svg.append(f'<text x="{x0}" y="50" font-weight="bold">{escape(panel)}</text>')
+        left = 30 + 6.6 * max(map(len, rows))
+        top = y0 + 14 + 5.2 * max(map(len, columns))
+        svg.append(f'<text x="20" y="{y0:.0f}" font-weight="bold">{escape(panel)}</text>')
         for c, name in enumerate(columns):
             x = left + cell * (c + 0.6)
             svg.append(f'<text transform="translate({x:.0f} {top - 6:.0f}) rotate(-50)">{escape(name)}</text>')
@@ -175,9 +174,9 @@ def draw_matrices(panels: dict[str, tuple], title: str, scale: tuple[float, floa
                     f'<text x="{x + cell / 2:.0f}" y="{y + 21:.0f}" font-size="11" text-anchor="middle" '
                     f'fill="{ink}">{text}</text>'
                 )
-        bottom = max(bottom, top + cell * len(rows))
-        x0 = left + cell * len(columns) + gap + 5 * max(map(len, columns))
-    return _svg(max(x0, 8 * len(title)), bottom + 20, svg)
+        y0 = top + cell * len(rows) + 40
+        width = max(width, left + cell * len(columns) + 4 * max(map(len, columns)))
+    return _svg(width, y0 - 20, svg)
 
 
 def shade(value: float, scale: tuple[float, float]) -> tuple[str, str]:

@@ -276,16 +276,19 @@ def train(run: Run, args: argparse.Namespace, images: Images) -> dict:
         return pretrain.main(argparse.Namespace(**flags), images)
 
 
-def facts_of(run: Run, args: argparse.Namespace, stem: str, size: int) -> dict:
-    """What is known of a run without training."""
-    network, width = run.network, args.width * run.network.width
+def facts_of(run: Run, args: argparse.Namespace) -> dict:
+    """What the run is."""
+    network = run.network
+    facts = {"network": network.name, "family": network.family, "arch": plain(network.arch), "heads": network.heads}
+    return {**facts, "width": args.width * network.width, "seed": run.seed}
+
+
+def cost_of(run: Run, args: argparse.Namespace, stem: str, size: int) -> dict:
+    """Parameters and MACs (None: of a ViT) of its backbone. Raises ValueError where it cannot be built."""
+    arch, width = plain(run.network.arch), args.width * run.network.width
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in build_backbone(network.arch, stem, width)[0].parameters())
-    arch = plain(network.arch)
-    cost = models.macs(arch, width, stem, size) if isinstance(arch, dict) else None
-    facts = {"network": network.name, "family": network.family, "arch": arch, "width": width}
-    facts |= {"heads": network.heads, "parameters": parameters, "macs": cost, "seed": run.seed}
-    return facts
+        parameters = sum(p.numel() for p in build_backbone(arch, stem, width)[0].parameters())
+    return {"parameters": parameters, "macs": models.macs(arch, width, stem, size) if isinstance(arch, dict) else None}
 
 
 LABEL_FREE = ("loss", "held_out_loss", "rankme", "z_std")  # what a run's log says of it at the end, without labels
@@ -300,11 +303,12 @@ def carry_out(run: Run, args: argparse.Namespace, study: "Study") -> None:
         write_atomic(json.dumps(row, indent=2) + "\n", path)
 
     if not row:
-        row = facts_of(run, args, study.stem, study.size)
+        row = facts_of(run, args)
         begun = time.time()
         try:
+            row |= cost_of(run, args, study.stem, study.size)
             last = train(run, args, study.images)
-        except (SystemExit, RuntimeError) as error:  # RuntimeError: of torch, as for want of memory
+        except (SystemExit, ValueError, RuntimeError) as error:  # RuntimeError: of torch, as for want of memory
             full_disk = isinstance(error.__context__, OSError)
             if isinstance(error, SystemExit) and (not isinstance(error.code, str) or full_disk):
                 raise  # stopped by a signal, or nothing could go on
@@ -563,6 +567,8 @@ class Population(NamedTuple):
 
     def choices(self) -> dict[str, np.ndarray]:
         """What each network has chosen, numbers (K,) by name."""
+        if any(isinstance(line["arch"], str) for line in self.lines):  # a ViT
+            return {}
         blocks = [line["arch"]["block"] for line in self.lines]
         columns = {f"{block} blocks": np.array([b == block for b in blocks], float) for block in sorted({*blocks})[1:]}
         columns["width"] = self.facts("width")
@@ -675,8 +681,9 @@ def predictors(p: Population) -> dict[str, np.ndarray]:
     """Of accuracy: numbers (K,) by name."""
     values = {name: sign * p.label_free[key] for name, (key, sign) in PREDICTORS.items() if key in p.label_free}
     values |= {"parameters": p.facts("parameters"), "MACs": p.facts("macs")}
-    values["blocks"] = np.array([sum(line["arch"]["depth"]) for line in p.lines], float)
-    return {name: x for name, x in values.items() if np.ptp(x) > 0}
+    if choices := p.choices():
+        values["blocks"] = sum(x for name, x in choices.items() if name.startswith("depth"))
+    return {name: x for name, x in values.items() if np.ptp(x) > 0}  # nan: what a ViT has no number for
 
 
 def predictor_table(groups: dict[str, Population], scenarios: list[str]) -> list[str]:
@@ -708,11 +715,22 @@ def found_table(table: list[dict], scenarios: list[str], measure: str) -> tuple[
     for line in table:
         if not line["error"] and line["family"] not in GRIDS:
             families.setdefault(line["family"], []).append(line)
+    for name, of in list(families.items()):
+        if name.startswith("random") and all(line["held_out_loss"] is not None for line in of):
+            losses: dict[str, list[float]] = {}
+            for line in of:
+                losses.setdefault(line["network"], []).append(line["held_out_loss"])
+            chosen = min(losses, key=lambda network: np.mean(losses[network]))
+            families[f"the one of {name} with the least held-out loss"] = [x for x in of if x["network"] == chosen]
     names = sorted(families, key=lambda name: (name.startswith("random"), not name.startswith("found")))
     rows, dots = [], {scenario: {} for scenario in scenarios}
     for name in names:
         of = families[name]
-        row = {"network": name, "MMACs": f"{np.mean([line['macs'] for line in of]) / 1e6:.3g}", "runs": str(len(of))}
+        row = {
+            "network": name,
+            "MMACs": f"{np.mean([line['macs'] or math.nan for line in of]) / 1e6:.3g}",
+            "runs": str(len(of)),
+        }
         for scenario in scenarios:
             values = np.array([line[f"{scenario} {measure}"] for line in of], float)
             dots[scenario][name] = values[~np.isnan(values)].tolist()
