@@ -73,7 +73,7 @@ def lock(path: Path, wait: bool = False) -> int | None:
     """A handle on a file, made where it is missing, that one process can have at a time, on any of the machines that
     see it; close it to let go. Gone with the process, however that ends. None where another process has it; with `wait`
     we wait for that. Where a file system has no locks, which stderr then says, everyone gets a handle."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         import fcntl  # which Windows has not
 

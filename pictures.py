@@ -119,14 +119,14 @@ def draw_backbone(networks: dict[str, tuple[dict, int]], width: float, stem: str
 
 def draw_scores(scores: dict[str, dict[str, list[float]]], title: str) -> str:
     """SVG: accuracies in % as dots, a panel for each data set, a line for each row: {data: {row: [accuracy, ...]}}."""
-    panel, left, line = 300, 190, 24
+    panel, line, across = 300, 24, 3
     rows = list(next(iter(scores.values())))
+    left = 30 + 6.6 * max(map(len, rows))
+    tall = 64 + line * len(rows)
     svg = [f'<text x="20" y="26" font-size="15">{escape(title)}</text>']
-    for r, row in enumerate(rows):
-        svg.append(f'<text x="{left - 12}" y="{76 + line * r}" text-anchor="end">{escape(row)}</text>')
-    bottom = 64 + line * len(rows)
     for p, (data, values) in enumerate(scores.items()):
-        x0 = left + p * (panel + 60)
+        x0, y0 = left + p % across * (panel + 60), 52 + p // across * tall
+        bottom = y0 + 12 + line * len(rows)
         every = [v for row in values.values() for v in row]
         low, high = math.floor(min(every)), math.ceil(max(every) + 1e-9)
         high += low == high
@@ -134,21 +134,24 @@ def draw_scores(scores: dict[str, dict[str, list[float]]], title: str) -> str:
         def at(v, x0=x0, low=low, high=high):
             return x0 + panel * (v - low) / (high - low)
 
-        svg.append(f'<text x="{x0}" y="52" font-weight="bold">{escape(data)}</text>')
+        svg.append(f'<text x="{x0}" y="{y0}" font-weight="bold">{escape(data)}</text>')
         step = next(s for s in (1, 2, 5, 10, 20, 50, 100) if (high - low) / s <= 6)
         for v in range(-(-low // step) * step, high + 1, step):
-            svg.append(f'<path d="M{at(v):.1f} 60 V{bottom}" stroke="#ddd"/>')
+            svg.append(f'<path d="M{at(v):.1f} {y0 + 8} V{bottom}" stroke="#ddd"/>')
             svg.append(f'<text x="{at(v):.1f}" y="{bottom + 16}" text-anchor="middle" fill="#666">{v} %</text>')
         for r, row in enumerate(rows):
-            y = 72 + line * r
-            colour = "#999999" if row.startswith("random (") else "#0072B2"
+            y = y0 + 20 + line * r
+            if p % across == 0:
+                svg.append(f'<text x="{left - 12}" y="{y + 4}" text-anchor="end">{escape(row)}</text>')
+            colour = "#999999" if row.startswith("random") else "#0072B2"
             for v in values[row]:
                 svg.append(
                     f'<circle cx="{at(v):.1f}" cy="{y}" r="4" fill="{colour}" fill-opacity="0.6" stroke="white"/>'
                 )
-            mean = sum(values[row]) / len(values[row])
-            svg.append(f'<path d="M{at(mean):.1f} {y - 9} v18" stroke="black" stroke-width="2"/>')
-    return _svg(left + len(scores) * (panel + 60) + 10, bottom + 30, svg)
+            if values[row]:
+                mean = sum(values[row]) / len(values[row])
+                svg.append(f'<path d="M{at(mean):.1f} {y - 9} v18" stroke="black" stroke-width="2"/>')
+    return _svg(left + min(across, len(scores)) * (panel + 60) + 10, 40 + -(-len(scores) // across) * tall, svg)
 
 
 def draw_matrices(panels: dict[str, tuple], title: str, scale: tuple[float, float], digits: int) -> str:

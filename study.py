@@ -723,23 +723,21 @@ def found_table(table: list[dict], scenarios: list[str], measure: str) -> tuple[
             chosen = min(losses, key=lambda network: np.mean(losses[network]))
             families[f"the one of {name} with the least held-out loss"] = [x for x in of if x["network"] == chosen]
     names = sorted(families, key=lambda name: (name.startswith("random"), not name.startswith("found")))
-    rows, dots = [], {scenario: {} for scenario in scenarios}
-    for name in names:
-        of = families[name]
-        row = {
-            "network": name,
-            "MMACs": f"{np.mean([line['macs'] or math.nan for line in of]) / 1e6:.3g}",
-            "runs": str(len(of)),
-        }
-        for scenario in scenarios:
-            values = np.array([line[f"{scenario} {measure}"] for line in of], float)
-            dots[scenario][name] = values[~np.isnan(values)].tolist()
-            row[scenario] = f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else "")
-            random = random_accuracies(families, f"{scenario} {measure}")
+    runs = {f"{name} ({len(families[name])} runs)": families[name] for name in names}
+    rows = [{"": "MMACs"}]
+    rows[0] |= {name: f"{np.mean([x['macs'] or math.nan for x in of]) / 1e6:.3g}" for name, of in runs.items()}
+    dots = {}
+    for scenario in scenarios:
+        column, row = f"{scenario} {measure}", {"": scenario}
+        random = random_accuracies(families, column)
+        for name, of in runs.items():
+            values = np.array([line[column] for line in of], float)
+            dots.setdefault(scenario, {})[name] = values[~np.isnan(values)].tolist()
+            row[name] = f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else "")
             if random is not None and not name.startswith("random"):
-                row[scenario] += f"; {rounded(improvement(values, random), 1)} %"
+                row[name] += f"; {rounded(improvement(values, random), 1)} %"
         rows.append(row)
-    return (linear_eval.markdown(rows) if rows else []), dots
+    return (linear_eval.markdown(rows) if runs else []), dots
 
 
 def random_accuracies(families: dict[str, list[dict]], column: str) -> np.ndarray | None:

@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python tests/bench_probe.py --weights runs/*/backbone.pth --data my/cifar10 my/textures my/flowers
 
 Features of at most 5,000 training images a data set, at the size that a network was trained at. Both sides standardise
-them alike, and choose among the same five strengths of decay on the same held-out tenth. scikit-learn is installed below
-runs/peers at the first call.
+them alike, and choose among the same five strengths of decay on the same held-out tenth. scikit-learn is installed
+below runs/peers at the first call.
 """
 
 import argparse
@@ -48,7 +48,8 @@ def main(args: argparse.Namespace) -> None:
     rows = []
     for weights, source in product(args.weights, args.data):
         backbone, facts = load_backbone(weights)
-        train, test = (load_images(source, split, facts["resized_to"], limit=5000) for split in ("train", "test"))
+        size = facts.get("resized_to") or 32
+        train, test = (load_images(source, split, size, limit=5000) for split in ("train", "test"))
         h, h_test = (extract(backbone, x.pixels, facts["mean"], facts["std"], CPU) for x in (train, test))
         row = {"data": Path(source).name, "features": str(h.shape[1]), "classes": str(len(train.classes))}
         for name, probe in (("ours", ours), ("scikit-learn", theirs)):
