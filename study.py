@@ -867,7 +867,8 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple[list[Run], 
     handle = lock(folder / ".lock", wait=True)
     try:
         facts = pretrain.facts_of(Path(__file__).name, args, args.arch, None, images, FREE_FLAGS)
-        facts, path = json.loads(json.dumps(facts)), folder / "study.json"
+        facts = {what: fact for what, fact in json.loads(json.dumps(facts)).items() if fact is not None}
+        path = folder / "study.json"
         known = load_json(str(path)) if path.exists() else facts
         for what in sorted({*known, *facts}):
             if known.get(what) != facts.get(what):
