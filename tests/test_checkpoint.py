@@ -143,9 +143,9 @@ def test_a_finished_run_is_not_run_again(pretrained, capsys):
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path, capsys):
-    handle = lock(tmp_path)
+    handle = lock(tmp_path / ".lock")
     message, status = refused(capsys, pretrain, *TINY, "--output-dir", tmp_path)
-    assert "another process is at work" in message and status == 1 and not list(tmp_path.iterdir())
+    assert "another process is at work" in message and status == 1 and not list(tmp_path.glob("[!.]*"))
     os.close(handle)
     run(pretrain, tmp_path, "--epochs", 1)
 
