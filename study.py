@@ -507,9 +507,9 @@ def improvement(found: np.ndarray, random: np.ndarray) -> tuple[float, float, fl
     return ri, ri - half, ri + half
 
 
-def regrets(y: np.ndarray, resamples: int = 1000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def regrets(y: np.ndarray, resamples: int = 1000, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(mean (D, D), its standard error (D, D)) of what choosing by scenario a costs on b, in points, of accuracies
-    (K networks, S seeds, D scenarios).
+    (K networks, S seeds, D scenarios); and (D,) what drawing a network costs.
 
     Networks are chosen by the scores of all seeds but one, on a and on b, and compared on b by the seed that is left
     out, in turn: the best of many noisy scores is not as good as it looks. The errors are those of other networks,
@@ -527,13 +527,19 @@ def regrets(y: np.ndarray, resamples: int = 1000, seed: int = 0) -> tuple[np.nda
 
     rng = np.random.default_rng(seed)
     again = [cost(rng.integers(networks, size=networks)) for _ in range(resamples)]
-    return cost(np.arange(networks)), np.std(again, 0)
+    chosen = [np.delete(y, out, 1).mean(1).argmax(0) for out in range(seeds)]
+    own = np.mean([y[chosen[out], out].diagonal() for out in range(seeds)], 0)  # of the choice by the scenario itself
+    return cost(np.arange(networks)), np.std(again, 0), own - y.mean((0, 1))
 
 
 def effects(columns: dict[str, np.ndarray], y: np.ndarray) -> dict[str, tuple[float, float]]:
     """(points a step, standard error) of each choice on accuracy (K,), by least squares over all that vary. A step: to
     the next of the values that a choice has, on average."""
-    columns = {name: x for name, x in columns.items() if np.ptp(x) > 0}
+    together: dict[tuple, list[str]] = {}  # by what they say: choices that always go together are one
+    for name, x in columns.items():
+        if np.ptp(x) > 0:
+            together.setdefault(tuple(np.unique(x, return_inverse=True)[1]), []).append(name)
+    columns = {", ".join(names): columns[names[0]] for names in together.values()}
     steps = {name: np.diff(np.unique(x)).mean() for name, x in columns.items()}
     x = np.stack([np.ones(len(y)), *(v / steps[name] for name, v in columns.items())], 1)
     fit, _, rank, _ = np.linalg.lstsq(x, y, rcond=None)
@@ -562,6 +568,10 @@ class Population(NamedTuple):
     def overall(self) -> np.ndarray:  # (K,): the mean over scenarios
         return self.means.mean(1)
 
+    @property
+    def ranks(self) -> np.ndarray:  # (K, D), 1 the best
+        return np.stack([ranks_of(-column) for column in self.means.T], 1)
+
     def facts(self, name: str) -> np.ndarray:
         return np.array([line[name] for line in self.lines], float)
 
@@ -588,11 +598,8 @@ def populations(table: list[dict], scenarios: list[str], measure: str) -> dict[s
     for name, networks in by_network.items():
         seeds = max(map(len, networks.values()))
         columns = [f"{scenario} {measure}" for scenario in scenarios]
-        whole = [
-            of
-            for of in networks.values()
-            if len(of) == seeds and all(line[c] is not None for line in of for c in columns)
-        ]
+        whole = [of for of in networks.values() if len(of) == seeds]
+        whole = [of for of in whole if all(line[column] is not None for line in of for column in columns)]
         if len(whole) < 8 or seeds < 2:
             continue
         accuracy = np.array([[[line[c] for c in columns] for line in of] for of in whole])
@@ -618,7 +625,7 @@ def rounded(figure: tuple[float, float, float], digits: int = 2) -> str:
 
 def scenario_table(p: Population, scenarios: list[str]) -> list[str]:
     """A line a scenario. The first one is what the others are compared with."""
-    regret, error = regrets(p.accuracy)
+    regret, error, _ = regrets(p.accuracy)
     rows = []
     for d, scenario in enumerate(scenarios):
         best = p.means[:, d].argmax()
@@ -635,36 +642,22 @@ def scenario_table(p: Population, scenarios: list[str]) -> list[str]:
 
 def in_short(p: Population, scenarios: list[str]) -> str:
     """Is one network the best everywhere, and what does it cost not to know which?"""
-    first = np.argmin(mean_ranks(p))
-    bests = p.means.argmax(0)
-    equal = 0  # scenarios
-    for d, best in enumerate(bests):
-        noise = spreads(p.accuracy[:, :, d])[1] * math.sqrt(2 / p.accuracy.shape[1])
-        equal += p.means[best, d] - p.means[first, d] < Z * noise
-    text = f"{len(set(bests))} networks are the best on one or more of {len(scenarios)} scenarios. The one of the best "
-    text += (
-        f"mean rank, {p.lines[first]['network']} (rank {mean_ranks(p)[first]:.1f} of {len(p.lines)}), is within noise "
+    ranks, bests = p.ranks.mean(1), p.means.argmax(0)
+    first = ranks.argmin()
+    residual = np.array([spreads(p.accuracy[:, :, d])[1] for d in range(len(scenarios))])
+    equal = (p.means.max(0) - p.means[first] < Z * residual * math.sqrt(2 / p.accuracy.shape[1])).sum()
+    text = (
+        f"{len(set(bests))} networks are the best on one or more of {len(scenarios)} scenarios. The one of the best "
+        f"mean rank, {p.lines[first]['network']} (rank {ranks[first]:.1f} of {len(p.lines)}), is within noise of the "
+        f"best on {equal} of them."
     )
-    text += f"of the best on {equal} of them"
     if len(scenarios) > 1:
-        regret = regrets(p.accuracy)[0][0, 1:].mean()
-        text += f". On the others than {scenarios[0]}, choosing by {scenarios[0]} costs {regret:.2f} points beside "
-        text += f"choosing by the scenario itself, and drawing a network at random {chance_regret(p):.2f}"
-    return text + "."
-
-
-def mean_ranks(p: Population) -> np.ndarray:
-    """(K,), over scenarios; 1 is the best."""
-    return np.mean([ranks_of(-column) for column in p.means.T], 0)
-
-
-def chance_regret(p: Population) -> float:
-    """Of a network that is drawn, as `regrets` has it, on all scenarios but the first."""
-    total = 0
-    for out in range(p.accuracy.shape[1]):
-        chosen = np.delete(p.accuracy, out, 1).mean(1).argmax(0)
-        total = total + p.accuracy[chosen, out].diagonal() - p.accuracy[:, out].mean(0)
-    return (total[1:] / p.accuracy.shape[1]).mean()
+        regret, _, drawn = regrets(p.accuracy)
+        text += (
+            f" On the others than {scenarios[0]}, choosing by {scenarios[0]} costs {regret[0, 1:].mean():.2f} points "
+            f"beside choosing by the scenario itself, and drawing a network at random {drawn[1:].mean():.2f}."
+        )
+    return text
 
 
 # name: what of a run's log tells, with the sign with which more is better
@@ -802,11 +795,10 @@ def pictures_of(groups: dict[str, Population], scenarios: list[str]) -> dict[str
         r = [[spearman(a, b)[0] for b in p.means.T] for a in p.means.T]
         correlations[f"{group} ({len(p.lines)})"] = (scenarios, scenarios, r)
         costs[group] = [(x / 1e6, y) for x, y in zip(p.facts("macs"), p.overall)]
-        order = mean_ranks(p).argsort(kind="stable")
-        rank = np.stack([ranks_of(-column) for column in p.means.T], 1)  # (K, D)
+        order = p.ranks.mean(1).argsort(kind="stable")
         shown = sorted({*order[:3], *p.means.argmax(0), order[-1]}, key=list(order).index)
         names = [p.lines[k]["network"] for k in shown]
-        ranks[f"{group} ({len(p.lines)})"] = (names, scenarios, rank[shown].tolist())
+        ranks[f"{group} ({len(p.lines)})"] = (names, scenarios, p.ranks[shown].tolist())
     if not groups:
         return {}
     many = max(len(p.lines) for p in groups.values())
