@@ -3,14 +3,25 @@
     import launch  # ahead of torch, then # isort: split
 
 torch's threads on a CPU wait for each other at the end of each operation, and libgomp lets them spin meanwhile. Beside
-another busy program a spinning thread takes the core away from the one that it waits for, and a run nearly stops. A
-short spin costs an idle machine little (results/README.md). libgomp reads its settings when it is loaded.
+another busy program a spinning thread takes the core away from the one that it waits for, and a run nearly stops; on an
+idle machine a very short spin costs a sixth of the speed (results/README.md). So it depends on what the cores do when
+we start. libgomp reads its settings when it is loaded; no bit of a result depends on them.
 """
 
 import os
+import time
 
 if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:  # the user's own word stands
-    os.environ["GOMP_SPINCOUNT"] = "1000"  # times around the loop, some microseconds
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    idle = []  # ticks of ours that were idle or waited for a disk, so far; twice, a tenth of a second apart
+    while os.path.exists("/proc/stat") and len(idle) < 2:
+        time.sleep(0.1 * len(idle))
+        with open("/proc/stat") as file:
+            lines = [line.split() for line in file if line[:3] == "cpu" and line[3].isdigit()]
+        idle.append(sum(int(line[4]) + int(line[5]) for line in lines if int(line[0][3:]) in cores))
+    ticks = 0.1 * os.sysconf("SC_CLK_TCK") if idle else 1.0
+    share = len(cores) - (idle[1] - idle[0]) / ticks if idle else 0.0  # so many cores are busy with other programs
+    os.environ["GOMP_SPINCOUNT"] = "100" if share > 0.25 else "1000"  # times around the loop, some microseconds
 
 # isort: split
 
@@ -21,7 +32,6 @@ import math
 import re
 import shlex
 import sys
-import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +41,7 @@ from typing import Literal, get_args, get_origin
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
@@ -176,8 +187,19 @@ def setup(device: str, deterministic: bool = False) -> tuple[int, int, torch.dev
         torch.set_float32_matmul_precision("high")
     torch.set_flush_denormal(True)  # momenta of dead features decay to denormals, which made the probe 5 times slower
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        join("nccl" if device == "cuda" else "gloo")
     return rank, world, torch.device(device, local) if device == "cuda" else torch.device(device)
+
+
+def join(backend: str) -> None:
+    """dist.init_process_group, but that torchrun's attempts do not meet. After --max-restarts has restarted all ranks
+    they get the same store, in which the addresses of the attempt before still are, and two ranks of which one reads
+    its peer's old one wait for each other without end (seen in torch 2.14). So an attempt has its own part of the
+    store. On several machines attempts are numbered differently, and there it stays as torch has it."""
+    store, rank, world = next(rendezvous("env://"))
+    one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
+    dist.init_process_group(backend, store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=world)
 
 
 def memory_format(device: torch.device) -> torch.memory_format:

@@ -327,6 +327,24 @@ def test_two_ranks_keep_equal_alphas_weights_and_queues(tmp_path):
             torch.testing.assert_close(torch.cat([x, y]), view, atol=1e-5, rtol=1e-5)
 
 
+def joins(rank, port, attempt):
+    as_rank(rank, 2, port)
+    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT=str(attempt))
+    launch.setup("cpu")
+    x = torch.ones(1)
+    torch.distributed.all_reduce(x)
+    assert x == 2
+
+
+def test_ranks_that_torchrun_restarts_do_not_take_each_other_for_those_of_before():
+    port, keys = free_port(), []
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # as torchrun's agent
+    for attempt in range(2):
+        torch.multiprocessing.spawn(joins, (port, attempt), nprocs=2)
+        keys.append(store.num_keys())
+    assert keys[1] - 1 == 2 * (keys[0] - 1)  # none is written twice; one is the store's own
+
+
 # ---- threads --------------------------------------------------------------------------------------------------------
 
 
@@ -339,13 +357,17 @@ def spins(command, **more):
 
 
 def test_threads_spin_shortly_however_a_script_is_started():
-    python, short = [sys.executable], "1000"
-    assert spins([*python, "pretrain.py", "--help"]) == [short] == spins([*python, "-c", "import search"])
-    assert spins([*python, "-c", "import linear_eval"], GOMP_SPINCOUNT="77") == ["77"]
-    passive = spins([*python, "-c", "import pretrain"], OMP_WAIT_POLICY="passive")
-    assert passive and passive != [short]
-    two = spins([*python, "-m", "torch.distributed.run", "--nproc-per-node", "2", "pretrain.py", "--help"])
-    assert two.count(short) == 2  # and torchrun itself
+    python, short = [sys.executable], ["100"]
+    busy = subprocess.Popen([*python, "-c", "while True: pass"])
+    try:
+        assert spins([*python, "pretrain.py", "--help"]) == short == spins([*python, "-c", "import search"])
+        assert spins([*python, "-c", "import linear_eval"], GOMP_SPINCOUNT="77") == ["77"]
+        passive = spins([*python, "-c", "import pretrain"], OMP_WAIT_POLICY="passive")
+        assert passive and passive not in (short, ["1000"])
+        two = spins([*python, "-m", "torch.distributed.run", "--nproc-per-node", "2", "pretrain.py", "--help"])
+        assert two.count("100") == 2  # and torchrun itself
+    finally:
+        busy.kill()
 
 
 # ---- what a wrong command is told -----------------------------------------------------------------------------------
