@@ -3,25 +3,14 @@
     import launch  # ahead of torch, then # isort: split
 
 torch's threads on a CPU wait for each other at the end of each operation, and libgomp lets them spin meanwhile. Beside
-another busy program a spinning thread takes the core away from the one that it waits for, and a run nearly stops; on an
-idle machine a very short spin costs a sixth of the speed (results/README.md). So it depends on what the cores do when
-we start. libgomp reads its settings when it is loaded; no bit of a result depends on them.
+another busy program a spinning thread takes the core away from the one that it waits for, and a run nearly stops. A
+short spin costs an idle machine little (results/README.md). libgomp reads its settings when it is loaded.
 """
 
 import os
-import time
 
 if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:  # the user's own word stands
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
-    idle = []  # ticks of ours that were idle or waited for a disk, so far; twice, a tenth of a second apart
-    while os.path.exists("/proc/stat") and len(idle) < 2:
-        time.sleep(0.1 * len(idle))
-        with open("/proc/stat") as file:
-            lines = [line.split() for line in file if line[:3] == "cpu" and line[3].isdigit()]
-        idle.append(sum(int(line[4]) + int(line[5]) for line in lines if int(line[0][3:]) in cores))
-    ticks = 0.1 * os.sysconf("SC_CLK_TCK") if idle else 1.0
-    share = len(cores) - (idle[1] - idle[0]) / ticks if idle else 0.0  # so many cores are busy with other programs
-    os.environ["GOMP_SPINCOUNT"] = "100" if share > 0.25 else "1000"  # times around the loop, some microseconds
+    os.environ["GOMP_SPINCOUNT"] = "1000"  # times around the loop, some microseconds
 
 # isort: split
 
@@ -32,6 +21,7 @@ import math
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
