@@ -113,7 +113,7 @@ def fit_logistic(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, decay:
     |weight|^2, by L-BFGS from those given. It takes its steps in weight / scale (F, 1), where curvatures are alike."""
     v = (weight / scale).requires_grad_()
     bias = bias.clone().requires_grad_()
-    how = {"max_iter": 50, "tolerance_grad": 1e-5, "tolerance_change": 1e-5, "line_search_fn": "strong_wolfe"}
+    how = {"max_iter": 100, "tolerance_grad": 1e-5, "tolerance_change": 1e-5, "line_search_fn": "strong_wolfe"}
     optimizer = torch.optim.LBFGS([v, bias], **how)
 
     def closure() -> Tensor:
