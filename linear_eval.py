@@ -384,8 +384,9 @@ def measure(
             enough = n <= smallest
             row[f"{n}-shot"] = few_shot(bank, labels, query, test_labels, n, draws, seed) if enough else None
         if finetune_lr:
-            how = (finetune_lr, finetune_epochs, seed, compiled)
-            row.update(finetune(backbone, facts, train, rows, test, device, *how))
+            row.update(
+                finetune(backbone, facts, train, rows, test, device, finetune_lr, finetune_epochs, seed, compiled)
+            )
         row["seconds"] = time.time() - start
         table.append(row)
     backbone.train(training)

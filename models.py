@@ -393,6 +393,14 @@ NETWORKS = {"basic": ResNet, "bottleneck": ResNet, "inverted": MobileNetV2}
 MAX_PARAMETERS = 2_000_000_000
 
 
+def size_of(arch: str | dict, width: float, stem: str, size: int) -> tuple[int | None, int]:
+    """(MACs of an image of that size, parameters); of a ViT no MACs. Raises ValueError where it cannot be built."""
+    with torch.device("meta"):
+        network, _ = build_backbone(arch, stem, width)
+    spec = BACKBONES.get(arch) if isinstance(arch, str) else arch
+    return spec and macs(spec, width, stem, size), sum(p.numel() for p in network.parameters())
+
+
 def build_backbone(
     arch: str | dict, stem: str = "imagenet", width: float = 1.0, drop_path: float = 0.0
 ) -> tuple[nn.Module, int]:

@@ -52,7 +52,7 @@ from checkpoint import Checkpoint, load_arch, save_backbone, versions, write_ato
 from data import ALPHAS, GATES, RECALIBRATION, Batches, channel_stats
 from launch import Meter, Parser, command_line, is_main, mean_over_ranks, say, user_errors
 from losses import METHODS, Method
-from models import BACKBONES, BAND, OPS, SPACES, Choices, SearchBackbone, SearchHead, build_backbone
+from models import BACKBONES, BAND, OPS, SPACES, Choices, SearchBackbone, SearchHead
 from optim import clip_gradients, distributed, optimizer_of, set_lr, warmup_steps, with_state
 from pictures import draw_backbone, draw_heads
 from pretrain import Monitor, autocast, clock, compile_options
@@ -691,18 +691,10 @@ def checkpoint_of(search: Search, asked: argparse.Namespace, command: str) -> tu
     return Checkpoint(folder, things, facts, *how), meter
 
 
-def facts_of_network(search: Search, arch: str | dict) -> tuple[int, int]:
-    """(MACs, parameters) of a backbone of the search's width, stem and size."""
-    network, _ = build_backbone(arch, search.stem, search.args.width)
-    spec = BACKBONES[arch] if isinstance(arch, str) else arch
-    cost = models.macs(spec, search.args.width, search.stem, search.size)
-    return cost, sum(p.numel() for p in network.parameters())
-
-
 def describe_backbone(search: Search, choice: list[int]) -> dict:
     """What arch.json says of what was found; on the console too."""
     arch = search.space.arch(choice)
-    cost, parameters = facts_of_network(search, arch)
+    cost, parameters = models.size_of(arch, search.args.width, search.stem, search.size)
     target = search.cost.target
     say(
         f"backbone: {models.describe(arch)}, {cost / 1e6:.4g} of {target / 1e6:.4g} MMACs ({100 * cost / target:.1f} %)"
@@ -730,7 +722,8 @@ def write_results(search: Search, found: dict, history: list[dict], encoder: nn.
     if encoder:
         arch = found["backbone"]["arch"]
         archs = {"found": arch, space.handcrafted: BACKBONES[space.handcrafted]}
-        networks = {name: (arch, facts_of_network(search, arch)[1]) for name, arch in archs.items()}
+        where = args.width, search.stem, search.size
+        networks = {name: (arch, models.size_of(arch, *where)[1]) for name, arch in archs.items()}
         title = f"Backbone found with {where}: {BAND[0]:g} to {BAND[1]:g} of {search.cost.target / 1e6:,.4g} MMACs"
         write_atomic(draw_backbone(networks, args.width, search.stem, search.size, title), folder / "backbone.svg")
         save_backbone(encoder, pretrain.backbone_facts(args, arch, search.stem, search.stats, found["command"]), folder)

@@ -197,6 +197,7 @@ def found_by(folder: str, args: argparse.Namespace) -> list[Network]:
     path, weights = Path(folder) / "arch.json", Path(folder) / "backbone.pth"
     found = load_json(str(path))
     heads = heads_in(str(path), args)
+    arch = load_arch(str(path)) if "backbone" in found else None
     backbone = next((SPACES[name] for name in found.get("space", []) if name in SPACES), None)
     if not backbone and not heads:
         raise ValueError(f"--search {folder}: '{path}' is not what search.py writes")
@@ -205,7 +206,6 @@ def found_by(folder: str, args: argparse.Namespace) -> list[Network]:
         return [Network(family, args.arch, heads=heads), Network("handcrafted", args.arch)]
     if found["backbone"].get("width") != args.width:
         raise ValueError(f"--search {folder}: searched at --width {found['backbone'].get('width')}, not {args.width}")
-    arch = load_arch(str(path))
     return [
         Network(family, arch, heads=heads),
         Network(f"{family}, trained on", arch, heads=heads, weights=str(weights)),
@@ -283,14 +283,6 @@ def facts_of(run: Run, args: argparse.Namespace) -> dict:
     return {**facts, "width": args.width * network.width, "seed": run.seed}
 
 
-def cost_of(run: Run, args: argparse.Namespace, stem: str, size: int) -> dict:
-    """Parameters and MACs (None: of a ViT) of its backbone. Raises ValueError where it cannot be built."""
-    arch, width = plain(run.network.arch), args.width * run.network.width
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in build_backbone(arch, stem, width)[0].parameters())
-    return {"parameters": parameters, "macs": models.macs(arch, width, stem, size) if isinstance(arch, dict) else None}
-
-
 LABEL_FREE = ("loss", "held_out_loss", "rankme", "z_std")  # what a run's log says of it at the end, without labels
 
 
@@ -306,7 +298,7 @@ def carry_out(run: Run, args: argparse.Namespace, study: "Study") -> None:
         row = facts_of(run, args)
         begun = time.time()
         try:
-            row |= cost_of(run, args, study.stem, study.size)
+            row["macs"], row["parameters"] = models.size_of(row["arch"], row["width"], study.stem, study.size)
             last = train(run, args, study.images)
         except (SystemExit, ValueError, RuntimeError) as error:  # RuntimeError: of torch, as for want of memory
             full_disk = isinstance(error.__context__, OSError)
@@ -324,7 +316,12 @@ def carry_out(run: Run, args: argparse.Namespace, study: "Study") -> None:
         backbone, facts = load_backbone(str(weights))
         begun = time.time()
         how = {"knn_k": args.knn_k, "knn_t": args.knn_t, "compiled": args.compile}
-        scores = linear_eval.measure(backbone, facts, *study.measured[source], study.device, **how)[0]
+        try:
+            scores = linear_eval.measure(backbone, facts, *study.measured[source], study.device, **how)[0]
+        except RuntimeError as error:
+            row["error"] = f"measured on {source}: {error}"
+            keep()
+            return
         row["scores"][dataset(source)] = {name: scores[name] for name in ("knn", "linear")}
         row["seconds"][dataset(source)] = time.time() - begun
         keep()
@@ -499,7 +496,8 @@ def spreads(y: np.ndarray) -> tuple[float, float]:
 
 def improvement(found: np.ndarray, random: np.ndarray) -> tuple[float, float, float]:
     """Relative improvement in % of a network's accuracies (S seeds,) over the mean of random ones' (K, S), and its 95 %
-    interval for other seeds and other random networks: within^2 / S + between^2 / K + within^2 / (K S)."""
+    interval for other seeds and other random networks: within^2 / S + between^2 / K + within^2 / (K S). For the same
+    seeds on both sides: of others, or fewer, what they have in common is not in it."""
     between, within = spreads(random)
     networks, seeds = random.shape
     variance = within**2 / len(found) + between**2 / networks + within**2 / (networks * seeds)
@@ -833,7 +831,15 @@ def get_parser() -> Parser:
     return parser
 
 
-FREE_FLAGS = pretrain.FREE_FLAGS | {"networks", "search", "seeds", "seed", "target_macs", "measure_on", "report"}
+FREE_FLAGS = pretrain.FREE_FLAGS | {  # of what is asked for, not of how it is trained
+    "networks",
+    "search",
+    "seeds",
+    "seed",
+    "target_macs",
+    "measure_on",
+    "report",
+}
 
 
 def prepare(args: argparse.Namespace, device: torch.device) -> tuple[list[Run], Study]:
@@ -842,6 +848,8 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple[list[Run], 
         raise ValueError("which networks? --networks ssa, resnet:8, a name or an arch.json, or --search FOLDER")
     if args.seeds <= 0:
         raise ValueError(f"--seeds {args.seeds}: must be above 0")
+    if args.bench or args.profile:
+        raise ValueError("--bench and --profile are for one run: give them to pretrain.py")
     folder, sources = Path(args.output_dir), args.measure_on or [args.data]
     if len({dataset(source) for source in sources}) < len(sources):
         raise ValueError(f"--measure-on {' '.join(sources)}: two of them have one name")
@@ -858,7 +866,8 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple[list[Run], 
             raise ValueError(f"--measure-on {source}: there are no labels to measure with")
     handle = lock(folder / ".lock", wait=True)
     try:
-        facts = pretrain.facts_of(Path(__file__).name, args, args.arch, None, images, FREE_FLAGS)
+        heads = None if args.heads == "default" else load_heads(args.heads, list(head_spaces(args, args.arch)))
+        facts = pretrain.facts_of(Path(__file__).name, args, args.arch, heads, images, FREE_FLAGS)
         facts = {what: fact for what, fact in json.loads(json.dumps(facts)).items() if fact is not None}
         path = folder / "study.json"
         known = load_json(str(path)) if path.exists() else facts
@@ -884,7 +893,8 @@ def main(args: argparse.Namespace) -> None:
             say(f"{len(runs)} runs, {len(study.measured)} data sets to measure on: {args.output_dir}")
     if not args.report:
         try:
-            work(runs, args, study)
+            with user_errors():  # a full disk
+                work(runs, args, study)
         except KeyboardInterrupt:
             sys.exit(130)
     with user_errors():

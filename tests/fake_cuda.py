@@ -309,6 +309,7 @@ CASES |= {
     "search diet resnet": ("search", f"--space resnet {SMALL} --method diet"),
     "search supernet-random": ("search", f"--space resnet {SMALL} --strategy supernet-random --candidates 2"),
     "search bench": ("search", f"--space heads resnet {SMALL} --bench"),
+    "study": ("study", "--networks resnetk1:1 --seeds 1 --method simclr"),
     "linear_eval": ("linear_eval", "--shots 1 --augment 2 --finetune --finetune-lr 0.1 --finetune-epochs 1"),
 }
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import search
 import study
 from checkpoint import lock
-from models import BACKBONES, SPACES, macs
+from models import BACKBONES, SPACES, macs, size_of
 from pictures import draw_costs, draw_matrices
 
 STUDY = ["--image-size", 16, "--epochs", 1]
@@ -137,8 +137,7 @@ def test_the_papers_grids_are_there(tmp_path):
     assert len(study.networks_of("ssa", args, "small", 16)) == sum(counts.values())
 
     def parameters(network):  # as the paper counts them, at full width
-        run, full = study.Run(network, 0, tmp_path), arguments(tmp_path, "--width", 1)
-        return study.cost_of(run, full, "imagenet", 224)["parameters"] / 1e6
+        return size_of(network.arch, network.width, "imagenet", 224)[1] / 1e6
 
     assert [parameters(n) for n in (of["resnet-bottleneck"][0], of["resnet-bottleneck"][-1])] == pytest.approx(
         [13.95, 25.81], abs=0.01
@@ -249,6 +248,9 @@ def test_what_is_there_is_neither_trained_nor_measured_again(tmp_path, capsys):
     assert mean == line["shapes linear"] and math.isnan(deviation) and seeds == 1
     said, status = refused(capsys, study, *arguments_of(tmp_path, "--networks", "resnet18", "--lr", 1))
     assert "says that this study has --lr None, not 1.0: choose another" in said and status == 1
+    heads = ["--heads", "simsiam_cifar10_resnet18"]
+    said, _ = refused(capsys, study, *arguments_of(tmp_path, "--networks", "resnet18", *heads))
+    assert "set of heads (--heads)" in said
 
 
 def make_folder(folder):
@@ -279,10 +281,19 @@ def test_a_broken_run_is_a_row_and_the_study_goes_on(tmp_path, capsys, monkeypat
         finally:
             args.lr = None
 
+    measure = study.linear_eval.measure
+
+    def breaks_too(backbone, *rest, **how):
+        if backbone.feature_dim > 32:  # resnet50's
+            raise RuntimeError("no memory to measure")
+        return measure(backbone, *rest, **how)
+
     monkeypatch.setattr(study, "train", breaks)
-    run_study(tmp_path, "--networks", "mobilenet_v2", "resnet18", "--epochs", 3)
+    monkeypatch.setattr(study.linear_eval, "measure", breaks_too)
+    run_study(tmp_path, "--networks", "mobilenet_v2", "resnet50", "resnet18", "--epochs", 3)
     lines = {(line["network"], line["seed"]): line for line in study.read_table(tmp_path / "study.csv")}
     assert "out of memory" in lines["mobilenet_v2", 0]["error"]
+    assert lines["resnet50", 1]["error"] == "measured on shapes: no memory to measure"
     assert "not finite" in lines["resnet18", 0]["error"] or "is nan" in lines["resnet18", 0]["error"]
     assert not lines["resnet18", 1]["error"] and lines["resnet18", 1]["shapes linear"] > 0
     assert "Broken: mobilenet_v2 seed 0: CUDA out of memory" in (tmp_path / "study.md").read_text()
@@ -301,6 +312,7 @@ def test_wrong_studies_are_told_in_one_line_before_anything_starts(tmp_path, cap
         (["--networks", "resnet18", "--measure-on", "nowhere"], "neither a folder nor a data set's name"),
         (["--networks", "resnet18", "--measure-on", "shapes", "shapes"], "two of them have one name"),
         (["--networks", "resnet18", "--seeds", 0], "--seeds 0: must be above 0"),
+        (["--networks", "resnet18", "--bench"], "--bench and --profile are for one run"),
         (["--search", tmp_path / "nothing"], "No such file"),
         (["--report"], "there is nothing to report"),
         (["--networks", "resnet18", "--output-dir", tmp_path / "closed" / "x"], "Not a directory"),
@@ -351,10 +363,10 @@ def made_up(tmp_path):
     networks = study.networks_of("resnet-basic:24", args, "small", 16)
     networks += study.networks_of("mobilenet-depth:12", args, "small", 16)
     for network in networks:
-        cost = study.cost_of(study.Run(network, 0, tmp_path), args, "small", 16)
+        macs_of, parameters = size_of(network.arch, args.width, "small", 16)
         quality, other = rng.normal(size=2)
         for seed in range(2):
-            row = study.facts_of(study.Run(network, seed, tmp_path), args) | cost
+            row = study.facts_of(study.Run(network, seed, tmp_path), args) | {"macs": macs_of, "parameters": parameters}
             scores = {"shapes": quality, "same": quality, "other": other}
             row["scores"] = {
                 k: {"knn": 0.3, "linear": 0.4 + 0.05 * v + rng.normal(0, 0.002)} for k, v in scores.items()
