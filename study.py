@@ -32,6 +32,7 @@ import re
 import sys
 import time
 import zlib
+from datetime import timedelta
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -374,7 +375,7 @@ def progress(run: Run, runs: list[Run], sources: list[str], begun: float, before
         seconds = dict(row["seconds"])
         linear = "  ".join(f"{name} {100 * score['linear']:.1f}" for name, score in row["scores"].items())
         line += f", {seconds.pop('train'):.0f} s to train, {sum(seconds.values()):.0f} to measure: {linear}"
-    say(f"{line}; {left / 3600:.1f} h left")
+    say(f"{line}; {timedelta(seconds=round(left))} left")
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
