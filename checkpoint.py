@@ -312,7 +312,8 @@ class Checkpoint:
     a signal asks the run to stop. log.txt is written by `log`, a JSON line an epoch.
 
     things: by name what has a state dict, which with the step is all that the rest of the run depends on. facts: what
-    the run is, plain data by the words of a message; a checkpoint with another value is refused. total: steps. All
+    the run is, plain data by the words of a message; a checkpoint with another value is refused. total: steps; until:
+    those after which it saves and its loop ends for now. All
     ranks call every method, and rank 0 writes; state dicts are whole, so a run may go on with another number of ranks.
     Raises ValueError for a checkpoint of another run, or a damaged one, and touches nothing then.
     """
@@ -327,6 +328,7 @@ class Checkpoint:
         total: int,
         minutes: float = 5.0,
         resume: bool = True,
+        until: int | None = None,
     ):
         self.folder, self.things, self.total, self.minutes = folder, things, total, minutes
         self.path = folder / "checkpoint.pth"
@@ -334,6 +336,7 @@ class Checkpoint:
         self.device = device
         self.handle = None  # of the lock on the folder
         self.step = 0  # steps done
+        self.until = total if until is None else min(until, total)
         self.history: list[dict] = []  # log.txt's lines, but for the first
         self.starts: list[dict] = []
         self.signal: int | None = None
@@ -386,7 +389,7 @@ class Checkpoint:
         """After `step` steps: saves where that is due, and stops where a signal asked for it."""
         call = self.agreed()
         self.step = step
-        if call != GO_ON or step == self.total:
+        if call != GO_ON or step in (self.until, self.total):
             self.save()
         if call == STOP:
             self.leave()
@@ -427,8 +430,8 @@ class Checkpoint:
         if not is_main():
             return
         floats = {name: x for name, x in tensors(states) if x.is_floating_point()}
-        finite = torch.stack([x.isfinite().all().to(self.device) for x in floats.values()])
-        finite = finite.tolist()  # one wait for a GPU, not one a tensor
+        finite = [x.isfinite().all().to(self.device) for x in floats.values()]
+        finite = torch.stack(finite).tolist() if finite else []  # one wait for a GPU, not one a tensor
         with user_errors():
             if not all(finite):
                 raise ValueError(

@@ -395,11 +395,12 @@ class Batches:
     seed: int = 0
     purpose: int = WEIGHTS  # what the batches are for: WEIGHTS, ALPHAS, ...
     shuffle: bool = True  # each epoch in an order of its own; else always that of the rows
+    whole: bool = False  # each rank gets all of a batch, not its share
 
     def __post_init__(self, trained_on: Tensor):
         rank, world = ranks()
         share = self.batch_size // world
-        self.share = slice(rank * share, (rank + 1) * share)
+        self.share = slice(None) if self.whole else slice(rank * share, (rank + 1) * share)
         self.steps_per_epoch = len(trained_on) // self.batch_size
         self._rows = trained_on.cpu()
         self._rows_there = trained_on.to(self.device)

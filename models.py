@@ -676,8 +676,15 @@ def _skeleton(
     return (nn.SyncBatchNorm.convert_sync_batchnorm(network) if synced else network), names
 
 
-def derive(scores: Tensor, base: int, table: Tensor, target: float) -> list[int]:
-    """The choice with the highest total score (S, O) among all whose MACs lie in BAND of the target, by enumeration.
+def in_mmacs(macs: float) -> str:
+    return f"{macs / 1e6:.4g} MMACs"
+
+
+def derive(
+    scores: Tensor, base: float, table: Tensor, target: float, text: Callable[[float], str] = in_mmacs
+) -> list[int]:
+    """The choice with the highest total score (S, O) among all whose MACs, or other cost, lie in BAND of the target, by
+    enumeration. Raises ValueError where there is none, with costs as `text` has them.
 
     With scores = log probabilities the likeliest network that meets the target; each stage's own argmax would miss it.
     """
@@ -695,8 +702,8 @@ def derive(scores: Tensor, base: int, table: Tensor, target: float) -> list[int]
     best_score, first, rest = max(found, key=lambda entry: entry[0])
     if best_score == -math.inf:
         largest = base + float(table.max(1).values.sum())
-        wanted = f"{BAND[0]:g} to {BAND[1]:g} of {target / 1e6:.4g} MMACs"
-        have = f"they go from {base / 1e6:.4g} to {largest / 1e6:.4g} MMACs"
+        wanted = f"{BAND[0]:g} to {BAND[1]:g} of {text(target)}"
+        have = f"they go from {text(base)} to {text(largest)}"
         raise ValueError(f"no network of the space has {wanted}: {have}")
     return [first, *map(int, torch.unravel_index(rest, [options] * (stages - 1)))]
 
@@ -709,17 +716,41 @@ def _sums(table: Tensor) -> Tensor:
     return total
 
 
-def random_choice(base: int, table: Tensor, target: float, generator: torch.Generator) -> list[int]:
-    """A choice drawn evenly from those whose MACs lie in BAND of the target."""
+def random_choice(
+    base: int, table: Tensor, target: float, generator: torch.Generator, band: tuple[float, float] = BAND
+) -> list[int]:
+    """A choice drawn evenly from those whose MACs lie in a band, no narrower than BAND, of the target."""
     table = table.cpu()
     stages, options = table.shape
     while True:
         choices = torch.randint(options, (4096, stages), generator=generator)
         cost = base + table[torch.arange(stages), choices].sum(1)
-        good = choices[(cost >= BAND[0] * target) & (cost <= BAND[1] * target)]
+        good = choices[(cost >= band[0] * target) & (cost <= band[1] * target)]
         if len(good):
             return good[0].tolist()
         derive(table, base, table, target)  # raises
+
+
+def scaled(space: Space, base: int, table: Tensor, target: float) -> list[int]:
+    """The choice in BAND of the target that is nearest to the handcrafted network: the one with the least sum, over
+    stages and choices, of the squared logarithm of how many times the handcrafted's value it has."""
+    arch = BACKBONES[space.handcrafted]
+    distances = torch.zeros(len(space.stages), len(space.options))
+    for s, stage in enumerate(space.stages):
+        for o, option in enumerate(space.options):
+            distances[s, o] = sum(math.log(v / arch[name][stage]) ** 2 for name, v in zip(space.choices, option))
+    return derive(-distances, base, table, target)
+
+
+@torch.no_grad()
+def use_batch_statistics(module: nn.Module) -> nn.Module:
+    """BN by the statistics of the batch at hand in eval mode too, as if none had ever been gathered: cheaper than to
+    recalibrate, for a look at a subnet in large batches."""
+    for m in module.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.track_running_stats = False
+            m.running_mean = m.running_var = m.num_batches_tracked = None
+    return module
 
 
 @torch.no_grad()

@@ -235,3 +235,80 @@ def draw_costs(series: dict[str, list[tuple[float, float]]], title: str) -> str:
             f'<circle cx="{x + 5}" cy="46" r="5" fill="{colour}"/><text x="{x + 16}" y="50">{escape(name)}</text>'
         )
     return _svg(max(left + width, 8 * len(title)) + 30, top + height + 50, svg)
+
+
+def draw_surrogate(worth: dict[str, tuple[float, float]], title: str) -> str:
+    """SVG: what each value of a choice is worth, with two standard errors to either side, a panel for each stage:
+    {"stage 1 depth 2": (worth, standard error), ...}."""
+    tall, step, top = 190, 26, 60
+    stages: dict[str, dict[str, list[tuple[str, float, float]]]] = {}
+    for label, (value, error) in worth.items():
+        _, stage, choice, option = label.split()
+        stages.setdefault(stage, {}).setdefault(choice, []).append((option, value, error))
+    most = max(abs(value) + 2 * error for value, error in worth.values()) or 1.0
+    svg, x = [f'<text x="20" y="26" font-size="15">{escape(title)}</text>'], 64
+
+    def row(value: float) -> float:
+        return top + tall / 2 * (1 - value / most)
+
+    for value in (-most, 0.0, most):
+        svg.append(f'<text x="{x - 12}" y="{row(value) + 4:.1f}" text-anchor="end" fill="#666">{value:+.2g}</text>')
+    for stage, choices in stages.items():
+        begin = x
+        svg.append(f'<text x="{x}" y="{top - 10}" font-weight="bold">stage {stage}</text>')
+        for colour, (choice, options) in zip(SERIES_COLOURS, choices.items()):
+            middle = x + step * len(options) / 2
+            svg.append(f'<text x="{middle}" y="{top + tall + 36}" text-anchor="middle">{choice}</text>')
+            for option, value, error in options:
+                x += step / 2
+                svg.append(
+                    f'<path d="M{x} {row(value - 2 * error):.1f} V{row(value + 2 * error):.1f}" stroke="{colour}" '
+                    f'stroke-width="2"/><circle cx="{x}" cy="{row(value):.1f}" r="4" fill="{colour}"/>'
+                )
+                svg.append(f'<text x="{x}" y="{top + tall + 18}" text-anchor="middle" fill="#666">{option}</text>')
+                x += step / 2
+            x += 12
+        svg.append(f'<path d="M{begin - 6} {row(0):.1f} H{x - 8}" stroke="#999"/>')
+        x += 24
+    return _svg(max(x, 60 + 7.5 * len(title)), top + tall + 50, svg)
+
+
+def draw_halving(shares: list[float], rounds: dict[str, list[list[float]]], best: str, title: str) -> str:
+    """SVG: scores of candidates at each rung, means and seeds, over the share of their training: {candidate: [[a seed's
+    score, ...] of a rung, ...]}. best: the one that was chosen."""
+    width, tall, left, top = 460, 260, 70, 52
+    scores = [score for rungs in rounds.values() for seeds in rungs for score in seeds]
+    low, high = min(scores), max(scores)
+    high += (high == low) * (abs(low) or 1.0)
+
+    def at(share: float, score: float) -> tuple[float, float]:
+        return left + width * share, top + tall * (high - score) / (high - low)
+
+    svg = [f'<text x="20" y="26" font-size="15">{escape(title)}</text>']
+    svg.append(f'<rect x="{left}" y="{top - 8}" width="{width + 8}" height="{tall + 16}" fill="none" stroke="#bbb"/>')
+    for score in (low, (low + high) / 2, high):
+        svg.append(
+            f'<text x="{left - 8}" y="{at(0, score)[1] + 4:.1f}" text-anchor="end" fill="#666">{score:.3g}</text>'
+        )
+    for share in shares:
+        x, y = at(share, low)
+        svg.append(f'<text x="{x:.1f}" y="{y + 24:.1f}" text-anchor="middle" fill="#666">{100 * share:.0f} %</text>')
+    svg.append(f'<text x="{left + width / 2}" y="{top + tall + 42}" text-anchor="middle">of the training</text>')
+    y = top + tall + 66
+    for name, rungs in rounds.items():
+        kind = "best" if name == best else name.split()[0].rstrip(":")
+        colour = {"best": "#0072B2", "handcrafted": "#D55E00", "random": "#999999"}.get(kind, "#56B4E9")
+        thick = 3 if kind == "best" else 1.5
+        means = [at(share, sum(seeds) / len(seeds)) for share, seeds in zip(shares, rungs)]
+        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in means)
+        svg.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{thick}"/>')
+        for share, seeds in zip(shares, rungs):
+            for score in seeds:
+                a, b = at(share, score)
+                svg.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}" fill-opacity="0.6"/>')
+        svg.append(f'<circle cx="{left}" cy="{y - 4}" r="5" fill="{colour}"/>')
+        bold = ' font-weight="bold"' if kind == "best" else ""
+        svg.append(f'<text x="{left + 12}" y="{y}"{bold}>{escape(name)}</text>')
+        y += 18
+    longest = max(map(len, rounds))
+    return _svg(max(left + width + 30, left + 30 + 6.4 * longest, 7.5 * len(title) + 40), y, svg)

@@ -19,6 +19,7 @@ import launch  # ahead of torch: it says how threads wait
 # isort: split
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -35,7 +36,17 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid, save_image
 
-from checkpoint import UNKNOWN, Checkpoint, load_arch, load_heads, load_weights, save_backbone, versions, write_atomic
+from checkpoint import (
+    UNKNOWN,
+    Checkpoint,
+    load_arch,
+    load_heads,
+    load_weights,
+    save_backbone,
+    versions,
+    write_atomic,
+    write_json,
+)
 from data import HELD_OUT, Batches, Images, Stream, channel_stats, decoded, fingerprint, load_data, split_images
 from launch import Meter, Parser, barrier, dashed, given, is_main, memory_format, say, user_errors
 from linear_eval import extract, knn_accuracy
@@ -272,8 +283,13 @@ def facts_of(
 # ---- what can be said of a method while it trains -------------------------------------------------------------------
 
 
+# what can be said of a network without labels (but for kNN), and the sign with which more is better
+SCORES = {"infonce": -1, "rankme": 1, "held_out_loss": -1, "knn": 1}
+
+
 class Monitor:
-    """monitor(method) -> std of z and RankMe of h, and, unless full=False, kNN accuracy and loss on held-out images."""
+    """monitor(method) -> std of z, RankMe and InfoNCE of h and the loss on held-out images, and unless knn=False kNN
+    accuracy; those alone that there are images and labels for."""
 
     def __init__(
         self,
@@ -288,13 +304,15 @@ class Monitor:
         self.args, self.images, self.stats = args, images, stats
         self.held_out, self.rows = held_out, rows
         self.multi_crop, self.device = multi_crop, device
+        # InfoNCE's views are SimCLR's whatever the run's are, so that runs with other views can be compared by it
+        self.judge = MultiCrop("simclr", images.pixels.shape[-1], *stats, device)
 
     def features(self, encoder: nn.Module, rows: Tensor) -> Tensor:
         where = rows.to(self.images.pixels.device)
         return extract(encoder, self.images.pixels, *self.stats, self.device, rows=where)
 
-    def __call__(self, method: Method, full: bool = True) -> dict[str, float]:
-        facts = self.knn(method.encoder) if full else {}
+    def __call__(self, method: Method, knn: bool = True) -> dict[str, float]:
+        facts = self.knn(method) if knn else {}
         h = self.features(method.encoder, (self.held_out if len(self.held_out) >= 256 else self.rows)[:1024])
         method.eval()
         with torch.no_grad():
@@ -302,34 +320,57 @@ class Monitor:
         method.train()
         facts["z_std"] = (z.std(0).mean() * z.shape[1] ** 0.5).item()
         facts["rankme"] = rankme(h)
-        return {**facts, **(self.held_out_loss(method) if full else {})}
+        return {**facts, **self.infonce(method), **self.held_out_loss(method)}
 
-    def knn(self, encoder: nn.Module) -> dict[str, float]:
+    def score(self, name: str, method: Method, rows: Tensor) -> float:
+        """One of SCORES on some of the held-out images, more is better; nan where it cannot be had."""
+        if name == "rankme":
+            value = rankme(self.features(method.encoder, rows))
+        else:
+            value = getattr(self, name)(method, rows).get(name, math.nan)
+        return SCORES[name] * value
+
+    def knn(self, method: Method, held_out: Tensor | None = None) -> dict[str, float]:
         """{} without labels or held-out images."""
-        if not self.images.labelled or not len(self.held_out):
+        held_out = self.held_out if held_out is None else held_out
+        if not self.images.labelled or not len(held_out):
             return {}
         sets = []
-        for rows in (self.rows, self.held_out):
-            h, shown = self.features(encoder, rows), decoded(self.images.pixels, rows)
+        for rows in (self.rows, held_out):
+            h, shown = self.features(method.encoder, rows), decoded(self.images.pixels, rows)
             sets += [h[shown.to(h.device)], self.images.labels[rows[shown]]]
         return {"knn": knn_accuracy(*sets, self.args.knn_k, self.args.knn_t)}
 
+    def batches(self, rows: Tensor, multi_crop: MultiCrop, batch_size: int, whole: bool = False) -> Batches:
+        """Always the same views of these rows."""
+        how = {"purpose": HELD_OUT, "shuffle": False, "whole": whole}
+        return Batches(self.images.pixels, rows, multi_crop, batch_size, self.device, **how)
+
     @torch.no_grad()
-    def held_out_loss(self, method: Method) -> dict[str, float]:
+    def infonce(self, method: Method, rows: Tensor | None = None) -> dict[str, float]:
+        """InfoNCE of the features of two views of held-out images, in batches of 256; {} where there are too few."""
+        rows = self.held_out if rows is None else rows
+        size = min(256, len(rows))
+        if size < 8:
+            return {}
+        batches, losses = self.batches(rows, self.judge, size, whole=True), []
+        method.eval()
+        for step in range(batches.steps_per_epoch):
+            views, _ = batches(step)
+            with autocast(self.args, self.device):
+                h1, h2 = (method.encoder(view) for view in views)
+            losses.append(infonce(h1.float(), h2.float()))
+        method.train()
+        return {"infonce": torch.stack(losses).mean().item()}
+
+    @torch.no_grad()
+    def held_out_loss(self, method: Method, rows: Tensor | None = None) -> dict[str, float]:
         """The mean over views of the held-out images, always the same ones, in eval mode; {} where these do not fill a
         batch. A method that classifies instances knows no others: there it is of views that it has not seen, of as many
         training images."""
-        rows = self.rows[: len(self.held_out)] if method.classifies_instances else self.held_out
-        batches = Batches(
-            self.images.pixels,
-            rows,
-            self.multi_crop,
-            self.args.batch_size,
-            self.device,
-            purpose=HELD_OUT,
-            shuffle=False,
-        )
-        losses = []
+        rows = self.held_out if rows is None else rows
+        rows = self.rows[: len(rows)] if method.classifies_instances else rows
+        batches, losses = self.batches(rows, self.multi_crop, self.args.batch_size), []
         method.eval()
         for step in range(batches.steps_per_epoch):
             with autocast(self.args, self.device):
@@ -341,6 +382,16 @@ class Monitor:
         """After `epoch` epochs."""
         every = self.args.knn_every
         return epoch == self.args.epochs or (every > 0 and epoch % every == 0)
+
+
+def infonce(h1: Tensor, h2: Tensor, temperature: float = 0.1) -> Tensor:
+    """InfoNCE (1807.03748) of features (N, F) of two views of the same images, centred and of unit length: how well a
+    view is told by the other among 2N - 1. Less is better; ln(2N - 1) is chance."""
+    h = torch.cat([h1, h2])
+    h = nn.functional.normalize(h - h.mean(0), dim=1)
+    similarity = (h @ h.T / temperature).fill_diagonal_(-math.inf)  # (2N, 2N)
+    partner = torch.arange(len(h), device=h.device).roll(len(h1))
+    return nn.functional.cross_entropy(similarity, partner)
 
 
 def rankme(h: Tensor) -> float:
@@ -592,7 +643,7 @@ def train(
     model, profiler = distributed(method), profiler_of(args, checkpoint.folder)
     with checkpoint:  # SIGTERM and Ctrl-C: finish the step, save, exit with 128 + signal
         begun = time.time()
-        for step in range(checkpoint.step, total):
+        for step in range(checkpoint.step, checkpoint.until):
             seed_step(args.seed, step)
             lr = set_lr(optimizer, step, warmup, total)
             views, index = batches(step)  # [(B, 3, S, S), ...] globals first, (B,)
@@ -614,7 +665,8 @@ def train(
             if (step + 1) % per_epoch == 0:
                 epoch = (step + 1) // per_epoch
                 mean_loss = meter.end_epoch()["loss"]
-                facts = monitor(method, args.knn_every > 0) if monitor.due(epoch) else {}
+                due = monitor.due(epoch) or step + 1 == checkpoint.until
+                facts = monitor(method, args.knn_every > 0) if due else {}
                 if method.classifies_instances:
                     facts["normalised"] = method.normalised(mean_loss)
                 say(f"epoch {epoch}/{args.epochs}  loss {mean_loss:.4f}{meter.speed(step)}{in_words(facts)}")
@@ -627,8 +679,9 @@ def train(
                 profiler.step()
 
 
-def main(args: argparse.Namespace, images: Images | None = None) -> dict[str, float]:
-    """Returns the last line of the log. images: what the flags of the data name, if it is loaded already."""
+def main(args: argparse.Namespace, images: Images | None = None, until: int | None = None) -> dict[str, float]:
+    """Returns the last line of the log. images: what the flags of the data name, if it is loaded already; until: the
+    epoch that the run stops after for now."""
     command = launch.command_line(SCRIPT, get_parser(), args)
     asked = args
     with user_errors():
@@ -673,11 +726,14 @@ def main(args: argparse.Namespace, images: Images | None = None) -> dict[str, fl
             total,
             args.checkpoint_minutes,
             args.resume,
+            until and until * batches.steps_per_epoch,
         )
     if args.knn_every and not images.labelled:
         say("no labels: the monitor gives std and RankMe, but no kNN")
     train(args, method, batches, optimizer, monitor, meter, checkpoint, device)
     last = checkpoint.history[-1]
+    if checkpoint.step < total:
+        return last
     if is_main():
         with user_errors():
             knn = {"knn": last["knn"]} if "knn" in last else {}
@@ -687,6 +743,37 @@ def main(args: argparse.Namespace, images: Images | None = None) -> dict[str, fl
     barrier()
     say(f"wrote {folder / 'backbone.pth'}; next: torchrun linear_eval.py --weights {folder / 'backbone.pth'}")
     return last
+
+
+def run_in(
+    folder: Path,
+    args: argparse.Namespace,
+    images: Images,
+    arch: str | dict,
+    heads: dict | None = None,
+    until: int | None = None,
+    **flags,
+) -> dict:
+    """main() in a folder of its own, as a part of another script: with what of args is pretrain.py's, and `flags` in
+    its place. What it says goes to console.txt there.
+
+    Returns the last line of its log, or {"error": why} of a run that breaks: a loss that is not finite, a network that
+    cannot be built or is too large for the memory. Raises SystemExit where a signal or a full disk has ended it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "arch.json"
+    write_json({"backbone": {"arch": arch}} | ({"heads": heads} if heads else {}), path)
+    defaults = vars(get_parser().parse_args([]))
+    known = {name: getattr(args, name, default) for name, default in defaults.items()}
+    where = {"arch": str(path), "heads": str(path) if heads else args.heads, "output_dir": str(folder)}
+    try:
+        with open(folder / "console.txt", "a") as console, contextlib.redirect_stdout(console):
+            return main(argparse.Namespace(**{**known, **where, **flags}), images, until)
+    except (SystemExit, ValueError, RuntimeError) as error:  # RuntimeError: of torch, as for want of memory
+        full_disk = isinstance(error.__context__, OSError)
+        if isinstance(error, SystemExit) and (not isinstance(error.code, str) or full_disk):
+            raise
+        return {"error": str(error).split(": error: ")[-1]}
 
 
 def backbone_facts(

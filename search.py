@@ -1,39 +1,50 @@
-"""Searches an architecture without labels: the heads of a Siamese method, its backbone, or both together.
+"""Searches an architecture without labels: heads, a backbone, the views of an image, or several of them together.
 
     torchrun search.py                                                            # heads, made-up images, a laptop
     torchrun search.py --space resnet --target-macs 0.5xresnet18 --method simclr  # a backbone of half the MACs
-    torchrun search.py --space heads mobilenet --method simclr                    # both together
+    torchrun search.py --space mobilenet --target-ms 5 --method simclr            # of 5 ms an image on this machine
+    torchrun search.py --space heads mobilenet views --method simclr              # all together
     torchrun search.py --data cifar10 --width 1 --epochs 100 --batch-size 512     # one GPU
     torchrun search.py --bench                            # what an iteration costs
     torchrun study.py --search runs/search --networks resnet:8    # what was found beside handcrafted and random ones
 
-Heads (NASiam, arXiv 2302.00059): every layer mixes seven operations by its alphas. Backbones (SSA, 2203.08130; the
-design is ours): one largest network in which every choice is a mask; a step samples one network for all its views, and
-the alphas learn by straight-through gradients of the loss, to which those of |E[MACs] / target - 1| are added. Either
-way first-order and alternating: the training images are cut into two disjoint halves; every iteration takes one step of
-the alphas on a batch of the second half, then one of the weights on a batch of the first. A backbone search begins with
-a quarter of its steps on weights alone, uniform samples and the largest network taking turns, and ends with the
-likeliest network among all whose MACs lie in [.95, 1] of the target. A contrastive method (simclr, moco) is the better
-judge of backbones: a loss that can collapse lets the alphas choose networks that help it collapse. (MoCo's queue holds
-keys of the networks that were sampled before.)
+Three strategies:
 
---strategy supernet-random is a baseline of a backbone search, of the same cost in multiply-accumulates: it trains the
-largest network with uniform samples, and finds the best of random networks that inherit from it by the loss on held-out
-training images. (Random networks that are trained alone: study.py.)
+supernet, of backbones if nothing else is said. One largest network is trained for --epochs of which every step samples
+one network near the target. Some --candidates in the band of the target are scored with its weights, by the InfoNCE of
+their features on held-out images. Ridge regression on what each has in each stage (the surrogate) says what a choice is
+worth, and with it the best of all networks of the band is derived. That one, some by surrogates of resampled scores,
+random ones and the handcrafted network scaled to the band are the finalists.
 
-The output folder gets log.txt (a JSON line an epoch: alphas and what they choose so far), checkpoint.pth, arch.json
-(what was found, as plain data), search.svg (alphas of heads) and backbone.svg; of a backbone also backbone.pth, with
-the weights that it inherits, BN recalibrated.
+halving: the candidates are the handcrafted network (heads, views) and random ones. As the finalists of a supernet are,
+they are trained alone, on the same views and with two seeds, and at every rung the better half goes on until one is
+left (successive halving, 1502.07943). Where they differ less than seeds do it says so, and keeps to the handcrafted.
+
+gradient, of heads if nothing else is said (NASiam, arXiv 2302.00059): every layer mixes seven operations by its alphas.
+Of backbones (SSA, 2203.08130; the design is ours) every choice is a mask on the largest network; a step samples one
+network for all its views, alphas learn by straight-through gradients of the loss and are kept where E[MACs] meets the
+target. Either way first-order and alternating, a step of the alphas on one half of the images and one of the weights on
+the other, after a quarter of the steps on weights alone.
+
+A contrastive method (simclr, moco) is the better judge of backbones: a loss that can collapse lets the alphas choose
+networks that help it collapse. (MoCo's queue holds keys of the networks that were sampled before.) Random networks that
+are trained alone, as a baseline: study.py.
+
+The output folder gets log.txt (a JSON line an epoch), checkpoint.pth, scores.json, a folder a finalist, arch.json (what
+was found, as plain data), and pictures: search.svg (alphas of heads), surrogate.svg, halving.svg, backbone.svg; of a
+backbone also backbone.pth, with the weights that it inherits, BN recalibrated, or, by halving, that it has learned.
 """
 
-import launch  # noqa: F401  # ahead of torch: it says how threads wait
+import launch  # ahead of torch: it says how threads wait
 
 # isort: split
 
 import argparse
 import copy
+import json
 import math
-import re
+import random
+import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -48,14 +59,30 @@ from torch import Tensor, nn
 
 import models
 import pretrain
-from checkpoint import Checkpoint, load_arch, save_backbone, versions, write_atomic, write_json
+from candidates import (
+    SEEDS,
+    Candidate,
+    Cost,
+    Task,
+    drawn,
+    halving,
+    handcrafted,
+    milliseconds,
+    random_candidates,
+    random_rest,
+    ready_tensor,
+    rungs,
+    task_of,
+)
+from checkpoint import Checkpoint, load_arch, load_json, save_backbone, versions, write_atomic, write_json
 from data import ALPHAS, GATES, RECALIBRATION, Batches, channel_stats
-from launch import Meter, Parser, command_line, is_main, mean_over_ranks, say, user_errors
+from launch import Meter, Parser, barrier, command_line, from_main, is_main, mean_over_ranks, say, user_errors
 from losses import METHODS, Method
-from models import BACKBONES, BAND, OPS, SPACES, Choices, SearchBackbone, SearchHead
+from models import BACKBONES, BAND, OPS, SPACES, Choices, SearchBackbone, SearchHead, Space, build_backbone
 from optim import clip_gradients, distributed, optimizer_of, set_lr, warmup_steps, with_state
-from pictures import draw_backbone, draw_heads
-from pretrain import Monitor, autocast, clock, compile_options
+from pictures import draw_backbone, draw_halving, draw_heads, draw_surrogate
+from pretrain import SCORES, Monitor, autocast, clock, compile_options
+from views import VIEW_SPACE
 
 # The paper steps its alphas by 1e-3 (AdamW) 4,800 times. Adam moves an alpha by about lr a step, so a shorter search
 # with the same lr decides nothing; --arch-lr's default keeps lr x steps at the paper's value, for a backbone's alphas
@@ -67,153 +94,76 @@ def get_parser() -> Parser:
     parser = Parser(description=__doc__.split("\n\n")[0])
     pretrain.training_flags(parser)
     group = parser.add_argument_group("search")
-    group.add_argument("--space", nargs="+", choices=["heads", *SPACES], default=["heads"], help="what is searched")
+    group.add_argument("--space", nargs="+", choices=["heads", "views", *SPACES], default=["heads"], help="to search")
+    group.add_argument("--strategy", choices=["supernet", "halving", "gradient"], help="left out, as above")
     group.add_argument("--target-macs", help="40e6, resnet18 or 0.5xresnet18; left out, the handcrafted's")
-    group.add_argument("--strategy", choices=["gradient", "supernet-random"], default="gradient")
-    group.add_argument("--candidates", type=int, help="of supernet-random; left out, what fits")
+    group.add_argument("--target-ms", type=float, help="or the time of a forward pass on this device, at most")
+    group.add_argument("--latency-batch", type=int, default=1, help="images in that pass")
+    group.add_argument("--recalibrate-batches", type=int, default=50, help="for the BN statistics of what was found")
+    group = parser.add_argument_group("search by supernet or halving")
+    group.add_argument("--score", choices=list(SCORES), default="infonce", help="what is better; knn needs labels")
+    group.add_argument("--candidates", type=int, help="left out: 100 that are scored; of halving 16 that are trained")
+    group.add_argument("--finalists", type=int, default=8, help="of a supernet's candidates, that are trained")
+    group.add_argument("--final-epochs", type=int, help="that the last one is trained for; left out, --epochs / 3")
+    group.add_argument("--join", nargs="+", default=[], metavar="FILE", help="arch.json files: finalists too")
+    group = parser.add_argument_group("search by gradient")
     group.add_argument("--arch-lr", type=float, help=f"of the alphas; left out, about {TRAVEL} / their steps")
     group.add_argument("--arch-weight-decay", type=float, default=1e-3, help="of the heads' alphas")
-    group.add_argument("--arch-warmup", type=float, help="share of steps without; left out: .25, heads 0")
-    group.add_argument("--cost-weight", type=float, default=1.0, help="of the MACs in the alphas' gradient, by norm")
+    group.add_argument("--arch-warmup", type=float, default=0.25, help="share of the steps on weights alone, at first")
+    group.add_argument("--gates", type=int, default=2, help="networks that a backbone's alpha step averages over")
     group.add_argument("--tau", type=float, nargs=2, default=[5.0, 0.5], help="of the gates, at first and at last")
-    group.add_argument("--recalibrate-batches", type=int, default=50, help="for the BN statistics of what was found")
     parser.add_argument("--output-dir", default="runs/search")
     return parser
 
 
-def check_flags(args: argparse.Namespace) -> None:
-    """Raises ValueError for flags that contradict each other."""
-    backbones = [name for name in args.space if name != "heads"]
+def check_flags(args: argparse.Namespace) -> argparse.Namespace:
+    """With the strategy and what depends on it decided. Raises ValueError for flags that contradict each other."""
+    args = argparse.Namespace(**vars(args))
+    backbones = [name for name in args.space if name in SPACES]
+    space = " ".join(args.space)
     if len(set(args.space)) < len(args.space) or len(backbones) > 1:
-        raise ValueError(f"--space {' '.join(args.space)}: name one backbone space at the most, and nothing twice")
+        raise ValueError(f"--space {space}: name one backbone space at the most, and nothing twice")
+    usual = "supernet" if backbones else "halving" if "views" in args.space else "gradient"
+    args.strategy = args.strategy or usual
+    if args.strategy == "supernet" and not backbones:
+        raise ValueError(f"--strategy supernet is for backbones: --space {' or '.join(SPACES)}")
+    if args.strategy == "gradient" and "views" in args.space:
+        raise ValueError("--strategy gradient has no gradient to views: choose supernet or halving")
     if backbones and args.arch != get_parser().get_default("arch"):
         raise ValueError(f"--arch means nothing where a backbone is searched (--space {backbones[0]}): leave it out")
     if "heads" in args.space and args.heads != "default":
         raise ValueError("--heads means nothing where heads are searched: leave it out, or heads out of --space")
-    if not backbones and args.target_macs is not None:
-        raise ValueError("--target-macs means nothing to --space heads: name a backbone space too")
-    if args.strategy != "gradient" and (not backbones or "heads" in args.space):
-        raise ValueError(f"--strategy {args.strategy} is for a backbone alone: --space {' or '.join(SPACES)}")
+    for flag, value in (("--target-macs", args.target_macs), ("--target-ms", args.target_ms)):
+        if not backbones and value is not None:
+            raise ValueError(f"{flag} means nothing to --space {space}: name a backbone space too")
+    if args.target_macs is not None and args.target_ms is not None:
+        raise ValueError("--target-macs and --target-ms: give one of them")
     if "heads" in args.space and METHODS[args.method].classifies_instances:
         raise ValueError(f"--method {args.method} has no heads to search: choose --space {' or '.join(SPACES)}")
+    if "views" in args.space and (turned := [k for k in VIEW_SPACE if getattr(args, k) is not None]):
+        raise ValueError(f"{launch.dashed(turned[0])} means nothing where views are searched: leave it out")
     if min(args.tau) <= 0:
         raise ValueError(f"--tau {args.tau[0]:g} {args.tau[1]:g}: must be above 0")
-    if args.arch_warmup is not None and not 0 <= args.arch_warmup < 1:
+    if not 0 <= args.arch_warmup < 1:
         raise ValueError(f"--arch-warmup {args.arch_warmup:g}: must be a share, 0 up to 1")
+    if args.candidates is None:
+        args.candidates = 16 if args.strategy == "halving" else 100
+    if args.final_epochs is None:
+        args.final_epochs = max(1, round(args.epochs / 3))
+    least = {"gates": 1, "latency_batch": 1, "final_epochs": 1, "finalists": 1, "candidates": 1}
+    if args.strategy == "supernet":
+        least["candidates"] = 20  # or there is no regression
+    for name, low in least.items():
+        if getattr(args, name) < low:
+            raise ValueError(f"{launch.dashed(name)} {getattr(args, name)}: must be {low} or above")
+    if args.target_ms is not None and args.target_ms <= 0:
+        raise ValueError(f"--target-ms {args.target_ms:g}: must be above 0")
+    if args.strategy == "halving" and args.bench:
+        raise ValueError("--bench times a supernet's steps; those of --strategy halving are pretrain.py's")
+    return args
 
 
-def parse_target(text: str, width: float, stem: str, size: int) -> float:
-    """MACs of --target-macs: a number, a network's name, or a multiple of one as in 0.5xresnet18, of that width."""
-    match = re.fullmatch(rf"(?:([\d.]+)x)?({'|'.join(BACKBONES)})", text)
-    try:
-        if match:
-            return float(match[1] or 1) * models.macs(BACKBONES[match[2]], width, stem, size)
-        return float(text)
-    except ValueError as error:
-        raise ValueError(f"--target-macs '{text}' is neither a number nor like 0.5xresnet18") from error
-
-
-def alpha_gradients(
-    method: nn.Module, model: Callable, views: list[Tensor], index: Tensor, alphas: list[Tensor], weights: list[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    """(loss, its gradient to each alpha) of one batch, first order; weights and buffers of the method stay as they are.
-    model: what gives the loss, the method or its compiled form.
-
-    In fp32: in bf16 these gradients are 6 to 20 % off, and one had the opposite sign. With the weights held constant
-    nothing below the first choice needs a graph: where heads alone are searched, the encoder runs forward only. The
-    gradients are those of a full backward to the last bit.
-    """
-    for p in weights:
-        p.requires_grad_(False)
-    for a in alphas:
-        a.requires_grad_(True)
-    before = [b.clone() for b in method.buffers()]
-    try:
-        loss = model(views, index)
-        return loss.detach(), list(torch.autograd.grad(loss, alphas))
-    finally:
-        with torch.no_grad():
-            for b, old in zip(method.buffers(), before):
-                b.copy_(old)
-        for a in alphas:
-            a.requires_grad_(False)
-        for p in weights:
-            p.requires_grad_(True)
-
-
-# ---- what a backbone costs ------------------------------------------------------------------------------------------
-
-
-class Cost(NamedTuple):
-    """MACs of a space's networks: base, and what each option of a stage adds to it."""
-
-    base: int
-    table: Tensor  # (S, O), float64 on the CPU
-    device_table: Tensor  # the same, fp32 on the device
-    target: float
-
-    def macs(self, choice: list[int]) -> int:
-        return int(self.base + sum(self.table[s, o].item() for s, o in enumerate(choice)))
-
-    def expected(self, choices: Choices) -> Tensor:
-        """E[MACs] / target under the alphas, differentiable."""
-        return choices.expected_macs(self.base, self.device_table) / self.target
-
-    def derive(self, choices: Choices) -> list[int]:
-        """The likeliest network among those whose MACs are in BAND of the target."""
-        return models.derive(choices.log_probabilities(), self.base, self.table, self.target)
-
-    def random(self, n: int, seed: int) -> list[list[int]]:
-        """n of those, drawn evenly."""
-        generator = torch.Generator().manual_seed(seed)
-        return [models.random_choice(self.base, self.table, self.target, generator) for _ in range(n)]
-
-
-def gradients_of(f: Callable[[], Tensor], alphas: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """(value, gradients) of a function of the alphas, which want a gradient here alone."""
-    for alpha in alphas:
-        alpha.requires_grad_(True)
-    value = f()
-    gradients = torch.autograd.grad(value, alphas)
-    for alpha in alphas:
-        alpha.requires_grad_(False)
-    return value.detach(), list(gradients)
-
-
-def cost_gradients(choices: Choices, cost: Cost, weight: float) -> list[Tensor]:
-    """Of |E[MACs] / target - 1| to the alphas, at `weight` times the norm of their own gradients.
-
-    The cost is added, since a factor would change its sense with the loss's sign. Without the norms it would drown
-    the loss, whose gradient to an alpha is hundreds of times smaller: then the alphas of all stages go where MACs
-    alone send them.
-    """
-    alphas = list(choices.alphas().values())
-    _, gradients = gradients_of(lambda: (cost.expected(choices) - 1).abs(), alphas)
-    own = torch.cat([a.grad.flatten() for a in alphas]).norm()
-    its = torch.cat([g.flatten() for g in gradients]).norm()
-    return [weight * own / its.clamp(min=1e-12) * g for g in gradients]
-
-
-@torch.no_grad()
-def meet_target(choices: Choices, cost: Cost) -> None:
-    """Moves the alphas, as little as it takes, to where E[MACs] is in BAND of the target.
-
-    Left to the cost's gradient and Adam, which moves all alphas by the same amount, the way from uniform alphas to
-    the target would take dozens of steps and decide for the smaller options of every stage alike.
-    """
-    alphas = list(choices.alphas().values())
-    for _ in range(100):
-        with torch.enable_grad():
-            expected, gradients = gradients_of(lambda: cost.expected(choices), alphas)
-        if BAND[0] <= expected <= BAND[1]:
-            return
-        newton = (expected - statistics.mean(BAND)) / sum(g.square().sum() for g in gradients)
-        largest = newton.abs() * max(g.abs().max() for g in gradients)
-        for alpha, gradient in zip(alphas, gradients):
-            alpha -= newton / largest.clamp(min=1) * gradient  # by 1 at the most: softmax saturates
-
-
-# ---- the searchable network and its steps ---------------------------------------------------------------------------
+# ---- the supernet and its steps -------------------------------------------------------------------------------------
 
 
 class AlphaGradients:
@@ -245,33 +195,31 @@ class AlphaGradients:
 
 
 class Search:
-    """The searchable network, its weights and alphas, and an optimiser for each.
+    """A searchable network, its weights and alphas, and an optimiser for each.
 
-    Alphas and weights learn from disjoint halves of the images, so that alphas cannot fit what the weights have
-    memorised. A method that classifies instances (DIET) has no class for an image that the weights have not seen: on
-    the other half its loss would end above chance. There both learn from all images, each step with its own order
+    By gradient, alphas and weights learn from disjoint halves of the images, so that alphas cannot fit what the weights
+    have memorised. A method that classifies instances (DIET) has no class for an image that the weights have not seen:
+    on the other half its loss would end above chance. There both learn from all images, each step with its own order
     and its own augmentation, so what the alphas see is new views of known classes: what generalises is still preferred
     to what memorises pixels, and unlike in a single-level search the alphas do not share the weights' batch.
     """
 
-    def __init__(self, args: argparse.Namespace, device: torch.device):
-        """args: as pretrain.start gives them. Raises ValueError for what cannot be searched."""
-        self.args, self.device, learns = args, device, args.strategy == "gradient"
-        self.images = pretrain.load_training_images(args, device, None)
-        parts = 1 if METHODS[args.method].classifies_instances else 2
-        self.held_out, *self.rows = pretrain.split(self.images, args, parts if learns else 1)
-        self.stem, self.size = pretrain.stem_of(args, self.images), self.images.pixels.shape[-1]
+    def __init__(self, task: Task):
+        args, device = self.args, self.device = task.args, task.device
+        self.task, self.images, self.stem, self.size = task, task.images, task.stem, task.size
+        self.space, self.arch, self.cost = task.space, task.arch, task.cost
+        self.by_gradient = args.strategy == "gradient"
+        parts = 1 if METHODS[args.method].classifies_instances or not self.by_gradient else 2
+        self.held_out, *self.rows = pretrain.split(self.images, args, parts)
         self.stats = channel_stats(self.images.pixels)
         self.multi_crop = pretrain.build_multi_crop(args, self.images, self.stats, device)
 
         torch.manual_seed(args.seed)
-        self.space = next((SPACES[name] for name in args.space if name in SPACES), None)
-        self.arch = self.space.handcrafted if self.space else load_arch(args.arch)
         if self.space:
             encoder = SearchBackbone(self.space, args.width, self.stem)
         else:
             encoder = pretrain.build_encoder(args, self.arch, self.stem)
-        if "heads" in args.space:
+        if self.by_gradient and "heads" in args.space:
             spaces = METHODS[args.method].heads(encoder.feature_dim, args.out_dim)
             self.dims = {name: models.head_dims(*head) for name, head in spaces.items()}
             self.operations, heads = None, {name: SearchHead(dims) for name, dims in self.dims.items()}
@@ -282,17 +230,11 @@ class Search:
         n_images = min(map(len, self.rows))  # a queue is for a part
         self.method = pretrain.build_method(args, encoder, heads, n_images, self.multi_crop, device)
         self.choices = encoder.choices if self.space else None
-        self.cost = self.cost_of_space() if self.space else None
-        self.candidates = 0
-        if not learns:
-            self.candidates, args.epochs = plan_baseline(
-                args, self.choices, self.cost, parts, n_images, len(self.held_out)
-            )
         self.batches = self.batches_of(self.rows[0])
         self.alpha_batches = self.batches_of(self.rows[-1], purpose=ALPHAS)
         self.total = args.epochs * self.batches.steps_per_epoch
-        share = args.arch_warmup if args.arch_warmup is not None else 0.25 if self.space else 0.0
-        self.warmup = round(share * self.total) if learns else self.total  # steps on weights alone
+        # steps on weights alone
+        self.warmup = round(args.arch_warmup * self.total) if self.by_gradient else self.total
 
         named = [(n, p) for n, p in self.method.named_parameters() if p.requires_grad and not n.endswith("alpha")]
         self.weights = [p for _, p in named]
@@ -311,52 +253,57 @@ class Search:
         elif args.compile:
             self.method.compile(**compile_options(args))
 
-    def cost_of_space(self) -> Cost:
-        """Raises ValueError where no network of the space meets --target-macs."""
-        where = self.args.width, self.stem, self.size
-        base, table = self.space.costs(*where)
-        target = parse_target(self.args.target_macs or self.space.handcrafted, *where)
-        cost = Cost(base, table, table.float().to(self.device), target)
-        cost.derive(self.choices)
-        return cost
-
     def batches_of(self, rows: Tensor, **options) -> Batches:
         args = self.args
         return Batches(
             self.images.pixels, rows, self.multi_crop, args.batch_size, self.device, **{"seed": args.seed, **options}
         )
 
-    def sample(self, step: int, alphas: bool) -> None:
-        """Gates for one step, with gradients to the alphas or without; in the warm-up every other is the largest."""
+    def sample(self, step: int, alphas: bool, gate: int = 0) -> None:
+        """Gates for one step, with gradients to the alphas or without; in a gradient search's warm-up every other one
+        is the largest. Those of a supernet are drawn evenly from networks near the target."""
         if not self.space:
             return
         for alpha in self.alphas:
             alpha.requires_grad_(alphas)
+        if not self.by_gradient:
+            self.choices.set(self.near_target(step))
+            return
         if step < self.warmup and step % 2:
             self.choices.set_largest()
             return
         first, last = self.args.tau
         progress = max(0.0, (step - self.warmup) / max(1, self.total - self.warmup))
-        rng = np.random.default_rng((self.args.seed, GATES, int(alphas), step))
+        rng = np.random.default_rng((self.args.seed, GATES, int(alphas), step, gate))
         self.choices.sample(first * (last / first) ** progress, rng)
+
+    def near_target(self, step: int) -> list[int]:
+        """The network of a supernet's step. No other will ever be chosen, so no other is trained; at first from a wider
+        band, .5 to 1.05 of the target, which narrows to BAND over half of the steps."""
+        wide = max(0.0, 1 - 2 * step / self.total)
+        band = BAND[0] - (BAND[0] - 0.5) * wide, BAND[1] + 0.05 * wide
+        seed = np.random.SeedSequence((self.args.seed, GATES, step)).generate_state(1)[0]
+        return self.cost.random(torch.Generator().manual_seed(int(seed)), band)
 
     def alpha_step(self, step: int) -> Tensor:
         """Returns the loss on the alphas' batch."""
         if self.space and step <= self.warmup:
-            meet_target(self.choices, self.cost)
+            meet_target(self.choices, self.cost, 100)
         views, index = self.alpha_batches(step)
-        self.sample(max(step, self.warmup), alphas=True)
-        loss, gradients = alpha_gradients(self.method, self.alpha_model, views, index, self.alphas, self.weights)
-        for alpha, gradient in zip(self.alphas, gradients):
-            alpha.grad = mean_over_ranks(gradient)
+        losses, gradients = [], []
+        for gate in range(self.args.gates if self.space else 1):
+            self.sample(max(step, self.warmup), alphas=True, gate=gate)
+            found = alpha_gradients(self.method, self.alpha_model, views, index, self.alphas, self.weights)
+            losses.append(found[0])
+            gradients.append(found[1])
+        for alpha, *several in zip(self.alphas, *gradients):
+            alpha.grad = mean_over_ranks(torch.stack(several).mean(0))
         self.gradients.add([alpha.grad for alpha in self.alphas])
-        if self.space:
-            extra = cost_gradients(self.choices, self.cost, self.args.cost_weight)
-            for alpha, gradient in zip(self.choices.alphas().values(), extra):
-                alpha.grad += gradient
         self.alpha_optimizer.step()
         self.alpha_optimizer.zero_grad()
-        return loss
+        if self.space:
+            meet_target(self.choices, self.cost, 2)
+        return torch.stack(losses).mean()
 
     def weight_step(self, step: int) -> Tensor:
         """Returns the loss on the weights' batch."""
@@ -376,6 +323,12 @@ class Search:
 
     # ---- what is found
 
+    def choice(self) -> list[int]:
+        """What the alphas choose so far; of a supernet, which has none, the handcrafted network scaled to the band."""
+        if self.by_gradient:
+            return self.cost.derive(self.choices.log_probabilities())
+        return models.scaled(self.space, self.cost.base, self.cost.table, self.cost.target)
+
     def alpha_names(self) -> list[str]:
         """Of all alphas' entries, in the order of their gradients."""
         names = []
@@ -388,6 +341,8 @@ class Search:
 
     def state(self) -> dict:
         """Alphas, their entropy and what they choose so far, by head and of the backbone."""
+        if not self.by_gradient:
+            return {}
         state = {
             "alphas": {name: head.alpha.detach().softmax(1).tolist() for name, head in self.heads.items()},
             "entropy": {name: head.entropy() for name, head in self.heads.items()},
@@ -398,16 +353,21 @@ class Search:
                 p = alpha.detach().double().softmax(1)
                 state["alphas"][kind] = p.tolist()
                 state["entropy"][kind] = (torch.special.entr(p).sum(1) / math.log(p.shape[1])).tolist()
-            state["expected_macs"] = self.choices.expected_macs(self.cost.base, self.cost.device_table).item()
-            state["arch"] = self.space.arch(self.cost.derive(self.choices))
+            state["expected_cost"] = self.cost.expected(self.choices).item()
+            state["arch"] = self.space.arch(self.choice())
         return state
 
-    def standalone(self, choice: list[int], n_batches: int) -> Method:
-        """The method with a copy of that network's weights in place of the searchable one, BN recalibrated."""
+    def subnet(self, choice: list[int]) -> Method:
+        """The method with a copy of that network's weights in place of the supernet; its BN statistics are others'."""
         method = copy.deepcopy(self.method)
         for name, child in method.named_children():
             if isinstance(child, SearchBackbone):
                 setattr(method, name, child.subnet(choice))
+        return method
+
+    def standalone(self, choice: list[int], n_batches: int) -> Method:
+        """The same, BN recalibrated."""
+        method = self.subnet(choice)
         batches = self.batches_of(self.rows[0], purpose=RECALIBRATION, shuffle=False)
 
         def forward(batch: tuple[list[Tensor], Tensor]) -> None:
@@ -415,6 +375,55 @@ class Search:
                 method.outputs(*batch)
 
         return models.recalibrate(method, (batches(i) for i in range(n_batches)), forward)
+
+
+def alpha_gradients(
+    method: nn.Module, model: Callable, views: list[Tensor], index: Tensor, alphas: list[Tensor], weights: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """(loss, its gradient to each alpha) of one batch, first order; weights and buffers of the method stay as they are.
+    model: what gives the loss, the method or its compiled form.
+
+    In fp32: in bf16 these gradients are 6 to 20 % off, and one had the opposite sign. With the weights held constant
+    nothing below the first choice needs a graph: where heads alone are searched, the encoder runs forward only. The
+    gradients are those of a full backward to the last bit.
+    """
+    for p in weights:
+        p.requires_grad_(False)
+    for a in alphas:
+        a.requires_grad_(True)
+    before = [b.clone() for b in method.buffers()]
+    try:
+        loss = model(views, index)
+        return loss.detach(), list(torch.autograd.grad(loss, alphas))
+    finally:
+        with torch.no_grad():
+            for b, old in zip(method.buffers(), before):
+                b.copy_(old)
+        for a in alphas:
+            a.requires_grad_(False)
+        for p in weights:
+            p.requires_grad_(True)
+
+
+def meet_target(choices: Choices, cost: Cost, iterations: int) -> None:
+    """Moves the alphas, as little as it takes, to where E[cost] is in BAND of the target; there it does nothing. The
+    host waits for nothing."""
+    alphas = list(choices.alphas().values())
+    for _ in range(iterations):
+        for alpha in alphas:
+            alpha.requires_grad_(True)
+        expected = cost.expected(choices)
+        gradients = torch.autograd.grad(expected, alphas)
+        for alpha in alphas:
+            alpha.requires_grad_(False)
+        expected = expected.detach()
+        newton = (expected - statistics.mean(BAND)) / sum(g.square().sum() for g in gradients).clamp(min=1e-12)
+        largest = newton.abs() * torch.stack([g.abs().max() for g in gradients]).max()
+        newton = newton / largest.clamp(min=1)  # by 1 at the most: softmax saturates
+        newton = torch.where((expected >= BAND[0]) & (expected <= BAND[1]), 0.0, newton)
+        with torch.no_grad():
+            for alpha, gradient in zip(alphas, gradients):
+                alpha -= newton * gradient
 
 
 def alpha_optimizer_of(search: Search) -> torch.optim.Optimizer:
@@ -434,109 +443,21 @@ def alpha_optimizer_of(search: Search) -> torch.optim.Optimizer:
     return with_state(torch.optim.AdamW(groups), ("exp_avg", "exp_avg_sq"), search.method)
 
 
-# ---- a baseline of the same cost ------------------------------------------------------------------------------------
-
-
-def plan_baseline(
-    args: argparse.Namespace, choices: Choices, cost: Cost, parts: int, n_images: int, n_held_out: int
-) -> tuple[int, int]:
-    """(candidates, epochs) so that supernet-random costs what --epochs of gradient search would.
-
-    Costs are MACs x steps; a forward pass alone counts a third. A gradient search has its images in `parts` and so
-    many fewer steps an epoch, each with a step of the largest network for the alphas, after a warm-up of one and a
-    half. E[MACs] is taken to go from the uniform mean to the target. Raises ValueError where it cannot be.
-    """
-    if n_held_out < args.batch_size:
-        raise ValueError(
-            f"--strategy {args.strategy} chooses by the loss on held-out images, and {n_held_out} do "
-            "not fill a batch: raise --held-out or lower --batch-size"
-        )
-    per_epoch = n_images // args.batch_size
-    steps = args.epochs * (n_images // parts // args.batch_size)
-    warmup = (0.25 if args.arch_warmup is None else args.arch_warmup) * steps
-    largest = cost.macs(choices.largest)
-    mean = choices.expected_macs(cost.base, cost.device_table).item()
-    both = (mean + largest) / 2
-    budget = warmup * both + (steps - warmup) * (largest + (mean + cost.target) / 2)
-    one = (args.recalibrate_batches + n_held_out // args.batch_size) * cost.target / 3
-    candidates = args.candidates or int(min(1000, max(8, budget / 4 / one)))
-    epochs = round((budget - candidates * one) / (both * per_epoch))
-    if epochs < 1:
-        raise ValueError(f"{candidates} candidates leave no epoch of training each: lower --candidates")
-    say(f"{args.strategy}: {candidates} candidates, {epochs} epochs, to cost what the gradient search does")
-    return candidates, epochs
-
-
-def best_candidate(search: Search, monitor: Monitor) -> list[int]:
-    """The choice of the lowest held-out loss among random networks that inherit from the largest."""
-    losses = []
-    choices = search.cost.random(search.candidates, search.args.seed)
-    for choice in choices:
-        method = search.standalone(choice, search.args.recalibrate_batches)
-        losses.append(monitor.held_out_loss(method)["held_out_loss"])
-    return choices[losses.index(min(losses))]
-
-
-# ---- what it costs --------------------------------------------------------------------------------------------------
-
-
-def bench(search: Search, steps: int = 15, warm_up: int = 3) -> dict:
-    """What an iteration (alpha and weight step) costs, and its ratio: of heads to the weight step alone, of a backbone
-    to a plain step of the largest network. Prints and returns them."""
-    args, device = search.args, search.device
-    variants = {
-        "alpha step": lambda step: search.alpha_step(search.warmup + step),
-        "weight step": lambda step: search.weight_step(search.warmup + step),
-    }
-    base = "weight step"
-    if search.space:
-        base = "plain step of the largest"
-        plain = search.standalone(search.choices.largest, 1)
-        optimizer = optimizer_of(list(plain.named_parameters()), plain, args)
-
-        def largest(step):
-            views, index = search.batches(step)
-            with autocast(args, device):
-                loss = plain(views, index)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        variants[base] = largest
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for step in range(warm_up + steps):
-        for name, variant in variants.items():
-            begun = clock(device)
-            variant(step)
-            if step >= warm_up:
-                seconds[name].append(clock(device) - begun)
-    average = statistics.mean if search.space else statistics.median  # sampled networks differ in size
-    took = {name: average(times) for name, times in seconds.items()}
-    for name, seconds_a_step in took.items():
-        say(f"{name}: {1e3 * seconds_a_step:.1f} ms")
-    iteration = took["alpha step"] + took["weight step"]
-    ratio = iteration / took[base]
-    say(f"an iteration is {ratio:.3f} times a {base}" + (" network" if search.space else ""))
-    return {"seconds": took, "ratio": ratio, "images_per_s": args.batch_size / iteration}
-
-
-# ---- the script -----------------------------------------------------------------------------------------------------
-
-
 def train(search: Search, monitor: Monitor, meter: Meter, checkpoint: Checkpoint) -> None:
-    """The loop: an alpha step and a weight step in turn. A line of checkpoint.history an epoch."""
+    """The loop: steps of the weights, by gradient in turn with those of the alphas. A line of checkpoint.history an
+    epoch."""
     args, total, per_epoch = search.args, search.total, search.batches.steps_per_epoch
     warmup = warmup_steps(args, search.optimizer, per_epoch)
     profiler = pretrain.profiler_of(args, checkpoint.folder)
 
-    def look(knn: bool) -> dict:
+    def look() -> dict:
+        knn = args.knn_every > 0
         if not search.space:
             return monitor(search.method, knn)
-        choice = search.cost.derive(search.choices)
-        return monitor(search.standalone(choice, min(10, args.recalibrate_batches)), knn)
+        return monitor(search.standalone(search.choice(), min(10, args.recalibrate_batches)), knn)
 
     if not checkpoint.history:
-        checkpoint.history.append({"epoch": 0, **search.state(), **look(args.knn_every > 0)})
+        checkpoint.history.append({"epoch": 0, **search.state(), **look()})
     with checkpoint:
         begun = time.time()
         for step in range(checkpoint.step, total):
@@ -548,8 +469,8 @@ def train(search: Search, monitor: Monitor, meter: Meter, checkpoint: Checkpoint
             meter.print(step)
             if (step + 1) % per_epoch == 0:
                 epoch, means, state = (step + 1) // per_epoch, meter.end_epoch(), search.state()
-                facts = look(args.knn_every > 0) if monitor.due(epoch) else {}
-                more = alpha_facts(search, state, facts)
+                facts = look() if monitor.due(epoch) else {}
+                more = alpha_facts(search, state, facts) if search.by_gradient else ""
                 more += pretrain.in_words(facts)
                 say(f"epoch {epoch}/{args.epochs}  loss {means['loss']:.4f}{meter.speed(step)}{more}")
                 pretrain.warn(search.method, facts, means["loss"], args.batch_size, step + 1)
@@ -572,36 +493,221 @@ def alpha_facts(search: Search, state: dict, facts: dict) -> str:
         more += f"  signal {facts['alpha_signal']:.2f}"
     search.gradients.steps = []
     if search.space:
-        more += f"  E[MACs] {state['expected_macs'] / search.cost.target:.3f} of the target"
+        more += f"  E[{search.cost.unit}] {state['expected_cost']:.3f} of the target"
     return more
+
+
+def bench(search: Search, steps: int = 15, warm_up: int = 3) -> dict:
+    """What an iteration costs, and its ratio: by gradient of alpha and weight step, of heads to the weight step alone,
+    of a backbone to a plain step of the largest network; of a supernet to a step of the handcrafted network scaled to
+    the target. Prints and returns them."""
+    args, device = search.args, search.device
+    # late steps, as most are: alphas move, and a supernet's band is narrow
+    last = search.warmup if search.by_gradient else search.total // 2
+    variants = {"weight step": lambda step: search.weight_step(last + step)}
+    if search.by_gradient:
+        variants["alpha step"] = lambda step: search.alpha_step(last + step)
+    base = "weight step"
+    if search.space:
+        base = "plain step of the largest" if search.by_gradient else "plain step of a network of the target"
+        plain = search.standalone(search.choices.largest if search.by_gradient else search.choice(), 1)
+        optimizer = optimizer_of(list(plain.named_parameters()), plain, args)
+
+        def plain_step(step):
+            views, index = search.batches(step)
+            with autocast(args, device):
+                loss = plain(views, index)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        variants[base] = plain_step
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for step in range(warm_up + steps):
+        for name, variant in variants.items():
+            begun = clock(device)
+            variant(step)
+            if step >= warm_up:
+                seconds[name].append(clock(device) - begun)
+    average = statistics.mean if search.space else statistics.median  # sampled networks differ in size
+    took = {name: average(times) for name, times in seconds.items()}
+    for name, seconds_a_step in took.items():
+        say(f"{name}: {1e3 * seconds_a_step:.1f} ms")
+    iteration = took["weight step"] + took.get("alpha step", 0.0)
+    ratio = iteration / took[base]
+    say(f"an iteration is {ratio:.3f} times a {base}" + (" network" if base.endswith("largest") else ""))
+    return {"seconds": took, "ratio": ratio, "images_per_s": args.batch_size / iteration}
+
+
+# ---- scores of subnets, and what they say of choices ----------------------------------------------------------------
+
+
+def score_candidates(search: Search, monitor: Monitor, folder: Path) -> tuple[list[list[int]], np.ndarray]:
+    """(choices, scores (N, 2)) of random networks of the band that inherit from the supernet, on two halves of the
+    held-out images; more is better. All ranks see all images. Goes on from scores.json; one whose score is not finite
+    is left out."""
+    args, path, halves = search.args, folder / "scores.json", (search.held_out[::2], search.held_out[1::2])
+    rows = load_json(str(path))["scored"] if path.exists() else []
+    choices = drawn(search.cost, args.candidates, args.seed)
+    best, begun, before, shown = -math.inf, time.time(), len(rows), time.time()
+    for n, choice in enumerate(choices):
+        if n >= len(rows):
+            method = models.use_batch_statistics(search.subnet(choice))
+            scores = from_main([monitor.score(args.score, method, half) for half in halves])
+            rows.append({"choice": choice, "scores": scores if np.isfinite(scores).all() else None})
+            write_json({"score": args.score, "scored": rows}, path)
+            if rows[n]["scores"] is None:
+                say(f"left out, its {args.score} is not finite: {models.describe(search.space.arch(choice))}")
+        best = max(best, statistics.mean(rows[n]["scores"] or [-math.inf]))
+        if time.time() - shown > 10 or n == len(choices) - 1 >= before:
+            shown = time.time()
+            left = (shown - begun) / (n + 1 - before) * (len(choices) - n - 1)
+            clock_left = time.strftime("%H:%M:%S", time.gmtime(left))
+            shown_best = SCORES[args.score] * best
+            say(f"scored {n + 1} of {len(choices)}, best {args.score} {shown_best:.4g}  ETA {clock_left}")
+    good = [row for row in rows if row["scores"] is not None]
+    if len(good) < 10:
+        raise ValueError(f"{len(good)} of {len(rows)} candidates have a finite {args.score}: try a lower --lr")
+    return [row["choice"] for row in good], np.array([row["scores"] for row in good])
+
+
+class Surrogate(NamedTuple):
+    """score = mean + the sum of what each value of each choice in each stage is worth."""
+
+    space: Space
+    worth: np.ndarray  # (F,), of mean zero within a stage's choice over the networks that it was fitted to
+    error: np.ndarray  # (F,), standard errors
+    mean: float
+    r2: float  # of networks that it was not fitted to, by ten-fold cross-validation
+    penalty: float
+
+    def option_scores(self) -> Tensor:
+        """(S, O), as Cost.derive takes them."""
+        n = len(self.space.stages)
+        rows = [[o] * n for o in range(len(self.space.options))]
+        one_hot = values_of(self.space, rows).reshape(len(rows), n, -1)  # (O, S, F / S)
+        return torch.from_numpy(np.einsum("osf,sf->so", one_hot, self.worth.reshape(n, -1)))
+
+    def predict(self, choices: list[list[int]]) -> np.ndarray:
+        return self.mean + values_of(self.space, choices) @ self.worth
+
+
+def values_of(space: Space, choices: list[list[int]]) -> np.ndarray:
+    """(N, F): one-hot, stage by stage and choice by choice, of the values that networks have."""
+    sizes = [len(values) for values in space.choices.values()]
+    places = np.stack(np.unravel_index(np.array(choices), sizes), -1)  # (N, S, C)
+    one_hot = [np.eye(size)[places[..., c]] for c, size in enumerate(sizes)]  # (N, S, size) each
+    return np.concatenate(one_hot, -1).reshape(len(choices), -1)
+
+
+def ridge(x: np.ndarray, y: np.ndarray, penalty: float) -> tuple[np.ndarray, np.ndarray]:
+    """(weights, their standard errors) of the regression of y on centred columns of x."""
+    centred = x - x.mean(0)
+    inverse = np.linalg.inv(centred.T @ centred + penalty * np.eye(x.shape[1]))
+    weights = inverse @ centred.T @ (y - y.mean())
+    residual = y - y.mean() - centred @ weights
+    freedom = max(1.0, len(y) - 1 - np.trace(inverse @ centred.T @ centred))
+    covariance = inverse @ centred.T @ centred @ inverse * (residual @ residual / freedom)
+    return weights, np.sqrt(np.diag(covariance))
+
+
+def fit(space: Space, choices: list[list[int]], y: np.ndarray) -> Surrogate:
+    """The penalty is the best in cross-validation."""
+    x, folds = values_of(space, choices), np.arange(len(y)) % 10
+
+    def left_over(penalty: float) -> float:
+        predicted = np.empty_like(y)
+        for fold in range(10):
+            rest = folds != fold
+            weights, _ = ridge(x[rest], y[rest], penalty)
+            predicted[~rest] = y[rest].mean() + (x[~rest] - x[rest].mean(0)) @ weights
+        return np.square(y - predicted).sum()
+
+    penalty = min((0.1, 0.3, 1.0, 3.0, 10.0, 30.0), key=left_over)
+    weights, error = ridge(x, y, penalty)
+    r2 = 1 - left_over(penalty) / max(1e-30, np.square(y - y.mean()).sum())
+    return Surrogate(space, weights, error, y.mean() - x.mean(0) @ weights, r2, penalty)
+
+
+def knowledge(surrogate: Surrogate, scores: np.ndarray) -> tuple[str | None, str]:
+    """(why the scores are of no use, or None; all that can be said of them). Their noise is what halves of the held-out
+    images disagree by. How well scores agree with networks that are trained alone only such networks can tell."""
+    noise = (scores[:, 0] - scores[:, 1]).std(ddof=1) / 2
+    spread = scores.mean(1).std(ddof=1)
+    ratio = spread / max(noise, 1e-30)
+    agree = np.corrcoef(scores.T)[0, 1] if scores.std(0).min() > 0 else 0.0
+    said = (
+        f"scores of {len(scores)} networks spread {ratio:.1f} times their noise (two halves of the images correlate by "
+        f"{agree:.2f}); the surrogate explains {100 * surrogate.r2:.0f} % of those that it has not seen"
+    )
+    if ratio < 2:
+        return "the supernet cannot tell its networks apart", said
+    if surrogate.r2 < 0.3:
+        return "what a choice is worth depends on the others too much for the surrogate", said
+    return None, said
+
+
+def finalists_of(
+    task: Task, surrogate: Surrogate, choices: list[list[int]], scores: np.ndarray, knows: bool
+) -> list[Candidate]:
+    """The handcrafted network, those of --join, a quarter random ones, and for the rest what the surrogate derives, and
+    surrogates of resampled scores, so that candidates differ where it is not sure. If it knows nothing all of these are
+    random. Where heads or views are searched too, every second one has random ones."""
+    args, rng = task.args, random.Random(task.args.seed)
+    found = {handcrafted(task).name: handcrafted(task)}
+    known = {json.dumps(handcrafted(task).arch)}
+
+    def add(name: str, arch: str | dict) -> None:
+        if json.dumps(arch) not in known and len(found) < args.finalists:
+            known.add(json.dumps(arch))
+            rest = random_rest(task, arch, rng) if len(found) % 2 else (None, None)
+            found[name] = Candidate(name, arch, *rest)
+
+    for path in args.join:
+        add(Path(path).parent.name or path, load_arch(path))
+    if knows:
+        add("surrogate", task.space.arch(task.cost.derive(surrogate.option_scores())))
+        resample, y, x = np.random.default_rng(args.seed), scores.mean(1), values_of(task.space, choices)
+        for k in range(10 * args.finalists):
+            if len(found) >= args.finalists - args.finalists // 4:
+                break
+            rows = resample.integers(len(y), size=len(y))
+            weights, _ = ridge(x[rows], y[rows], surrogate.penalty)
+            resampled = surrogate._replace(worth=weights)
+            add(f"surrogate {k + 2}", task.space.arch(task.cost.derive(resampled.option_scores())))
+    for k, choice in enumerate(drawn(task.cost, args.finalists, args.seed + 1)):
+        add(f"random {k + 1}", task.space.arch(choice))
+    return list(found.values())
+
+
+# ---- the script -----------------------------------------------------------------------------------------------------
 
 
 def main(args: argparse.Namespace) -> dict:
     """Returns what it writes as arch.json; {} after --bench."""
-    command = command_line(Path(__file__).name, get_parser(), args)
-    asked = args
+    command, asked = command_line(Path(__file__).name, get_parser(), args), args
     with user_errors():
-        check_flags(args)
-        args, device = pretrain.start(args)
-        search = Search(args, device)
-        space, folder = search.space, Path(args.output_dir)
-        announce(search)
-        if args.bench:
-            pretrain.write_bench(args, bench(search), device, command)
-            return {}
-        monitor = monitor_of(search)
-        checkpoint, meter = checkpoint_of(search, asked, command)
-    train(search, monitor, meter, checkpoint)
-    history, choice, encoder = checkpoint.history, None, None
-    if not space:
-        facts = history[-1]
-    else:
-        choice = search.cost.derive(search.choices)
-        if args.strategy == "supernet-random":
-            choice = best_candidate(search, monitor)
-        method = search.standalone(choice, args.recalibrate_batches)
-        facts, encoder = monitor(method, args.knn_every > 0), method.encoder
-
+        args, device = pretrain.start(check_flags(args))
+        task = task_of(args, device)
+        folder = Path(args.output_dir)
+        if args.strategy == "halving":
+            announce_task(task)
+            announce_cost(task, 0)
+            checkpoint = start_record(task, asked, command)
+            candidates = random_candidates(task, args.candidates)
+            search, history = None, []
+        else:
+            search = Search(task)
+            announce_search(search)
+            if args.bench:
+                pretrain.write_bench(args, bench(search), device, command)
+                return {}
+            monitor = monitor_of(search)
+            checkpoint, meter = checkpoint_of(search, asked, command)
+        if len(checkpoint.starts) == 1 and is_main():  # what another run has left here
+            (folder / "scores.json").unlink(missing_ok=True)
+            shutil.rmtree(folder / "finalists", ignore_errors=True)
+        barrier()
     found = {
         "space": args.space,
         "strategy": args.strategy,
@@ -610,66 +716,165 @@ def main(args: argparse.Namespace) -> dict:
         "seed": args.seed,
         "command": command,
         "versions": versions(),
-        "backbone": {"arch": search.arch, "width": args.width, "stem": search.stem},
+        "backbone": {"arch": task.arch, "width": args.width, "stem": task.stem},
     }
-    if history:
+    surrogate, run = None, None
+    if search:
+        train(search, monitor, meter, checkpoint)
+        history = checkpoint.history
+    if args.strategy == "supernet":
+        with user_errors():
+            surrogate, candidates, found["supernet"] = from_supernet(search, monitor, history, folder)
+    if args.strategy == "gradient":
+        winner = gradient_winner(search)
         found["alphas"] = history[-1]["alphas"]
-    if search.heads:
-        found["heads"] = history[-1]["ops"]
-    if space:
-        found["backbone"] = describe_backbone(search, choice)
-        found.update({k: facts[k] for k in ("held_out_loss", "knn") if k in facts})
+    else:
+        with user_errors():
+            winner, run, found["halving"] = halving(task, candidates, folder)
     with user_errors():
-        write_results(search, found, history, encoder)
-    for name, ops in found.get("heads", {}).items():
-        say(f"{name}: {' '.join(models.true_name(o, *io) for o, io in zip(ops, pairwise(search.dims[name])))}")
-    if "knn" in facts and history and "knn" in history[0]:
-        with_what = "the inherited weights" if space else "the search network's encoder"
-        say(
-            f"kNN on {len(search.held_out):,} held-out images: {100 * facts['knn']:.2f} % with {with_what}, "
-            f"{100 * history[0]['knn']:.2f} % untrained"
-        )
+        facts = write_results(task, search, winner, run, found, history, surrogate)
+    report(task, search, winner, facts, history)
     path = folder / "arch.json"
-    say(f"wrote {path}; next:\n{next_command(search, asked, path)}")
+    say(f"wrote {path}; next:\n{next_command(task, winner, asked, path)}")
     return found
 
 
-def next_command(search: Search, asked: argparse.Namespace, path: Path) -> str:
+def from_supernet(
+    search: Search, monitor: Monitor, history: list[dict], folder: Path
+) -> tuple[Surrogate, list[Candidate], dict]:
+    """(surrogate, finalists, what is known), in words too."""
+    choices, scores = score_candidates(search, monitor, folder)
+    surrogate = fit(search.space, choices, scores.mean(1))
+    unknown, said = knowledge(surrogate, scores)
+    last = history[-1]
+    if pretrain.plateau(last["loss"], search.method.chance(search.args.batch_size), search.total):
+        unknown = "the supernet's loss is that of chance"
+    say(said)
+    if unknown:
+        say(f"warning: {unknown}: the finalists are random networks")
+    finalists = finalists_of(search.task, surrogate, choices, scores, not unknown)
+    labels = value_labels(search.space)
+    worth = {name: [w, e] for name, w, e in zip(labels, surrogate.worth.tolist(), surrogate.error.tolist())}
+    facts = {"said": said, "unknown": unknown, "r2": surrogate.r2, "worth and standard error": worth}
+    return surrogate, finalists, facts
+
+
+def value_labels(space: Space) -> list[str]:
+    """Of the columns of values_of."""
+    columns = [(name, value) for name, values in space.choices.items() for value in values]
+    return [f"stage {stage + 1} {name} {value:g}" for stage in space.stages for name, value in columns]
+
+
+def gradient_winner(search: Search) -> Candidate:
+    heads = {name: head.discretise() for name, head in search.heads.items()} or search.operations
+    return Candidate("found", search.space.arch(search.choice()) if search.space else search.arch, heads)
+
+
+def network_steps(task: Task, supernet_steps: int) -> dict[str, float]:
+    """What each part of the search costs, in steps of the target network."""
+    args = task.args
+    held_out, *rows = pretrain.split(task.images, args)
+    parts = {}
+    if supernet_steps:
+        parts["supernet"] = supernet_steps
+        # forward passes of two views, of which three are a step
+        parts["scores"] = args.candidates * len(held_out) / args.batch_size / 3
+    n = args.finalists if supernet_steps else args.candidates
+    epochs = sum(min(size, n) / len(rungs(n)) for size, _ in rungs(n)) * SEEDS * args.final_epochs
+    parts["halving"] = epochs * (len(rows[0]) // args.batch_size)
+    return parts
+
+
+def announce_cost(task: Task, supernet_steps: int, step_seconds: float | None = None) -> None:
+    """On the console: what the search will cost."""
+    parts = network_steps(task, supernet_steps)
+    total = sum(parts.values())
+    per_epoch = len(pretrain.split(task.images, task.args)[1]) // task.args.batch_size
+    said = ", ".join(f"{name} {steps:,.0f}" for name, steps in parts.items())
+    minutes = f", about {total * step_seconds / 60:.1f} minutes" if step_seconds else ""
+    say(
+        f"the search costs {total:,.0f} steps of a network of the target ({said}): {total / per_epoch:.0f} epochs, "
+        f"{total / per_epoch / task.args.epochs:.1f} times --epochs{minutes}"
+    )
+
+
+def step_seconds(search: Search) -> float:
+    """Of a step of a network of the target: median of three, on copies."""
+    method, times = search.standalone(search.choice(), 1), []
+    batches = search.batches_of(search.rows[0], purpose=RECALIBRATION)
+    for step in range(4):
+        begun = clock(search.device)
+        views, index = batches(step)
+        with autocast(search.args, search.device):
+            loss = method(views, index)
+        loss.backward()
+        times.append(clock(search.device) - begun)
+    return statistics.median(times[1:])
+
+
+def next_command(task: Task, winner: Candidate, asked: argparse.Namespace, path: Path) -> str:
     """That pre-trains with what was found."""
     parser = pretrain.get_parser()
     flags = {name: getattr(asked, name, default) for name, default in vars(parser.parse_args([])).items()}
     flags["output_dir"] = str(path.parent.parent / "pretrain")
-    for flag, is_found in (("arch", search.space), ("heads", search.heads)):
+    flags |= winner.views or {}
+    for flag, is_found in (("arch", task.space), ("heads", "heads" in asked.space and winner.heads)):
         if is_found:
             flags[flag] = str(path)
     return command_line("pretrain.py", parser, argparse.Namespace(**flags))
 
 
-def announce(search: Search) -> None:
-    """On the console: what is searched, how many of them there are, and at what rates."""
-    args = search.args
+def announce_task(task: Task) -> None:
+    """On the console: what is searched, and how many of them there are."""
+    args = task.args
     say(
-        f"{args.method}, {' and '.join(args.space)}, x{args.width:g}, "
-        f"{' + '.join(f'{len(rows):,}' for rows in search.rows)} images of {search.size} px "
-        f"({len(search.held_out):,} held out), {pretrain.machine(args, search.device)}"
+        f"{args.method}, {' and '.join(args.space)} by {args.strategy}, x{args.width:g}, {len(task.images.pixels):,} "
+        f"images of {task.size} px, {pretrain.machine(args, task.device)}"
     )
-    if search.heads:
-        names, kinds, functions = (math.prod(c) for c in zip(*map(models.count_heads, search.dims.values())))
+    if "heads" in args.space:
+        with torch.device("meta"):
+            feature_dim = build_backbone(task.arch, task.stem, args.width)[1]
+        dims = [models.head_dims(*head) for head in METHODS[args.method].heads(feature_dim, args.out_dim).values()]
+        names, kinds, functions = (math.prod(c) for c in zip(*map(models.count_heads, dims)))
         say(f"{names:,} heads by name, {kinds:,} that differ layer by layer, {functions:,} as functions")
-    if search.space:
-        cost, most = search.cost, search.cost.macs(search.choices.largest)
-        say(
-            f"{len(search.space.options) ** len(search.space.stages):,} backbones of {cost.base / 1e6:.4g} to "
-            f"{most / 1e6:.4g} MMACs; the target is {cost.target / 1e6:.4g} MMACs"
-        )
+    if task.space:
+        cost, space = task.cost, task.space
+        most = cost.of([len(space.options) - 1] * len(space.stages))
+        many = f"{len(space.options) ** len(space.stages):,} backbones"
+        say(f"{many} of {cost.text(cost.base)} to {cost.text(most)}; the target is {cost.text(cost.target)}")
+    if "views" in args.space:
+        say(f"{math.prod(map(len, VIEW_SPACE.values())):,} kinds of views: {', '.join(VIEW_SPACE)}")
+
+
+def announce_search(search: Search) -> None:
+    """On the console: the task, its parts, rates and cost."""
+    args = search.args
+    announce_task(search.task)
+    learned = " + ".join(f"{len(rows):,}" for rows in search.rows)
+    say(f"{learned} images to learn from, {len(search.held_out):,} held out")
     pretrain.announce(args, search.optimizer, search.total)
-    if args.strategy == "gradient":
+    if search.by_gradient:
         say("alpha lr " + " and ".join(f"{group['lr']:.2g}" for group in search.alpha_optimizer.param_groups))
+    elif not args.bench:
+        announce_cost(search.task, search.total, step_seconds(search))
 
 
 def monitor_of(search: Search) -> Monitor:
     rows = torch.cat(search.rows)
     return Monitor(search.args, search.images, search.stats, search.held_out, rows, search.multi_crop, search.device)
+
+
+def facts_of(task: Task, asked: argparse.Namespace, heads: dict | None) -> dict:
+    return pretrain.facts_of(Path(__file__).name, asked, task.arch, heads, task.images, pretrain.FREE_FLAGS)
+
+
+def start_record(task: Task, asked: argparse.Namespace, command: str) -> Checkpoint:
+    """Of a search that has no steps of its own: another command in its folder is refused."""
+    args, folder = task.args, Path(task.args.output_dir)
+    checkpoint = Checkpoint(folder, {}, facts_of(task, asked, None), command, task.device, 0, 0, args.resume)
+    with checkpoint:
+        checkpoint.after_step(0)
+    return checkpoint
 
 
 def checkpoint_of(search: Search, asked: argparse.Namespace, command: str) -> tuple[Checkpoint, Meter]:
@@ -684,49 +889,99 @@ def checkpoint_of(search: Search, asked: argparse.Namespace, command: str) -> tu
         "meter": meter,
         "gradients": search.gradients,
     }
-    facts = pretrain.facts_of(
-        Path(__file__).name, asked, search.arch, search.operations, search.images, pretrain.FREE_FLAGS
-    )
     how = command, search.device, search.total, args.checkpoint_minutes, args.resume
-    return Checkpoint(folder, things, facts, *how), meter
+    return Checkpoint(folder, things, facts_of(search.task, asked, search.operations), *how), meter
 
 
-def describe_backbone(search: Search, choice: list[int]) -> dict:
+def describe_backbone(task: Task, arch: dict) -> dict:
     """What arch.json says of what was found; on the console too."""
-    arch = search.space.arch(choice)
-    cost, parameters = models.size_of(arch, search.args.width, search.stem, search.size)
-    target = search.cost.target
-    say(
-        f"backbone: {models.describe(arch)}, {cost / 1e6:.4g} of {target / 1e6:.4g} MMACs ({100 * cost / target:.1f} %)"
-    )
-    return {
-        "arch": arch,
-        "width": search.args.width,
-        "stem": search.stem,
-        "image_size": search.size,
-        "macs": cost,
-        "parameters": parameters,
-        "target_macs": target,
-    }
+    args, cost = task.args, task.cost
+    macs, parameters = models.size_of(arch, args.width, task.stem, task.size)
+    facts = {"arch": arch, "width": args.width, "stem": task.stem, "image_size": task.size, "macs": macs}
+    facts["parameters"] = parameters
+    choice = task.space.choice(arch)
+    if cost.unit == "MACs":
+        facts["target_macs"] = cost.target
+        its = cost.text(macs)
+    else:
+        network, _ = build_backbone(arch, task.stem, args.width)
+        x = ready_tensor(torch.randn(args.latency_batch, 3, task.size, task.size), task.device)
+        network = network.to(task.device, memory_format=launch.memory_format(task.device))
+        [measured] = milliseconds([network], [x], task.device)
+        facts |= {"target_ms": cost.target, "ms": measured, "predicted_ms": choice and cost.of(choice)}
+        its = f"{measured:.4g} ms measured, {facts['predicted_ms'] or math.nan:.4g} predicted"
+    say(f"backbone: {models.describe(arch)}, {its} of {cost.text(cost.target)}")
+    return facts
 
 
-def write_results(search: Search, found: dict, history: list[dict], encoder: nn.Module | None) -> None:
-    """arch.json and the pictures; of a backbone also its weights."""
-    args, folder, space = search.args, Path(search.args.output_dir), search.space
+def write_results(
+    task: Task,
+    search: Search | None,
+    winner: Candidate,
+    run: Path | None,
+    found: dict,
+    history: list[dict],
+    surrogate: Surrogate | None,
+) -> dict:
+    """arch.json, pictures and weights. Returns the monitor's facts of what was found."""
+    args, folder, space = task.args, Path(task.args.output_dir), task.space
+    facts, encoder = history[-1] if history else {}, None
+    if winner.heads and "heads" in args.space:
+        found["heads"] = winner.heads
+    if winner.views:
+        found["views"] = winner.views
+    if space:
+        found["backbone"] = describe_backbone(task, winner.arch)
+    if search and space and (choice := space.choice(winner.arch)):
+        method = search.standalone(choice, args.recalibrate_batches)
+        facts, encoder = monitor_of(search)(method, args.knn_every > 0), method.encoder
+    elif run and is_main():
+        for name in ("backbone.pth", "backbone.json"):
+            shutil.copyfile(run / name, folder / name)
+    found.update({k: facts[k] for k in (*SCORES,) if space and k in facts})
     write_json(found, folder / "arch.json")
     if not is_main():
-        return
+        return facts
     where = f"{args.method} on {Path(args.data).name}, x{args.width:g}, seed {args.seed}"
-    if search.heads:
-        write_atomic(draw_heads(history, search.dims, f"Heads found with {where}"), folder / "search.svg")
+    pictures = {}
+    if search and search.heads:
+        pictures["search"] = draw_heads(history, search.dims, f"Heads found with {where}")
+    if surrogate:
+        worth = dict(zip(value_labels(space), zip(surrogate.worth.tolist(), surrogate.error.tolist())))
+        pictures["surrogate"] = draw_surrogate(
+            worth, f"What a choice is worth, in {args.score}, with two standard errors: {where}"
+        )
+    if "halving" in found and len(found["halving"]["rounds"]) > 1:
+        seen = found["halving"]
+        title = f"{args.score} of candidates that are trained alone: {where}"
+        pictures["halving"] = draw_halving(seen["shares"], seen["rounds"], winner.text(), title)
+    if space:
+        archs = {"found": winner.arch, space.handcrafted: BACKBONES[space.handcrafted]}
+        sizes = args.width, task.stem, task.size
+        networks = {name: (arch, models.size_of(arch, *sizes)[1]) for name, arch in archs.items()}
+        title = f"Backbone found with {where}: {BAND[0]:g} to {BAND[1]:g} of {task.cost.text(task.cost.target)}"
+        pictures["backbone"] = draw_backbone(networks, *sizes, title)
+    for name, picture in pictures.items():
+        write_atomic(picture, folder / f"{name}.svg")
     if encoder:
-        arch = found["backbone"]["arch"]
-        archs = {"found": arch, space.handcrafted: BACKBONES[space.handcrafted]}
-        where = args.width, search.stem, search.size
-        networks = {name: (arch, models.size_of(arch, *where)[1]) for name, arch in archs.items()}
-        title = f"Backbone found with {where}: {BAND[0]:g} to {BAND[1]:g} of {search.cost.target / 1e6:,.4g} MMACs"
-        write_atomic(draw_backbone(networks, args.width, search.stem, search.size, title), folder / "backbone.svg")
-        save_backbone(encoder, pretrain.backbone_facts(args, arch, search.stem, search.stats, found["command"]), folder)
+        what = pretrain.backbone_facts(args, winner.arch, task.stem, search.stats, found["command"])
+        save_backbone(encoder, what, folder)
+    return facts
+
+
+def report(task: Task, search: Search | None, winner: Candidate, facts: dict, history: list[dict]) -> None:
+    """On the console: what was found, but for the backbone."""
+    if search and search.heads:
+        for name, ops in winner.heads.items():
+            say(f"{name}: {' '.join(models.true_name(o, *io) for o, io in zip(ops, pairwise(search.dims[name])))}")
+    elif winner.heads or winner.views:
+        say(f"found: {winner.text()}")
+    if "knn" in facts and history and "knn" in history[0]:
+        with_what = "the inherited weights" if task.space else "the search network's encoder"
+        say(
+            f"kNN on {len(search.held_out):,} held-out images: {100 * facts['knn']:.2f} % with {with_what}, "
+            f"{100 * history[0]['knn']:.2f} % untrained"
+        )
 
 
 if __name__ == "__main__":

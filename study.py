@@ -21,7 +21,6 @@ import launch  # ahead of torch: it says how threads wait
 # isort: split
 
 import argparse
-import contextlib
 import csv
 import io
 import json
@@ -43,13 +42,13 @@ import torch
 import linear_eval
 import models
 import pretrain
+from candidates import parse_target, spreads
 from checkpoint import load_arch, load_backbone, load_heads, load_json, lock, versions, write_atomic
 from data import Images, load_data
 from launch import Parser, say, user_errors
 from losses import METHODS
 from models import ARCHS, BACKBONES, SPACES, build_backbone, describe, random_head
 from pictures import draw_costs, draw_matrices, draw_scores
-from search import parse_target
 
 # ---- networks -------------------------------------------------------------------------------------------------------
 
@@ -263,18 +262,12 @@ def plain(arch: str | dict) -> str | dict:
 
 
 def train(run: Run, args: argparse.Namespace, images: Images) -> dict:
-    """The last line of the log of a run of pretrain.py."""
+    """The last line of the log of a run of pretrain.py; {} of a network that is not trained."""
     network = run.network
     if not network.trained:
         return {}
-    spec = {"backbone": {"arch": network.arch}} | ({"heads": network.heads} if network.heads else {})
-    path = run.folder / "arch.json"
-    write_atomic(json.dumps(spec, indent=2) + "\n", path)
-    flags = {name: getattr(args, name) for name in vars(pretrain.get_parser().parse_args([])) if hasattr(args, name)}
-    flags |= {"arch": str(path), "width": args.width * network.width, "weights": network.weights, "seed": run.seed}
-    flags |= {"heads": str(path) if network.heads else args.heads, "output_dir": str(run.folder)}
-    with open(run.folder / "console.txt", "a") as console, contextlib.redirect_stdout(console):
-        return pretrain.main(argparse.Namespace(**flags), images)
+    flags = {"width": args.width * network.width, "weights": network.weights, "seed": run.seed}
+    return pretrain.run_in(run.folder, args, images, network.arch, network.heads, **flags)
 
 
 def facts_of(run: Run, args: argparse.Namespace) -> dict:
@@ -284,7 +277,7 @@ def facts_of(run: Run, args: argparse.Namespace) -> dict:
     return {**facts, "width": args.width * network.width, "seed": run.seed}
 
 
-LABEL_FREE = ("loss", "held_out_loss", "rankme", "z_std")  # what a run's log says of it at the end, without labels
+LABEL_FREE = ("loss", "held_out_loss", "infonce", "rankme", "z_std")  # what a run's log ends with, without labels
 
 
 def carry_out(run: Run, args: argparse.Namespace, study: "Study") -> None:
@@ -301,11 +294,10 @@ def carry_out(run: Run, args: argparse.Namespace, study: "Study") -> None:
         try:
             row["macs"], row["parameters"] = models.size_of(row["arch"], row["width"], study.stem, study.size)
             last = train(run, args, study.images)
-        except (SystemExit, ValueError, RuntimeError) as error:  # RuntimeError: of torch, as for want of memory
-            full_disk = isinstance(error.__context__, OSError)
-            if isinstance(error, SystemExit) and (not isinstance(error.code, str) or full_disk):
-                raise  # stopped by a signal, or nothing could go on
-            row["error"] = str(error).split(": error: ")[-1]
+        except ValueError as error:
+            last = {"error": str(error)}
+        if "error" in last:
+            row["error"] = last["error"]
             keep()
             return
         row |= {name: last[name] for name in (*LABEL_FREE, "knn") if name in last}
@@ -484,17 +476,6 @@ def kendall(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
     return interval((a * b).sum() / pairs, 0.437 / (len(x) - 4))
 
 
-def spreads(y: np.ndarray) -> tuple[float, float]:
-    """Standard deviations (between networks, residual) of accuracies (K networks, S seeds), by two-way analysis of
-    variance: what the seeds have in common is taken out, as is from the former what the residual adds to it. Where
-    the former is near 0, or far below the latter, no search can find a better network than chance does."""
-    networks, seeds = y.shape
-    means = y.mean(1)
-    residual = y - means[:, None] - y.mean(0) + y.mean()
-    within = (residual**2).sum() / ((networks - 1) * (seeds - 1))
-    return math.sqrt(max(0.0, means.var(ddof=1) - within / seeds)), math.sqrt(within)
-
-
 def improvement(found: np.ndarray, random: np.ndarray) -> tuple[float, float, float]:
     """Relative improvement in % of a network's accuracies (S seeds,) over the mean of random ones' (K, S), and its 95 %
     interval for other seeds and other random networks: within^2 / S + between^2 / K + within^2 / (K S). For the same
@@ -663,6 +644,7 @@ def in_short(p: Population, scenarios: list[str]) -> str:
 PREDICTORS = {
     "training loss": ("loss", -1),
     "held-out loss": ("held_out_loss", -1),
+    "InfoNCE of h": ("infonce", -1),
     "RankMe": ("rankme", 1),
     "std of z": ("z_std", 1),
     "held-out kNN (needs labels)": ("knn", 1),

@@ -111,6 +111,8 @@ def adjust(
     locals: Annotated[int | None, "number of local views; more learn more from an epoch, each makes it longer"] = None,
     global_size: Annotated[int | None, "edge of a global view in pixels; lower is faster"] = None,
     local_size: Annotated[int | None, "edge of a local view in pixels; lower is faster"] = None,
+    local_share: Annotated[float | None, "or the share of a global view's edge"] = None,
+    colour: Annotated[float | None, "times the recipe's colour jitter; lower where colours matter"] = None,
     blur: Annotated[Triple, "probability in the first global, the second, the locals, at any image size"] = None,
     solarize: Annotated[Triple, "probability in the first global, the second, the locals"] = None,
     balance: Annotated[
@@ -140,12 +142,22 @@ def adjust(
     if (locals or 0) < 0 or small or min(balance or [0]) < 0:
         raise ValueError("views need 0 or more locals, edges of 8 pixels or more and weights of 0 or more")
 
+    if local_share is not None and (local_size is not None or not 0 < local_share <= 1):
+        raise ValueError(f"a local share of {local_share:g}: it is 0 to 1, and in place of a local size")
+    if colour is not None and not 0 <= colour <= 2.5:
+        raise ValueError(f"{colour:g} times the colour jitter: 0 to 2.5 can be")
+
     first, second = recipe.globals[0], recipe.globals[-1]
     local = recipe.locals[0] if recipe.locals else first._replace(scale=(0.05, first.scale[0]), share=96 / 224)
     views = []
     for k, view in enumerate((first, second, local)):
         scale, size = (global_scale, global_size) if k < 2 else (local_scale, local_size)
         view = view._replace(scale=tuple(scale or view.scale), size=size or view.size)
+        if k == 2 and local_share is not None:
+            view = view._replace(size=None, share=local_share)
+        if colour is not None:
+            *strengths, hue = (colour * x for x in view.jitter)
+            view = view._replace(jitter=(*strengths, min(0.5, hue)))
         view = view._replace(blur=blur[k]) if blur else view
         views.append(view._replace(solarize=solarize[k]) if solarize else view)
     n_globals = len(recipe.globals) if views_per_image is None else views_per_image
@@ -157,6 +169,13 @@ def adjust(
         blur_above=0 if blur else recipe.blur_above,
     )
 
+
+VIEW_SPACE = {  # keywords of `adjust`, and what search.py --space views chooses from
+    "boundary": (0.08, 0.14, 0.2, 0.3, 0.4),
+    "locals": (0, 2, 4, 6),
+    "local_share": (3 / 7, 4 / 7),
+    "colour": (0.5, 0.75, 1.0, 1.5),
+}
 
 # What is drawn for a view of an image, and how many numbers each is
 PARAMETERS = {

@@ -285,6 +285,7 @@ TINY = (
 )
 MULTI = "--recipe sslight-cnn --locals 2 --blur 1 0.1 0.5 --solarize 0 0.2 0 --clip-grad 1 --optimizer"
 SMALL = "--method simclr --recalibrate-batches 1"
+FEW = "--held-out 0.4 --final-epochs 1"
 CASES = {f"pretrain {m}": ("pretrain", f"--method {m}") for m in ("simsiam", "simclr", "moco", "swav", "dino", "diet")}
 CASES |= {
     f"pretrain {method} multi-crop {optimizer}": ("pretrain", f"--method {method} {MULTI} {optimizer}")
@@ -301,14 +302,16 @@ CASES |= {
     "pretrain 96 px": ("pretrain", "--global-size 96 --max-images 16 --batch-size 4"),
     "pretrain bench": ("pretrain", "--bench"),
     "search heads": ("search", SMALL),
-    "search resnet": ("search", f"--space resnet {SMALL}"),
-    "search bottleneck": ("search", f"--space bottleneck {SMALL}"),
-    "search mobilenet": ("search", f"--space mobilenet {SMALL}"),
-    "search heads resnet": ("search", f"--space heads resnet {SMALL}"),
-    "search moco resnet": ("search", f"--space resnet {SMALL} --method moco"),
-    "search diet resnet": ("search", f"--space resnet {SMALL} --method diet"),
-    "search supernet-random": ("search", f"--space resnet {SMALL} --strategy supernet-random --candidates 2"),
-    "search bench": ("search", f"--space heads resnet {SMALL} --bench"),
+    "search resnet": ("search", f"--space resnet {SMALL} --strategy gradient"),
+    "search bottleneck": ("search", f"--space bottleneck {SMALL} --strategy gradient"),
+    "search mobilenet": ("search", f"--space mobilenet {SMALL} --strategy gradient"),
+    "search heads resnet": ("search", f"--space heads resnet {SMALL} --strategy gradient"),
+    "search moco resnet": ("search", f"--space resnet {SMALL} --strategy gradient --method moco"),
+    "search diet resnet": ("search", f"--space resnet {SMALL} --strategy gradient --method diet"),
+    "search supernet": ("search", f"--space heads resnet {SMALL} {FEW} --finalists 2 --candidates 20"),
+    "search views": ("search", f"--space views {SMALL} {FEW} --candidates 2"),
+    "search bench": ("search", f"--space heads resnet {SMALL} --strategy gradient --bench"),
+    "search supernet bench": ("search", f"--space resnet {SMALL} {FEW} --bench"),
     "study": ("study", "--networks resnetk1:1 --seeds 1 --method simclr"),
     "linear_eval": ("linear_eval", "--shots 1 --augment 2 --finetune --finetune-lr 0.1 --finetune-epochs 1"),
 }

@@ -1,0 +1,332 @@
+"""Candidates of a search: what they cost in MACs or milliseconds, how they are drawn, and successive halving, which
+trains some alone and lets the better ones go on.
+
+    task = task_of(args, device)                     # what is searched: by search.py's flags
+    task.cost.random(generator)                      # the choice of a backbone whose cost meets the target
+    winner, folder, seen = halving(task, random_candidates(task, 16), Path("runs/search"))
+"""
+
+import argparse
+import math
+import random
+import re
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import launch
+import models
+import pretrain
+from checkpoint import load_arch
+from data import Images
+from launch import from_main, say
+from losses import METHODS
+from models import BACKBONES, BAND, BLOCKS, SPACES, Choices, Space, build_backbone
+from pretrain import SCORES, clock
+from views import VIEW_SPACE
+
+# ---- what a backbone costs ------------------------------------------------------------------------------------------
+
+
+class Cost(NamedTuple):
+    """MACs, or milliseconds, of a space's networks: base, and what each option of a stage adds to it."""
+
+    base: float
+    table: Tensor  # (S, O), float64 on the CPU
+    device_table: Tensor  # the same, fp32 on the device
+    target: float
+    unit: str = "MACs"
+
+    def of(self, choice: list[int]) -> float:
+        return self.base + sum(self.table[s, o].item() for s, o in enumerate(choice))
+
+    def text(self, cost: float) -> str:
+        return f"{cost:.4g} ms" if self.unit == "ms" else models.in_mmacs(cost)
+
+    def expected(self, choices: Choices) -> Tensor:
+        """E[cost] / target under the alphas, differentiable."""
+        return choices.expected_macs(self.base, self.device_table) / self.target
+
+    def derive(self, scores: Tensor) -> list[int]:
+        """The network with the highest total score (S, O) among those whose cost is in BAND of the target."""
+        return models.derive(scores, self.base, self.table, self.target, self.text)
+
+    def random(self, generator: torch.Generator, band: tuple[float, float] = BAND) -> list[int]:
+        return models.random_choice(self.base, self.table, self.target, generator, band)
+
+
+def cost_of(space: Space, args: argparse.Namespace, stem: str, size: int, device: torch.device) -> Cost:
+    """Raises ValueError where no network of the space meets the target."""
+    where = args.width, stem, size
+    if args.target_ms is None:
+        base, table = space.costs(*where)
+        target, unit = parse_target(args.target_macs or space.handcrafted, *where), "MACs"
+    else:
+        base, table = latencies(space, *where, args.latency_batch, device)
+        target, unit = args.target_ms, "ms"
+    cost = Cost(base, table, table.float().to(device), target, unit)
+    cost.derive(table)  # raises
+    return cost
+
+
+@torch.no_grad()
+def milliseconds(
+    modules: list[nn.Module], inputs: list[Tensor], device: torch.device, rounds: int = 21, warm_up: int = 3
+) -> list[float]:
+    """Medians of the forward pass of each in eval mode; they take turns, so that a noisy machine bears on all alike."""
+    calls = 10 if device.type == "cuda" else 1  # a GPU is waited for after ten, as it is not within a network
+    times: list[list[float]] = [[] for _ in modules]
+    for module in modules:
+        module.eval()
+    for turn in range(warm_up + rounds):
+        for module, x, of_module in zip(modules, inputs, times):
+            begun = clock(device)
+            for _ in range(calls):
+                module(x)
+            if turn >= warm_up:
+                of_module.append(1e3 * (clock(device) - begun) / calls)
+    return [statistics.median(of_module) for of_module in times]
+
+
+def latencies(
+    space: Space, width: float, stem: str, size: int, batch: int, device: torch.device
+) -> tuple[float, Tensor]:
+    """(base, table (S, O)) as Space.costs gives them, in ms on this device: each option's first block and the others
+    are timed alone, which costs add up from; a few whole networks say by how much more or less these take together."""
+
+    def ready(module: nn.Module) -> nn.Module:
+        return module.to(device, memory_format=launch.memory_format(device))
+
+    def image(channels: int, side: int) -> Tensor:
+        return ready_tensor(torch.randn(batch, channels, side, side), device)
+
+    n_options, jobs = len(space.options), {}
+    for row, stage in enumerate(space.stages):
+        for option in range(n_options):
+            arch = space.arch([option] * len(space.stages))
+            plan = models.plan(arch, width, stem)
+            side = math.ceil(math.ceil(size / plan.stride) / plan.pool)
+            for spec in plan.blocks:
+                key = row, spec._replace(index=min(spec.index, 1))
+                if spec.stage == stage and key not in jobs:
+                    jobs[key] = ready(BLOCKS[arch["block"]](spec)), image(spec.c_in, side)
+                side = spec.strided(side)
+    times = dict(zip(jobs, milliseconds(*zip(*jobs.values()), device)))
+    table = torch.zeros(len(space.stages), n_options, dtype=torch.float64)
+    for row, stage in enumerate(space.stages):
+        for option in range(n_options):
+            blocks = models.plan(space.arch([option] * len(space.stages)), width, stem).blocks
+            specs = [spec._replace(index=min(spec.index, 1)) for spec in blocks if spec.stage == stage]
+            table[row, option] = sum(times[row, spec] for spec in specs)
+    table -= table[:, :1].clone()
+
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randint(n_options, (8, len(space.stages)), generator=generator).tolist()
+    choices = [[0] * len(space.stages), *sample]
+    networks = [ready(build_backbone(space.arch(choice), stem, width)[0]) for choice in choices]
+    base, *measured = milliseconds(networks, [image(3, size)] * len(networks), device)
+    sums = [sum(table[s, o].item() for s, o in enumerate(choice)) for choice in sample]
+    slope = sum(s * (m - base) for s, m in zip(sums, measured)) / sum(s * s for s in sums)
+    return base, table * max(slope, 0.0)
+
+
+def ready_tensor(x: Tensor, device: torch.device) -> Tensor:
+    return x.to(device).contiguous(memory_format=launch.memory_format(device))
+
+
+def parse_target(text: str, width: float, stem: str, size: int) -> float:
+    """MACs of --target-macs: a number, a network's name, or a multiple of one as in 0.5xresnet18, of that width."""
+    match = re.fullmatch(rf"(?:([\d.]+)x)?({'|'.join(BACKBONES)})", text)
+    try:
+        if match:
+            return float(match[1] or 1) * models.macs(BACKBONES[match[2]], width, stem, size)
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"--target-macs '{text}' is neither a number nor like 0.5xresnet18") from error
+
+
+# ---- what is searched ---------------------------------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    """What is searched, and on what: all that the strategies share."""
+
+    args: argparse.Namespace
+    device: torch.device
+    images: Images
+    stem: str
+    size: int
+    space: Space | None  # of backbones
+    arch: str | dict  # the handcrafted, or that of --arch
+    cost: Cost | None
+
+
+def task_of(args: argparse.Namespace, device: torch.device) -> Task:
+    """args: as check_flags and pretrain.start give them. Raises ValueError or OSError for what cannot be searched."""
+    images = pretrain.load_training_images(args, device, None)
+    stem, size = pretrain.stem_of(args, images), images.pixels.shape[-1]
+    space = next((SPACES[name] for name in args.space if name in SPACES), None)
+    cost = cost_of(space, args, stem, size, device) if space else None
+    arch = space.handcrafted if space else load_arch(args.arch)
+    if args.strategy != "gradient":
+        held_out = pretrain.split(images, args)[0]
+        if len(held_out) < 16:  # half of them for a score, which wants 8
+            raise ValueError(f"--strategy {args.strategy} judges by held-out images, {len(held_out)}: raise --held-out")
+        if args.score == "knn" and not images.labelled:
+            raise ValueError(f"--score knn needs labels, and {args.data} has none")
+        if args.score == "held_out_loss" and len(held_out) // 2 < args.batch_size:
+            raise ValueError("--score held_out_loss: halves of the held-out images do not fill a batch: see --held-out")
+    return Task(args, device, images, stem, size, space, arch, cost)
+
+
+def drawn(cost: Cost, n: int, seed: int) -> list[list[int]]:
+    """n different networks of the band, drawn evenly, or all that a hundred times as many draws find."""
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[tuple, None] = {}
+    for _ in range(100 * n):
+        if len(found) == n:
+            break
+        found[tuple(cost.random(generator))] = None
+    return [list(choice) for choice in found]
+
+
+class Candidate(NamedTuple):
+    """What is trained alone. Where heads or views are None they are as the flags have them."""
+
+    name: str
+    arch: str | dict
+    heads: dict[str, list[str]] | None = None
+    views: dict[str, float] | None = None  # keywords of views.adjust
+
+    def text(self) -> str:
+        parts = [models.describe(self.arch)] if isinstance(self.arch, dict) else []
+        parts += [f"{name} {' '.join(ops)}" for name, ops in (self.heads or {}).items()]
+        parts += [f"{name} {value:g}" for name, value in (self.views or {}).items()]
+        return f"{self.name}{': ' * bool(parts)}{', '.join(parts)}"
+
+
+def random_rest(task: Task, arch: str | dict, rng: random.Random) -> tuple[dict | None, dict | None]:
+    """(heads, views), each drawn evenly by name where it is searched."""
+    heads = views = None
+    if "heads" in task.args.space:
+        with torch.device("meta"):
+            feature_dim = build_backbone(arch, task.stem, task.args.width)[1]
+        spaces = METHODS[task.args.method].heads(feature_dim, task.args.out_dim)
+        heads = {name: models.random_head(head.layers, rng) for name, head in spaces.items()}
+    if "views" in task.args.space:
+        views = {name: rng.choice(values) for name, values in VIEW_SPACE.items()}
+    return heads, views
+
+
+def handcrafted(task: Task) -> Candidate:
+    """As the flags have it; a backbone scaled to the band of the target."""
+    arch = task.arch
+    if task.space:
+        arch = task.space.arch(models.scaled(task.space, task.cost.base, task.cost.table, task.cost.target))
+    return Candidate("handcrafted", arch)
+
+
+def random_candidates(task: Task, n: int) -> list[Candidate]:
+    """The handcrafted one and n - 1 random ones."""
+    rng = random.Random(task.args.seed)
+    archs = [task.arch] * (n - 1)
+    if task.space:
+        archs = [task.space.arch(choice) for choice in drawn(task.cost, n - 1, task.args.seed)]
+    rest = [Candidate(f"random {k + 1}", arch, *random_rest(task, arch, rng)) for k, arch in enumerate(archs)]
+    return [handcrafted(task), *rest]
+
+
+# ---- successive halving -------------------------------------------------------------------------------------------
+
+
+SEEDS = 2  # of a candidate's runs: more tell candidates from luck, and cost as much again
+
+
+def rungs(n: int) -> list[tuple[int, float]]:
+    """(candidates, share of their training after which the worse half of them goes): 8, 1/3; 4, 2/3; 2, 1."""
+    sizes = [n]
+    while sizes[-1] > 2:
+        sizes.append(math.ceil(sizes[-1] / 2))
+    return [(size, (k + 1) / len(sizes)) for k, size in enumerate(sizes)]
+
+
+def view_cost(task: Task, views: dict | None) -> float:
+    """Pixels of an image's views, in proportion to those by the flags: what a step with them costs."""
+    areas = []
+    for more in (views or {}, {}):
+        args = argparse.Namespace(**{**vars(task.args), **more, "compile": False})
+        multi_crop = pretrain.build_multi_crop(args, task.images, ((0.5,) * 3, (0.5,) * 3), torch.device("cpu"))
+        areas.append(sum(view.size**2 for view in multi_crop.views))
+    return areas[0] / areas[1]
+
+
+def halving(task: Task, candidates: list[Candidate], folder: Path) -> tuple[Candidate, Path | None, dict]:
+    """(winner, the folder of its run, what was seen): at every rung all are trained up to a share of their steps, with
+    SEEDS seeds on the same views, and the half that scores better goes on. Those with dearer views get fewer epochs, so
+    that all cost the same. Each run is one of pretrain.py in a folder of its own, and goes on from its checkpoint. One
+    that breaks is left out, and said. Raises ValueError where all break."""
+    args, seen = task.args, {c.name: [] for c in candidates}
+    alive, last, ratio = list(candidates), {}, None
+    for size, share in rungs(len(candidates)):
+        alive = alive[:size]
+        scores: dict[str, list[float]] = {}
+        for k, candidate in enumerate(alive):
+            own = train_alone(task, candidate, candidates.index(candidate), share, folder)
+            text = f"{k + 1} of {len(alive)} at {100 * share:.0f} %: {candidate.text()}"
+            if isinstance(own, str):
+                say(f"{text}: left out, it broke: {own}")
+                continue
+            scores[candidate.name], last[candidate.name] = own, own
+            seen[candidate.name].append(own)
+            best = max(scores, key=lambda name: statistics.mean(scores[name]))
+            say(f"{text}: {args.score} {SCORES[args.score] * statistics.mean(own):.4g}; best so far: {best}")
+        alive = [candidate for candidate in alive if candidate.name in scores]
+        if not alive:
+            raise ValueError(f"all candidates broke: '{folder}' has their console.txt; try a lower --lr")
+        alive.sort(key=lambda candidate: -statistics.mean(scores[candidate.name]))
+        if ratio is None and len(alive) > 2:
+            between, within = spreads(np.array(list(scores.values())))
+            ratio = between / max(within, 1e-30)
+            say(f"candidates differ by {between:.3g} (standard deviation), seeds by {within:.3g}: ratio {ratio:.2f}")
+    winner = alive[0]
+    if ratio is not None and ratio < 0.5 and winner.name != "handcrafted" and seen["handcrafted"]:
+        say("warning: candidates differ less than seeds do, so what is best is chance: it stays with the handcrafted")
+        winner = next(candidate for candidate in candidates if candidate.name == "handcrafted")
+        train_alone(task, winner, candidates.index(winner), 1.0, folder)
+    facts = {"score": args.score, "ratio": ratio, "shares": [share for _, share in rungs(len(candidates))]}
+    facts["rounds"] = {c.text(): [[SCORES[args.score] * x for x in own] for own in seen[c.name]] for c in candidates}
+    run = folder / "finalists" / f"{candidates.index(winner)}-seed{args.seed}" if len(candidates) > 1 else None
+    return winner, run, facts
+
+
+def train_alone(task: Task, candidate: Candidate, k: int, share: float, folder: Path) -> list[float] | str:
+    """The candidate's scores after that share of its training, a seed each; why it broke, if it did."""
+    args, scores = task.args, []
+    epochs = max(1, round(args.final_epochs / view_cost(task, candidate.views)))
+    flags = {"epochs": epochs, "knn_every": epochs * (args.score == "knn"), "resume": True, **(candidate.views or {})}
+    for seed in range(args.seed, args.seed + SEEDS):
+        run = folder / "finalists" / f"{k}-seed{seed}"
+        until = max(1, round(share * epochs))
+        last = pretrain.run_in(
+            run, args, task.images, candidate.arch, candidate.heads, until, seed=seed, bench=False, **flags
+        )
+        value = SCORES[args.score] * last.get(args.score, math.nan)
+        if "error" in last or not math.isfinite(value):
+            return last.get("error", f"its {args.score} is not finite")
+        scores.append(value)
+    return from_main(scores)
+
+
+def spreads(y: np.ndarray) -> tuple[float, float]:
+    """Standard deviations (between networks, residual) of accuracies (K networks, S seeds), by two-way analysis of
+    variance: what the seeds have in common is taken out, as is from the former what the residual adds to it. Where
+    the former is near 0, or far below the latter, no search can find a better network than chance does."""
+    networks, seeds = y.shape
+    means = y.mean(1)
+    residual = y - means[:, None] - y.mean(0) + y.mean()
+    within = (residual**2).sum() / ((networks - 1) * (seeds - 1))
+    return math.sqrt(max(0.0, means.var(ddof=1) - within / seeds)), math.sqrt(within)
