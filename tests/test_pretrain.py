@@ -131,6 +131,38 @@ def test_small_images_get_no_local_views_unless_asked(tmp_path):
             assert len(build(pretrain, tmp_path, "--method", method, *flags).batches.multi_crop.views) == n
 
 
+def test_a_run_that_stops_after_an_epoch_goes_on_to_the_uninterrupted_runs_weights(tmp_path, pretrained):
+    images = pretrain.load_data(arguments(pretrain, tmp_path), "shapes", "train")
+    args = arguments(pretrain, tmp_path)
+    first = pretrain.run_in(tmp_path, args, images, "resnet18", until=1)
+    assert first["epoch"] == 1 and {"infonce", "rankme", "held_out_loss"} <= first.keys()
+    assert not (tmp_path / "backbone.pth").exists()
+    again = pretrain.run_in(tmp_path, args, images, "resnet18", until=1)
+    assert again == first
+    last = pretrain.run_in(tmp_path, args, images, "resnet18")
+    assert last["epoch"] == 3
+    for key, value in load(pretrained / "backbone.pth").items():
+        assert torch.equal(load(tmp_path / "backbone.pth")[key], value)
+    error = pretrain.run_in(tmp_path / "broken", args, images, "resnet18", lr=1e30)["error"]
+    assert "stopped" in error
+
+
+def test_infonce_is_the_formula_in_float64():
+    rng = np.random.default_rng(0)
+    h1, h2 = rng.normal(size=(2, 7, 5))
+    h = np.concatenate([h1, h2])
+    h = h - h.mean(0)
+    h /= np.linalg.norm(h, axis=1, keepdims=True)
+    similarity = h @ h.T / 0.1
+    losses = []
+    for i in range(14):
+        others = [j for j in range(14) if j != i]
+        losses.append(np.log(np.exp(similarity[i, others]).sum()) - similarity[i, (i + 7) % 14])
+    ours = pretrain.infonce(torch.from_numpy(h1), torch.from_numpy(h2)).item()
+    assert ours == pytest.approx(np.mean(losses), rel=1e-12)
+    assert pretrain.infonce(torch.from_numpy(h1), torch.from_numpy(h1)) < ours  # which is easy
+
+
 def test_rankme_and_the_warnings_in_words(tmp_path, capsys):
     assert pretrain.rankme(torch.eye(16).repeat(4, 1)) == pytest.approx(16, rel=1e-3)
     assert pretrain.rankme(torch.ones(64, 16)) == pytest.approx(1, abs=1e-3)

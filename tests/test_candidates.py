@@ -1,0 +1,212 @@
+"""candidates.py: what networks cost, how they are drawn, and which of them halving keeps."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, arguments, refused, run
+from torch import nn
+
+import candidates
+import pretrain
+import search
+from candidates import Candidate, cost_of, halving, handcrafted, random_candidates, rungs, task_of, view_cost
+from models import BACKBONES, OPS, SPACES, build_backbone, macs, scaled, use_batch_statistics
+from views import RECIPES, VIEW_SPACE, adjust
+
+HALVING = ["--strategy", "halving", "--candidates", 4, "--final-epochs", 2, "--image-size", 16]
+
+
+def a_task(folder, *more):
+    return task_of(*pretrain.start(search.check_flags(arguments(search, folder, *HALVING, *more))))
+
+
+# ---- costs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_the_handcrafted_network_scaled_is_itself_at_its_own_cost_and_the_nearest_below(space):
+    space = SPACES[space]
+    base, table = space.costs(0.25, "small", 16)
+    own = space.choice(space.handcrafted)
+    handcrafted_macs = macs(BACKBONES[space.handcrafted], 0.25, "small", 16)
+    if own:
+        assert scaled(space, base, table, handcrafted_macs) == own
+    choice = scaled(space, base, table, 0.5 * handcrafted_macs)
+    assert 0.95 <= macs(space.arch(choice), 0.25, "small", 16) / (0.5 * handcrafted_macs) <= 1
+
+    def distance(choice):
+        arch, of = space.arch(choice), BACKBONES[space.handcrafted]
+        return sum(math.log(a / b) ** 2 for name in space.choices for a, b in zip(arch[name], of[name]))
+
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        other = candidates.models.random_choice(base, table, 0.5 * handcrafted_macs, generator)
+        assert distance(choice) <= distance(other) + 1e-9
+
+
+@pytest.mark.parametrize("space", ["resnetk1", "mobilenet"])
+def test_predicted_times_add_up(space, tmp_path, monkeypatch):
+    """On a device whose time is a block's MACs, and half as much again where it is part of a network."""
+    space = SPACES[space]
+
+    def fake(modules, inputs, device):
+        times = []
+        for module, x in zip(modules, inputs):
+            counted = []
+
+            def count(m, _, y, counted=counted):
+                counted.append(m.weight[0].numel() * y[0].numel())
+
+            hooks = [m.register_forward_hook(count) for m in module.modules() if isinstance(m, nn.Conv2d)]
+            with torch.no_grad():
+                module.eval()(x)
+            for hook in hooks:
+                hook.remove()
+            times.append(sum(counted) * (1.5 if x.shape[1] == 3 else 1.0))
+        return times
+
+    monkeypatch.setattr(candidates, "milliseconds", fake)
+    base, table = candidates.latencies(space, 0.125, "small", 16, 1, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(1)
+    for choice in torch.randint(len(space.options), (20, len(space.stages)), generator=generator).tolist():
+        predicted = base + sum(table[s, o].item() for s, o in enumerate(choice))
+        assert predicted == pytest.approx(1.5 * macs(space.arch(choice), 0.125, "small", 16), rel=1e-9)
+
+
+def test_times_are_milliseconds_of_what_takes_longer(tmp_path):
+    x = torch.randn(4, 8, 32, 32)
+    short, long = (nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(n))) for n in (1, 12))
+    a, b = candidates.milliseconds([short, long], [x, x], torch.device("cpu"), rounds=9)
+    assert 0 < a < b < 1e4
+
+
+def test_a_target_in_milliseconds_is_met_by_the_prediction(tmp_path):
+    flags = arguments(search, tmp_path, "--space", "resnetk1", "--image-size", 16, "--target-ms", 1e9)
+    with pytest.raises(ValueError, match=r"no network of the space has 0.95 to 1 of 1e\+09 ms: they go from .* ms to"):
+        cost_of(SPACES["resnetk1"], flags, "small", 16, torch.device("cpu"))
+    flags.target_ms = None
+    cost = cost_of(SPACES["resnetk1"], flags, "small", 16, torch.device("cpu"))
+    assert cost.unit == "MACs" and cost.base == cost.of([0] * 4)
+
+
+def test_batch_statistics_are_the_batchs_own_in_eval_mode_too():
+    network, _ = build_backbone("resnet18", "small", 0.125)
+    for m in network.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.normal_(m.running_mean)
+            nn.init.ones_(m.weight)
+    x = torch.randn(16, 3, 16, 16)
+    wanted = network.train()(x)
+    assert torch.allclose(use_batch_statistics(network).eval()(x), wanted, atol=1e-5)
+
+
+# ---- halving --------------------------------------------------------------------------------------------------------
+
+
+def test_a_search_starts_with_the_handcrafted_and_different_random_candidates(tmp_path):
+    task = a_task(tmp_path, "--space", "heads", "resnetk1", "views", "--target-macs", "0.25xresnet18")
+    all_of_them = random_candidates(task, 8)
+    assert all_of_them == random_candidates(task, 8) and all_of_them[0] == handcrafted(task)
+    assert len({json.dumps(c.arch) for c in all_of_them[1:]}) == 7
+    for c in all_of_them:
+        share = macs(c.arch, 0.0625, "small", 16) / task.cost.target
+        assert 0.95 <= share <= 1
+    for c in all_of_them[1:]:
+        assert {len(ops) for ops in c.heads.values()} == {4, 6} and all(
+            set(ops) <= set(OPS) for ops in c.heads.values()
+        )
+        assert all(c.views[name] in values for name, values in VIEW_SPACE.items()) and len(c.views) == len(VIEW_SPACE)
+
+
+def test_rungs_halve_until_two_are_left():
+    assert rungs(16) == [(16, 0.25), (8, 0.5), (4, 0.75), (2, 1.0)]
+    assert rungs(5) == [(5, 1 / 3), (3, 2 / 3), (2, 1.0)] and rungs(2) == [(2, 1.0)] and rungs(1) == [(1, 1.0)]
+
+
+def planted(scores, monkeypatch):
+    """Trainings whose scores are known: {candidate: score of each seed, or why it broke}."""
+    trained = []
+
+    def train_alone(task, candidate, k, share, folder):
+        trained.append((candidate.name, share))
+        return scores[candidate.name]
+
+    monkeypatch.setattr(candidates, "train_alone", train_alone)
+    return trained
+
+
+NAMES = ["handcrafted", *"abcdefg"]
+
+
+def halved(scores, monkeypatch, folder, *more):
+    trained = planted(scores, monkeypatch)
+    task = a_task(folder, "--space", "views", *more)
+    winner, run, seen = halving(task, [Candidate(name, "resnet18") for name in scores], folder)
+    return winner.name, trained, seen, run
+
+
+def test_the_better_half_goes_on(tmp_path, monkeypatch):
+    scores = {name: [k * 1.0, k + 0.1] for k, name in enumerate(NAMES)}
+    winner, trained, seen, run = halved(scores, monkeypatch, tmp_path)
+    assert winner == "g" and [name for name, share in trained if share == 1.0] == ["g", "f"]
+    assert sorted(name for name, share in trained if share == pytest.approx(2 / 3)) == ["d", "e", "f", "g"]
+    assert len(trained) == 8 + 4 + 2 and seen["ratio"] > 5 and run == tmp_path / "finalists" / "7-seed0"
+    assert seen["rounds"]["g"] == [[-7.0, -7.1]] * 3  # infonce: less is better
+
+
+def test_broken_candidates_are_left_out_and_named(tmp_path, monkeypatch, capsys):
+    scores = {name: [k * 1.0, k + 0.1] for k, name in enumerate(NAMES)} | {"g": "no memory"}
+    assert halved(scores, monkeypatch, tmp_path)[0] == "f"
+    assert "g: left out, it broke: no memory" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="all candidates broke"):
+        halved(dict.fromkeys(NAMES, "no memory"), monkeypatch, tmp_path)
+
+
+def test_where_seeds_differ_more_than_candidates_the_handcrafted_stays(tmp_path, monkeypatch, capsys):
+    scores = {name: [(-1) ** k + 0.01 * k, 0.01 * k - (-1) ** k] for k, name in enumerate(NAMES)}
+    winner, trained, seen, _ = halved(scores, monkeypatch, tmp_path)
+    assert seen["ratio"] < 0.5 and winner == "handcrafted" and trained[-1] == ("handcrafted", 1.0)
+    assert "it stays with the handcrafted" in capsys.readouterr().out
+
+
+def test_dearer_views_get_fewer_epochs(tmp_path, monkeypatch):
+    task = a_task(tmp_path, "--space", "views", "--final-epochs", 10)
+    assert view_cost(task, None) == 1
+    views = {"locals": 6, "local_share": 0.5, "boundary": 0.3, "colour": 1.0}
+    assert view_cost(task, views) == pytest.approx(1 + 6 * 0.25 / 2)
+    seen = []
+    monkeypatch.setattr(pretrain, "run_in", lambda *a, **k: seen.append((a[5], k["epochs"])) or {"infonce": 1.0})
+    assert candidates.train_alone(task, Candidate("a", "resnet18", None, views), 0, 0.5, tmp_path) == [-1.0, -1.0]
+    assert seen == [(3, 6), (3, 6)] or seen == [(2, 6), (2, 6)]  # of 10 / 1.75
+
+
+def test_knobs_of_the_space_of_views_do_what_they_say():
+    recipe = adjust(RECIPES["simclr"], boundary=0.3, locals=4, local_share=4 / 7, colour=0.5)
+    assert len(recipe.locals) == 4 and recipe.locals[0].share == 4 / 7 and recipe.locals[0].scale == (0.05, 0.3)
+    assert recipe.globals[0].jitter == pytest.approx((0.2, 0.2, 0.2, 0.05)) and recipe.locals[0].jitter[0] == 0.2
+    for wrong in ({"local_share": 1.5}, {"local_share": 0.5, "local_size": 8}, {"colour": 3.0}):
+        with pytest.raises(ValueError, match=r"local share|colour jitter"):
+            adjust(RECIPES["simclr"], **wrong)
+
+
+def test_a_search_of_views_leaves_flags_for_pretraining(tmp_path, capsys):
+    found = run(search, tmp_path, *HALVING, "--space", "views", "heads", "--held-out", 0.4)
+    assert found["strategy"] == "halving" and len(found["halving"]["rounds"]) == 4
+    said = capsys.readouterr().out
+    command = said.strip().splitlines()[-1].split()
+    for name, value in found.get("views", {}).items():
+        assert float(command[command.index("--" + name.replace("_", "-")) + 1]) == value
+    assert ("--heads" in command) == ("heads" in found) == ("views" in found)
+    runs = sorted(path.parent.name for path in Path(tmp_path).glob("finalists/*/backbone.pth"))
+    assert len(runs) in (4, 6)  # the last two, with two seeds each; and the handcrafted, where it stays with that
+    assert (tmp_path / "backbone.pth").exists() and (tmp_path / "halving.svg").exists()
+    # another command in the folder is refused
+    said, status = refused(capsys, search, *map(str, arguments_of(tmp_path)), "--seed", 1)
+    assert "seed" in said and status == 1
+
+
+def arguments_of(folder):
+    return [*TINY, "--output-dir", folder, *HALVING, "--space", "views", "heads", "--held-out", 0.4]
