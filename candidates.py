@@ -11,6 +11,7 @@ import math
 import random
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 import launch
 import models
 import pretrain
-from checkpoint import load_arch
+from checkpoint import load_arch, load_json, write_json
 from data import Images
 from launch import from_main, say
 from losses import METHODS
@@ -32,14 +33,23 @@ from views import VIEW_SPACE
 # ---- what a backbone costs ------------------------------------------------------------------------------------------
 
 
-class Cost(NamedTuple):
-    """MACs, or milliseconds, of a space's networks: base, and what each option of a stage adds to it."""
+class Cost:
+    """MACs, or milliseconds, of a space's networks: base, and what each option of a stage adds to it. A checkpoint
+    keeps them, since times are not measured twice alike."""
 
-    base: float
-    table: Tensor  # (S, O), float64 on the CPU
-    device_table: Tensor  # the same, fp32 on the device
-    target: float
-    unit: str = "MACs"
+    def __init__(self, base: float, table: Tensor, target: float, unit: str, device: torch.device):
+        self.base, self.table, self.target, self.unit = base, table, target, unit  # table: (S, O), float64 on the CPU
+        self.device_table = table.float().to(device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"base": torch.tensor(self.base, dtype=torch.float64), "table": self.table}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.base, self.table = state["base"].item(), state["table"]
+        self.device_table.copy_(self.table)
+
+    def of_target(self, target: float) -> "Cost":
+        return Cost(self.base, self.table, target, self.unit, self.device_table.device)
 
     def of(self, choice: list[int]) -> float:
         return self.base + sum(self.table[s, o].item() for s, o in enumerate(choice))
@@ -55,6 +65,10 @@ class Cost(NamedTuple):
         """The network with the highest total score (S, O) among those whose cost is in BAND of the target."""
         return models.derive(scores, self.base, self.table, self.target, self.text)
 
+    def scaled(self, space: Space) -> list[int]:
+        """The one nearest to the handcrafted network."""
+        return models.scaled(space, self.base, self.table, self.target)
+
     def random(self, generator: torch.Generator, band: tuple[float, float] = BAND) -> list[int]:
         return models.random_choice(self.base, self.table, self.target, generator, band)
 
@@ -68,7 +82,7 @@ def cost_of(space: Space, args: argparse.Namespace, stem: str, size: int, device
     else:
         base, table = latencies(space, *where, args.latency_batch, device)
         target, unit = args.target_ms, "ms"
-    cost = Cost(base, table, table.float().to(device), target, unit)
+    cost = Cost(base, table, target, unit, device)
     cost.derive(table)  # raises
     return cost
 
@@ -78,12 +92,13 @@ def milliseconds(
     modules: list[nn.Module], inputs: list[Tensor], device: torch.device, rounds: int = 21, warm_up: int = 3
 ) -> list[float]:
     """Medians of the forward pass of each in eval mode; they take turns, so that a noisy machine bears on all alike."""
-    calls = 10 if device.type == "cuda" else 1  # a GPU is waited for after ten, as it is not within a network
+    calls = 10 if device.type == "cuda" else 2  # a GPU is waited for after ten, as it is not within a network
     times: list[list[float]] = [[] for _ in modules]
     for module in modules:
         module.eval()
     for turn in range(warm_up + rounds):
         for module, x, of_module in zip(modules, inputs, times):
+            module(x)  # what it works on is in the caches, as it is within a network
             begun = clock(device)
             for _ in range(calls):
                 module(x)
@@ -222,11 +237,34 @@ def random_rest(task: Task, arch: str | dict, rng: random.Random) -> tuple[dict 
     return heads, views
 
 
+def measured_ms(task: Task, arch: dict) -> float:
+    """Of a forward pass of --latency-batch images, as `latencies` predicts it."""
+    network, _ = build_backbone(arch, task.stem, task.args.width)
+    network = network.to(task.device, memory_format=launch.memory_format(task.device))
+    x = ready_tensor(torch.randn(task.args.latency_batch, 3, task.size, task.size), task.device)
+    return milliseconds([network], [x], task.device)[0]
+
+
+def fits(task: Task, arch: dict) -> bool:
+    """Whether it takes no longer than --target-ms, measured; MACs are as counted."""
+    return task.cost.unit == "MACs" or from_main([measured_ms(task, arch)])[0] <= task.cost.target
+
+
+def fitting(task: Task, choose: Callable[[Cost], list[int]]) -> dict:
+    """The architecture that is chosen with a cost; of time with a target lowered by 3 % until what is chosen fits."""
+    for k in range(6):
+        arch = task.space.arch(choose(task.cost.of_target(task.cost.target * 0.97**k)))
+        if fits(task, arch):
+            return arch
+    raise ValueError(
+        f"networks that should take {task.cost.text(task.cost.target)} take longer when measured: is another program "
+        "at work on this device?"
+    )
+
+
 def handcrafted(task: Task) -> Candidate:
     """As the flags have it; a backbone scaled to the band of the target."""
-    arch = task.arch
-    if task.space:
-        arch = task.space.arch(models.scaled(task.space, task.cost.base, task.cost.table, task.cost.target))
+    arch = fitting(task, lambda cost: cost.scaled(task.space)) if task.space else task.arch
     return Candidate("handcrafted", arch)
 
 
@@ -236,6 +274,7 @@ def random_candidates(task: Task, n: int) -> list[Candidate]:
     archs = [task.arch] * (n - 1)
     if task.space:
         archs = [task.space.arch(choice) for choice in drawn(task.cost, n - 1, task.args.seed)]
+        archs = [arch for arch in archs if fits(task, arch)]
     rest = [Candidate(f"random {k + 1}", arch, *random_rest(task, arch, rng)) for k, arch in enumerate(archs)]
     return [handcrafted(task), *rest]
 
@@ -269,8 +308,13 @@ def halving(task: Task, candidates: list[Candidate], folder: Path) -> tuple[Cand
     SEEDS seeds on the same views, and the half that scores better goes on. Those with dearer views get fewer epochs, so
     that all cost the same. Each run is one of pretrain.py in a folder of its own, and goes on from its checkpoint. One
     that breaks is left out, and said. Raises ValueError where all break."""
+    # those of before, if it goes on: times are not measured twice alike
+    path = folder / "finalists" / "candidates.json"
+    if path.exists():
+        candidates = [Candidate(**facts) for facts in load_json(str(path))["candidates"]]
+    write_json({"candidates": [candidate._asdict() for candidate in candidates]}, path)
     args, seen = task.args, {c.name: [] for c in candidates}
-    alive, last, ratio = list(candidates), {}, None
+    alive, ratio, noise = list(candidates), None, []
     for size, share in rungs(len(candidates)):
         alive = alive[:size]
         scores: dict[str, list[float]] = {}
@@ -280,7 +324,7 @@ def halving(task: Task, candidates: list[Candidate], folder: Path) -> tuple[Cand
             if isinstance(own, str):
                 say(f"{text}: left out, it broke: {own}")
                 continue
-            scores[candidate.name], last[candidate.name] = own, own
+            scores[candidate.name] = own
             seen[candidate.name].append(own)
             best = max(scores, key=lambda name: statistics.mean(scores[name]))
             say(f"{text}: {args.score} {SCORES[args.score] * statistics.mean(own):.4g}; best so far: {best}")
@@ -288,19 +332,34 @@ def halving(task: Task, candidates: list[Candidate], folder: Path) -> tuple[Cand
         if not alive:
             raise ValueError(f"all candidates broke: '{folder}' has their console.txt; try a lower --lr")
         alive.sort(key=lambda candidate: -statistics.mean(scores[candidate.name]))
-        if ratio is None and len(alive) > 2:
+        if len(alive) > 1:
             between, within = spreads(np.array(list(scores.values())))
-            ratio = between / max(within, 1e-30)
-            say(f"candidates differ by {between:.3g} (standard deviation), seeds by {within:.3g}: ratio {ratio:.2f}")
+            noise.append(within)
+            if len(alive) > 2:
+                ratio = between / max(within, 1e-30)
+                say(
+                    f"candidates differ by {between:.3g} (standard deviation), seeds by {within:.3g}: ratio {ratio:.2f}"
+                )
     winner = alive[0]
-    if ratio is not None and ratio < 0.5 and winner.name != "handcrafted" and seen["handcrafted"]:
-        say("warning: candidates differ less than seeds do, so what is best is chance: it stays with the handcrafted")
+    if ratio is not None and ratio < 0.5:
+        say("warning: candidates differ less than seeds do: there may be nothing to find here")
+    if winner.name != "handcrafted" and not leads(seen[winner.name], seen["handcrafted"], noise):
+        say(f"{winner.name} is within noise of the handcrafted one: it stays with that")
         winner = next(candidate for candidate in candidates if candidate.name == "handcrafted")
         train_alone(task, winner, candidates.index(winner), 1.0, folder)
     facts = {"score": args.score, "ratio": ratio, "shares": [share for _, share in rungs(len(candidates))]}
     facts["rounds"] = {c.text(): [[SCORES[args.score] * x for x in own] for own in seen[c.name]] for c in candidates}
     run = folder / "finalists" / f"{candidates.index(winner)}-seed{args.seed}" if len(candidates) > 1 else None
     return winner, run, facts
+
+
+def leads(one: list[list[float]], other: list[list[float]], noise: list[float]) -> bool:
+    """Whether `one` is better by more than a standard error at the last rung that both were at, if there is one.
+    noise: the residual deviation at each rung."""
+    rung = min(len(one), len(other)) - 1
+    if rung < 0:
+        return True
+    return statistics.mean(one[rung]) - statistics.mean(other[rung]) > noise[rung] * math.sqrt(2 / SEEDS)
 
 
 def train_alone(task: Task, candidate: Candidate, k: int, share: float, folder: Path) -> list[float] | str:

@@ -65,12 +65,13 @@ from candidates import (
     Cost,
     Task,
     drawn,
+    fits,
+    fitting,
     halving,
     handcrafted,
-    milliseconds,
+    measured_ms,
     random_candidates,
     random_rest,
-    ready_tensor,
     rungs,
     task_of,
 )
@@ -327,7 +328,7 @@ class Search:
         """What the alphas choose so far; of a supernet, which has none, the handcrafted network scaled to the band."""
         if self.by_gradient:
             return self.cost.derive(self.choices.log_probabilities())
-        return models.scaled(self.space, self.cost.base, self.cost.table, self.cost.target)
+        return self.cost.scaled(self.space)
 
     def alpha_names(self) -> list[str]:
         """Of all alphas' entries, in the order of their gradients."""
@@ -640,7 +641,7 @@ def knowledge(surrogate: Surrogate, scores: np.ndarray) -> tuple[str | None, str
         f"scores of {len(scores)} networks spread {ratio:.1f} times their noise (two halves of the images correlate by "
         f"{agree:.2f}); the surrogate explains {100 * surrogate.r2:.0f} % of those that it has not seen"
     )
-    if ratio < 2:
+    if ratio < math.sqrt(2):  # less than half of their variance is the networks'
         return "the supernet cannot tell its networks apart", said
     if surrogate.r2 < 0.3:
         return "what a choice is worth depends on the others too much for the surrogate", said
@@ -654,11 +655,11 @@ def finalists_of(
     surrogates of resampled scores, so that candidates differ where it is not sure. If it knows nothing all of these are
     random. Where heads or views are searched too, every second one has random ones."""
     args, rng = task.args, random.Random(task.args.seed)
-    found = {handcrafted(task).name: handcrafted(task)}
-    known = {json.dumps(handcrafted(task).arch)}
+    first = handcrafted(task)
+    found, known = {first.name: first}, {json.dumps(first.arch)}
 
     def add(name: str, arch: str | dict) -> None:
-        if json.dumps(arch) not in known and len(found) < args.finalists:
+        if json.dumps(arch) not in known and len(found) < args.finalists and fits(task, arch):
             known.add(json.dumps(arch))
             rest = random_rest(task, arch, rng) if len(found) % 2 else (None, None)
             found[name] = Candidate(name, arch, *rest)
@@ -666,7 +667,7 @@ def finalists_of(
     for path in args.join:
         add(Path(path).parent.name or path, load_arch(path))
     if knows:
-        add("surrogate", task.space.arch(task.cost.derive(surrogate.option_scores())))
+        add("surrogate", fitting(task, lambda cost: cost.derive(surrogate.option_scores())))
         resample, y, x = np.random.default_rng(args.seed), scores.mean(1), values_of(task.space, choices)
         for k in range(10 * args.finalists):
             if len(found) >= args.finalists - args.finalists // 4:
@@ -767,7 +768,10 @@ def value_labels(space: Space) -> list[str]:
 
 def gradient_winner(search: Search) -> Candidate:
     heads = {name: head.discretise() for name, head in search.heads.items()} or search.operations
-    return Candidate("found", search.space.arch(search.choice()) if search.space else search.arch, heads)
+    arch = search.arch
+    if search.space:
+        arch = fitting(search.task, lambda cost: cost.derive(search.choices.log_probabilities()))
+    return Candidate("found", arch, heads)
 
 
 def network_steps(task: Task, supernet_steps: int) -> dict[str, float]:
@@ -871,7 +875,8 @@ def facts_of(task: Task, asked: argparse.Namespace, heads: dict | None) -> dict:
 def start_record(task: Task, asked: argparse.Namespace, command: str) -> Checkpoint:
     """Of a search that has no steps of its own: another command in its folder is refused."""
     args, folder = task.args, Path(task.args.output_dir)
-    checkpoint = Checkpoint(folder, {}, facts_of(task, asked, None), command, task.device, 0, 0, args.resume)
+    things = {"cost": task.cost} if task.cost else {}
+    checkpoint = Checkpoint(folder, things, facts_of(task, asked, None), command, task.device, 0, 0, args.resume)
     with checkpoint:
         checkpoint.after_step(0)
     return checkpoint
@@ -889,6 +894,7 @@ def checkpoint_of(search: Search, asked: argparse.Namespace, command: str) -> tu
         "meter": meter,
         "gradients": search.gradients,
     }
+    things |= {"cost": search.cost} if search.cost else {}
     how = command, search.device, search.total, args.checkpoint_minutes, args.resume
     return Checkpoint(folder, things, facts_of(search.task, asked, search.operations), *how), meter
 
@@ -904,10 +910,7 @@ def describe_backbone(task: Task, arch: dict) -> dict:
         facts["target_macs"] = cost.target
         its = cost.text(macs)
     else:
-        network, _ = build_backbone(arch, task.stem, args.width)
-        x = ready_tensor(torch.randn(args.latency_batch, 3, task.size, task.size), task.device)
-        network = network.to(task.device, memory_format=launch.memory_format(task.device))
-        [measured] = milliseconds([network], [x], task.device)
+        measured = measured_ms(task, arch)
         facts |= {"target_ms": cost.target, "ms": measured, "predicted_ms": choice and cost.of(choice)}
         its = f"{measured:.4g} ms measured, {facts['predicted_ms'] or math.nan:.4g} predicted"
     say(f"backbone: {models.describe(arch)}, {its} of {cost.text(cost.target)}")

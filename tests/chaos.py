@@ -9,6 +9,7 @@ alone, after which torchrun restarts both.
 
 import argparse
 import contextlib
+import json
 import os
 import random
 import signal
@@ -22,12 +23,14 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 TINY = "--max-images 160 --width 0.0625 --batch-size 16 --epochs 4 --held-out 0.2 --knn-every 2 --device cpu"
-BOTH = "--space heads resnet --image-size 16 --target-macs 0.5xresnet18"
+BOTH = "--space heads resnet --image-size 16 --target-macs 0.5xresnet18 --strategy gradient"
+SUPERNET = "--space resnetk1 --image-size 16 --target-macs 0.25xresnet18 --method simclr --candidates 20 --finalists 3"
 RUNS = {  # name: (script, ranks, flags)
     "pretrain-moco-1": ("pretrain.py", 1, "--method moco"),
     "pretrain-diet-1": ("pretrain.py", 1, "--method diet --optimizer adamw"),
     "search-heads-1": ("search.py", 1, ""),
     "search-both-1": ("search.py", 1, BOTH),
+    "search-supernet-1": ("search.py", 1, SUPERNET),
     "pretrain-moco-2": ("pretrain.py", 2, "--method moco"),
     "pretrain-diet-2": ("pretrain.py", 2, "--method diet"),
     "search-heads-2": ("search.py", 2, ""),
@@ -100,6 +103,9 @@ def chaos(folder: Path, kills: int, seed: int, runs: list[str], say=lambda text:
             done += len(deeds)
             assert "AttributeError" not in log.read_text(), f"{name} stumbled: {log.read_text()[-2000:]}"
             method = torch.load(cut / "checkpoint.pth", weights_only=True)["states"]["method"]
+            for file in folder.glob(f"{name}-whole/arch.json"):  # of a search: what was found
+                found, other = (json.loads(path.read_text()) for path in (file, cut / "arch.json"))
+                assert found["backbone"] == other["backbone"] and found.get("heads") == other.get("heads"), name
             differs = [k for k, v in whole[name].items() if not torch.equal(v, method[k])]
             say(f"{done:4d}  {name}: {', '.join(deeds) or 'not killed'}: {'differs' if differs else 'equal'}")
             assert not differs, f"{name} ({cut}), after {deeds}: {differs[0]} and {len(differs) - 1} more differ"

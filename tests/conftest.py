@@ -15,6 +15,8 @@ from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import pretrain
+import search
+from candidates import task_of
 
 settings.register_profile("quick", deadline=None, derandomize=True, max_examples=20)
 settings.register_profile("thorough", deadline=None, max_examples=400, suppress_health_check=list(HealthCheck))
@@ -23,7 +25,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 ROOT = Path(__file__).parent.parent
 TINY = ["--max-images", "160", "--width", "0.0625", "--batch-size", "16", "--epochs", "3", "--held-out", "0.2"]
 TINY += ["--knn-every", "2", "--device", "cpu", "--no-amp"]
-BOTH = ["--space", "heads", "resnet", "--image-size", "16", "--target-macs", "0.5xresnet18"]
+BOTH = ["--space", "heads", "resnet", "--image-size", "16", "--target-macs", "0.5xresnet18", "--strategy", "gradient"]
 
 
 def arguments(script, folder, *more):
@@ -32,6 +34,10 @@ def arguments(script, folder, *more):
 
 def run(script, folder, *more):
     return script.main(arguments(script, folder, *more))
+
+
+def make_search(folder, *more):
+    return search.Search(task_of(*pretrain.start(search.check_flags(arguments(search, folder, *more)))))
 
 
 class Built(Exception):

@@ -169,7 +169,14 @@ def test_where_seeds_differ_more_than_candidates_the_handcrafted_stays(tmp_path,
     scores = {name: [(-1) ** k + 0.01 * k, 0.01 * k - (-1) ** k] for k, name in enumerate(NAMES)}
     winner, trained, seen, _ = halved(scores, monkeypatch, tmp_path)
     assert seen["ratio"] < 0.5 and winner == "handcrafted" and trained[-1] == ("handcrafted", 1.0)
-    assert "it stays with the handcrafted" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "candidates differ less than seeds do" in said and "g is within noise of the handcrafted one" in said
+
+
+def test_the_lead_is_taken_where_both_were_and_beside_its_noise():
+    assert candidates.leads([[1.0, 1.2], [5.0, 5.0]], [[0.0, 0.2]], [0.9, 9.0])
+    assert not candidates.leads([[1.0, 1.2], [5.0, 5.0]], [[0.0, 0.2]], [1.1, 0.1])
+    assert candidates.leads([[1.0, 1.2]], [], [9.0])  # which broke
 
 
 def test_dearer_views_get_fewer_epochs(tmp_path, monkeypatch):

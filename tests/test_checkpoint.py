@@ -98,7 +98,7 @@ def test_a_signal_saves_in_the_middle_of_an_epoch(script, more, at, number, tmp_
 
 def test_a_signal_stops_a_search_of_heads_and_backbone(tmp_path, monkeypatch, whole):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        at_batch(patch, 38, stop(signal.SIGTERM))
+        at_batch(patch, 41, stop(signal.SIGTERM))
         run(search, tmp_path, *BOTH)
     assert saved(tmp_path)["step"] % 4 and load(tmp_path / "checkpoint.pth")["states"]["gradients"]["steps"].ndim == 2
     run(search, tmp_path, *BOTH)

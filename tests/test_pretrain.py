@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, arguments, as_rank, build, free_port, load, refused, run
+from conftest import ROOT, TINY, arguments, as_rank, build, free_port, load, make_search, refused, run
 from PIL import Image
 from torch import nn
 from torch.distributed.run import get_args_parser
@@ -317,15 +317,14 @@ def rank_main(rank, port, folder):
     as_rank(rank, 2, port)
     for method in METHODS:
         space = {"moco": ["heads", "resnet"], "diet": ["resnet"]}.get(method)
-        more = ["--space", *space, "--image-size", "16"] if space else []
-        args, device = pretrain.start(arguments(search, folder, "--method", method, "--arch-lr", 0.1, *more))
-        s = search.Search(args, device)
+        more = ["--space", *space, "--image-size", "16", "--strategy", "gradient"] if space else []
+        s = make_search(folder, "--method", method, "--arch-lr", 0.1, *more)
         gates = []
         for step in range(3):
             s.alpha_step(step)
             s.weight_step(step)
             gates.append(s.choices.choice() if space else None)
-        h = extract(s.method.encoder, s.images.pixels[:33], (0.5,) * 3, (0.2,) * 3, device)
+        h = extract(s.method.encoder, s.images.pixels[:33], (0.5,) * 3, (0.2,) * 3, s.device)
         state = {k: v for k, v in s.method.state_dict().items() if "running" not in k and "num_batches" not in k}
         torch.save({"state": state, "h": h, "views": s.batches(7)[0], "gates": gates}, f"{folder}/{method}-{rank}.pth")
         if method == "diet":  # the checkpoint has all rows; each rank gets its own back
@@ -354,7 +353,7 @@ def test_two_ranks_keep_equal_alphas_weights_and_queues(tmp_path):
         if a["gates"][0]:
             assert len(set(map(str, a["gates"]))) == 3
             continue
-        one = search.Search(*pretrain.start(arguments(search, tmp_path / "one", "--method", method)))
+        one = make_search(tmp_path / "one", "--method", method)
         for view, x, y in zip(one.batches(7)[0], a["views"], b["views"]):
             torch.testing.assert_close(torch.cat([x, y]), view, atol=1e-5, rtol=1e-5)
 

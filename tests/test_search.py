@@ -8,27 +8,22 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import BOTH, TINY, arguments, build, load, refused, run
+from conftest import BOTH, TINY, build, load, make_search, refused, run
 from torchvision.ops import StochasticDepth
 
 import linear_eval
 import pretrain
 import search
-from candidates import task_of
 from checkpoint import load_backbone
 from losses import METHODS
 from models import BACKBONES, OPS, SPACES, build_backbone, derive, head_dims, macs, true_name
-from search import AlphaGradients, Search, alpha_gradients, check_flags, fit, knowledge, meet_target, ridge, values_of
+from search import AlphaGradients, alpha_gradients, fit, knowledge, meet_target, ridge, values_of
 
 SVG = "{http://www.w3.org/2000/svg}"
 GRADIENT = ["--strategy", "gradient"]
 SMALL = ["--space", "resnet", "--image-size", 16, *GRADIENT]
 SUPERNET = ["--space", "resnetk1", "--image-size", 16, "--target-macs", "0.25xresnet18", "--method", "simclr"]
 SUPERNET += ["--candidates", 20, "--finalists", 3, "--final-epochs", 2, "--recalibrate-batches", 2]
-
-
-def make(folder, *more):
-    return Search(task_of(*pretrain.start(check_flags(arguments(search, folder, *more)))))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +36,7 @@ def searched(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found_both(tmp_path_factory):
     folder = tmp_path_factory.mktemp("both")
-    return folder, run(search, folder, *BOTH, *GRADIENT)
+    return folder, run(search, folder, *BOTH)
 
 
 # ---- steps ----------------------------------------------------------------------------------------------------------
@@ -55,7 +50,7 @@ def changed_by(method, step):
 
 @pytest.mark.parametrize("method", [name for name, m in METHODS.items() if not m.classifies_instances])
 def test_an_alpha_step_of_heads_moves_alphas_alone_by_the_gradients_of_a_full_backward(method, tmp_path):
-    s = make(tmp_path, "--method", method)
+    s = make_search(tmp_path, "--method", method)
     views, index = s.alpha_batches(0)
     before = copy.deepcopy(s.method.state_dict())
     _, cheap = alpha_gradients(s.method, s.method, views, index, s.alphas, s.weights)
@@ -75,7 +70,7 @@ def test_an_alpha_step_of_heads_moves_alphas_alone_by_the_gradients_of_a_full_ba
 @pytest.mark.parametrize("method", METHODS)
 def test_an_alpha_step_of_a_backbone_moves_all_alphas_and_nothing_else(method, tmp_path):
     flags = ["--method", method, "--space", "mobilenet", "--image-size", 16, *GRADIENT]
-    s = make(tmp_path, *flags, "--arch-warmup", 0)
+    s = make_search(tmp_path, *flags, "--arch-warmup", 0)
     s.weight_step(0)
     alphas = {k for k in s.method.state_dict() if k.endswith("alpha")}
     assert changed_by(s.method, lambda: s.alpha_step(1)) == alphas
@@ -89,7 +84,7 @@ def test_an_alpha_step_of_a_backbone_moves_all_alphas_and_nothing_else(method, t
 def test_alphas_learn_in_fp32_whatever_the_weights_do(more, tmp_path):
     steps = []
     for amp in ("--amp", "--no-amp"):
-        s = make(tmp_path, amp, *GRADIENT, *more)
+        s = make_search(tmp_path, amp, *GRADIENT, *more)
         assert s.args.amp == (amp == "--amp")
         loss = s.alpha_step(s.warmup)
         steps.append([loss, *s.gradients.steps, *(alpha.detach() for alpha in s.alphas)])
@@ -97,7 +92,7 @@ def test_alphas_learn_in_fp32_whatever_the_weights_do(more, tmp_path):
 
 
 def test_the_warm_up_takes_uniform_and_largest_networks_in_turn(tmp_path):
-    s = make(tmp_path, *SMALL, "--epochs", 8)
+    s = make_search(tmp_path, *SMALL, "--epochs", 8)
     assert s.warmup == 8 * s.batches.steps_per_epoch // 4 == 8
     largest = []
     for step in range(s.warmup + 4):
@@ -114,7 +109,7 @@ def test_the_alphas_signal_is_the_mean_gradient_in_units_of_its_noise():
 
 
 def test_dead_alphas_are_named(tmp_path):
-    s = make(tmp_path)
+    s = make_search(tmp_path)
     s.gradients.steps = [torch.ones(70), torch.ones(70)]
     assert s.gradients.dead(s.alpha_names()) == []
     for g in s.gradients.steps:
@@ -124,7 +119,7 @@ def test_dead_alphas_are_named(tmp_path):
 
 
 def test_a_search_has_the_encoder_that_its_flags_name_and_counts_a_step_once(tmp_path):
-    s = make(tmp_path, "--arch", "vit_tiny", "--drop-path", 0.3)
+    s = make_search(tmp_path, "--arch", "vit_tiny", "--drop-path", 0.3)
     rates = [m.p for m in s.method.encoder.modules() if isinstance(m, StochasticDepth)]
     assert max(rates) == pytest.approx(0.3) and len(set(rates)) == 11
     built, counted = build(search, tmp_path / "run"), []
@@ -141,7 +136,7 @@ def test_the_target_is_met(space, tmp_path):
     name = SPACES[space].handcrafted
     for target in (0.6, 1.0, 1.4):
         flags = ["--space", space, "--target-macs", f"{target}x{name}", "--image-size", 16, *GRADIENT]
-        s = make(tmp_path, *flags)
+        s = make_search(tmp_path, *flags)
         for seed in range(5):
             g = torch.Generator().manual_seed(seed)
             for alpha in s.alphas:
@@ -154,7 +149,7 @@ def test_the_target_is_met(space, tmp_path):
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 1.6, 4.0])
 def test_alphas_start_at_the_target_with_the_least_change(share, tmp_path):
-    s = make(tmp_path, *SMALL, "--target-macs", f"{share}xresnet18")
+    s = make_search(tmp_path, *SMALL, "--target-macs", f"{share}xresnet18")
     meet_target(s.choices, s.cost, 100)
     assert 0.95 <= s.cost.expected(s.choices) <= 1
     moved = [a.clone() for a in s.alphas]
@@ -165,7 +160,7 @@ def test_alphas_start_at_the_target_with_the_least_change(share, tmp_path):
 
 
 def test_alphas_stay_at_the_target_whatever_their_gradients_are(tmp_path):
-    s = make(tmp_path, *SMALL, "--target-macs", "0.7xresnet18", "--arch-warmup", 0, "--gates", 1)
+    s = make_search(tmp_path, *SMALL, "--target-macs", "0.7xresnet18", "--arch-warmup", 0, "--gates", 1)
     meet_target(s.choices, s.cost, 100)
     for group in s.alpha_optimizer.param_groups:
         group["lr"] = 0.03
@@ -178,7 +173,7 @@ def test_alphas_stay_at_the_target_whatever_their_gradients_are(tmp_path):
 
 
 def test_an_alpha_step_averages_over_its_gates(tmp_path):
-    s = make(tmp_path, *SMALL, "--arch-warmup", 0, "--gates", 3, "--method", "simclr")
+    s = make_search(tmp_path, *SMALL, "--arch-warmup", 0, "--gates", 3, "--method", "simclr")
     s.weight_step(0)  # before it every branch ends in zero
     views, index = s.alpha_batches(0)
     meet_target(s.choices, s.cost, 100)
@@ -197,7 +192,7 @@ def test_an_alpha_step_averages_over_its_gates(tmp_path):
 
 
 def test_a_supernets_steps_are_of_networks_near_the_target(tmp_path):
-    s = make(tmp_path, *SUPERNET, "--epochs", 40)
+    s = make_search(tmp_path, *SUPERNET, "--epochs", 40)
     shares = [s.cost.of(s.near_target(step)) / s.cost.target for step in range(s.total)]
     assert shares == [s.cost.of(s.near_target(step)) / s.cost.target for step in range(s.total)]  # of seed and step
     early, late = shares[: s.total // 4], shares[s.total // 2 :]
@@ -346,7 +341,7 @@ def test_heads_and_backbone_are_found_together_and_the_printed_command_goes_on(f
     assert len(boxes) == sum(facts["arch"]["depth"]) + 8 and (folder / "search.svg").exists()
     assert load_backbone(str(folder / "backbone.pth"))[1]["arch"] == facts["arch"]
     capsys.readouterr()
-    run(search, folder, *BOTH, *GRADIENT)  # finished: says again what it found
+    run(search, folder, *BOTH)  # finished: says again what it found
     command = capsys.readouterr().out.strip().splitlines()[-1].split()
     assert [command[command.index(f) + 1] for f in ("--arch", "--heads")] == [str(folder / "arch.json")] * 2
     command[command.index("--output-dir") + 1] = str(tmp_path)
