@@ -766,6 +766,11 @@ def report(folder: Path, measure: str = "linear") -> None:
         write_atomic(picture, folder / f"study-{name}.svg")
         lines += ["", f"![{name}](study-{name}.svg)"]
     write_atomic("\n".join(lines) + "\n", folder / "study.md")
+    for group, p in groups.items():
+        between, within = spreads(p.accuracy[:, :, 0])
+        ratio = between / max(within, 1e-9)
+        said = f"networks differ by {between:.2f} points, seeds by {within:.2f}, ratio {ratio:.2f}"
+        say(f"{group}, {scenarios[0]}: {said}" + (": hardly anything for a search to find" if ratio < 0.5 else ""))
     say(f"wrote {folder / 'study.md'}, study.csv and pictures: {len(table)} runs")
 
 

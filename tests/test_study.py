@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -376,8 +377,12 @@ def made_up(tmp_path):
     return tmp_path
 
 
-def test_a_report_says_what_the_study_shows(made_up):
+def test_a_report_says_what_the_study_shows(made_up, capsys):
     study.main(arguments(made_up, "--report"))
+    ratio = re.search(
+        r"ResNets, shapes: networks differ by .* points, seeds by .*, ratio ([\d.]+)\n", capsys.readouterr().out
+    )
+    assert float(ratio[1]) > 10  # of 5 points and .2
     report = (made_up / "study.md").read_text()
     assert "36 networks, 72 runs (`--data a/shapes --epochs 1`), 3 data sets" in report
     assert "## ResNets: 24, 2 seeds" in report and "## MobileNets: 12, 2 seeds" in report
