@@ -24,9 +24,9 @@ import models
 import pretrain
 from checkpoint import load_arch, load_json, write_json
 from data import Images
-from launch import from_main, say
+from launch import from_main, is_main, say
 from losses import METHODS
-from models import BACKBONES, BAND, BLOCKS, SPACES, Choices, Space, build_backbone
+from models import BACKBONES, BAND, BLOCKS, SPACES, VITS, Choices, Space, build_backbone
 from pretrain import SCORES, clock
 from views import VIEW_SPACE
 
@@ -80,7 +80,8 @@ def cost_of(space: Space, args: argparse.Namespace, stem: str, size: int, device
         base, table = space.costs(*where)
         target, unit = parse_target(args.target_macs or space.handcrafted, *where), "MACs"
     else:
-        base, table = latencies(space, *where, args.latency_batch, device)
+        measured = latencies(space, *where, args.latency_batch, device) if is_main() else None
+        base, table = from_main(measured)
         target, unit = args.target_ms, "ms"
     cost = Cost(base, table, target, unit, device)
     cost.derive(table)  # raises
@@ -178,9 +179,10 @@ class Task(NamedTuple):
     space: Space | None  # of backbones
     arch: str | dict  # the handcrafted, or that of --arch
     cost: Cost | None
+    asked: argparse.Namespace  # args before pretrain.start has decided what depends on the machine
 
 
-def task_of(args: argparse.Namespace, device: torch.device) -> Task:
+def task_of(args: argparse.Namespace, device: torch.device, asked: argparse.Namespace | None = None) -> Task:
     """args: as check_flags and pretrain.start give them. Raises ValueError or OSError for what cannot be searched."""
     images = pretrain.load_training_images(args, device, None)
     stem, size = pretrain.stem_of(args, images), images.pixels.shape[-1]
@@ -195,7 +197,11 @@ def task_of(args: argparse.Namespace, device: torch.device) -> Task:
             raise ValueError(f"--score knn needs labels, and {args.data} has none")
         if args.score == "held_out_loss" and len(held_out) // 2 < args.batch_size:
             raise ValueError("--score held_out_loss: halves of the held-out images do not fill a batch: see --held-out")
-    return Task(args, device, images, stem, size, space, arch, cost)
+    for path in args.join:
+        joined = load_arch(path)
+        if joined in VITS or (cost.unit == "MACs" and models.size_of(joined, args.width, stem, size)[0] > cost.target):
+            raise ValueError(f"--join {path}: not a network of at most {cost.text(cost.target)}")
+    return Task(args, device, images, stem, size, space, arch, cost, asked or args)
 
 
 def drawn(cost: Cost, n: int, seed: int) -> list[list[int]]:
@@ -247,7 +253,12 @@ def measured_ms(task: Task, arch: dict) -> float:
 
 def fits(task: Task, arch: dict) -> bool:
     """Whether it takes no longer than --target-ms, measured; MACs are as counted."""
-    return task.cost.unit == "MACs" or from_main([measured_ms(task, arch)])[0] <= task.cost.target
+    if task.cost.unit == "MACs":
+        return True
+    measured = from_main(measured_ms(task, arch))
+    if measured > task.cost.target:
+        say(f"left out: {models.describe(arch)} takes {measured:.4g} ms")
+    return measured <= task.cost.target
 
 
 def fitting(task: Task, choose: Callable[[Cost], list[int]]) -> dict:
@@ -303,16 +314,22 @@ def view_cost(task: Task, views: dict | None) -> float:
     return areas[0] / areas[1]
 
 
-def halving(task: Task, candidates: list[Candidate], folder: Path) -> tuple[Candidate, Path | None, dict]:
+def remembered(folder: Path, draw: Callable[[], list[Candidate]]) -> list[Candidate]:
+    """The candidates of before where a search goes on, since times are not measured twice alike; else new ones."""
+    path = folder / "finalists" / "candidates.json"
+    known = from_main(load_json(str(path))["candidates"] if path.exists() else None)
+    if known is not None:
+        return [Candidate(**facts) for facts in known]
+    candidates = draw()
+    write_json({"candidates": [candidate._asdict() for candidate in candidates]}, path)
+    return candidates
+
+
+def halving(task: Task, candidates: list[Candidate], folder: Path) -> tuple[Candidate, Path, dict]:
     """(winner, the folder of its run, what was seen): at every rung all are trained up to a share of their steps, with
     SEEDS seeds on the same views, and the half that scores better goes on. Those with dearer views get fewer epochs, so
     that all cost the same. Each run is one of pretrain.py in a folder of its own, and goes on from its checkpoint. One
     that breaks is left out, and said. Raises ValueError where all break."""
-    # those of before, if it goes on: times are not measured twice alike
-    path = folder / "finalists" / "candidates.json"
-    if path.exists():
-        candidates = [Candidate(**facts) for facts in load_json(str(path))["candidates"]]
-    write_json({"candidates": [candidate._asdict() for candidate in candidates]}, path)
     args, seen = task.args, {c.name: [] for c in candidates}
     alive, ratio, noise = list(candidates), None, []
     for size, share in rungs(len(candidates)):
@@ -330,7 +347,7 @@ def halving(task: Task, candidates: list[Candidate], folder: Path) -> tuple[Cand
             say(f"{text}: {args.score} {SCORES[args.score] * statistics.mean(own):.4g}; best so far: {best}")
         alive = [candidate for candidate in alive if candidate.name in scores]
         if not alive:
-            raise ValueError(f"all candidates broke: '{folder}' has their console.txt; try a lower --lr")
+            raise ValueError("all candidates broke, as is said above: where it is their loss, try a lower --lr")
         alive.sort(key=lambda candidate: -statistics.mean(scores[candidate.name]))
         if len(alive) > 1:
             between, within = spreads(np.array(list(scores.values())))
@@ -344,12 +361,13 @@ def halving(task: Task, candidates: list[Candidate], folder: Path) -> tuple[Cand
     if ratio is not None and ratio < 0.5:
         say("warning: candidates differ less than seeds do: there may be nothing to find here")
     if winner.name != "handcrafted" and not leads(seen[winner.name], seen["handcrafted"], noise):
-        say(f"{winner.name} is within noise of the handcrafted one: it stays with that")
-        winner = next(candidate for candidate in candidates if candidate.name == "handcrafted")
-        train_alone(task, winner, candidates.index(winner), 1.0, folder)
+        first = next(candidate for candidate in candidates if candidate.name == "handcrafted")
+        if not isinstance(train_alone(task, first, candidates.index(first), 1.0, folder), str):
+            say(f"{winner.name} is within noise of the handcrafted one: it stays with that")
+            winner = first
     facts = {"score": args.score, "ratio": ratio, "shares": [share for _, share in rungs(len(candidates))]}
     facts["rounds"] = {c.text(): [[SCORES[args.score] * x for x in own] for own in seen[c.name]] for c in candidates}
-    run = folder / "finalists" / f"{candidates.index(winner)}-seed{args.seed}" if len(candidates) > 1 else None
+    run = folder / "finalists" / f"{candidates.index(winner)}-seed{args.seed}"
     return winner, run, facts
 
 
@@ -367,17 +385,20 @@ def train_alone(task: Task, candidate: Candidate, k: int, share: float, folder: 
     args, scores = task.args, []
     epochs = max(1, round(args.final_epochs / view_cost(task, candidate.views)))
     flags = {"epochs": epochs, "knn_every": epochs * (args.score == "knn"), "resume": True, **(candidate.views or {})}
+    flags |= {name: getattr(task.asked, name) for name in ("amp", "compile", "sync_bn")}  # as a later machine wants it
+    if args.warmup_epochs is not None:
+        flags["warmup_epochs"] = args.warmup_epochs * epochs / args.epochs
     for seed in range(args.seed, args.seed + SEEDS):
         run = folder / "finalists" / f"{k}-seed{seed}"
         until = max(1, round(share * epochs))
         last = pretrain.run_in(
-            run, args, task.images, candidate.arch, candidate.heads, until, seed=seed, bench=False, **flags
+            run, args, task.images, candidate.arch, candidate.heads, until, seed=seed, profile=False, **flags
         )
-        value = SCORES[args.score] * last.get(args.score, math.nan)
+        value = from_main(SCORES[args.score] * last.get(args.score, math.nan))
         if "error" in last or not math.isfinite(value):
             return last.get("error", f"its {args.score} is not finite")
         scores.append(value)
-    return from_main(scores)
+    return scores
 
 
 def spreads(y: np.ndarray) -> tuple[float, float]:

@@ -222,11 +222,11 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
-def from_main(values: list[float]) -> list[float]:
-    """Rank 0's, on all ranks: what is decided by them is decided alike."""
+def from_main(value: object) -> object:
+    """Rank 0's, on all ranks: what is decided by it is decided alike."""
     if not dist.is_initialized():
-        return values
-    told = [values]
+        return value
+    told = [value]
     dist.broadcast_object_list(told)
     return told[0]
 

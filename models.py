@@ -742,14 +742,12 @@ def scaled(space: Space, base: int, table: Tensor, target: float) -> list[int]:
     return derive(-distances, base, table, target)
 
 
-@torch.no_grad()
 def use_batch_statistics(module: nn.Module) -> nn.Module:
     """BN by the statistics of the batch at hand in eval mode too, as if none had ever been gathered: cheaper than to
     recalibrate, for a look at a subnet in large batches."""
     for m in module.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
-            m.track_running_stats = False
-            m.running_mean = m.running_var = m.num_batches_tracked = None
+            m.running_mean = m.running_var = None
     return module
 
 

@@ -731,8 +731,8 @@ def main(args: argparse.Namespace, images: Images | None = None, until: int | No
     if args.knn_every and not images.labelled:
         say("no labels: the monitor gives std and RankMe, but no kNN")
     train(args, method, batches, optimizer, monitor, meter, checkpoint, device)
-    last = checkpoint.history[-1]
-    if checkpoint.step < total:
+    last = checkpoint.history[until - 1 if until else -1]  # it may have gone further before
+    if last["epoch"] < args.epochs:
         return last
     if is_main():
         with user_errors():
@@ -772,6 +772,8 @@ def run_in(
     except (SystemExit, ValueError, RuntimeError) as error:  # RuntimeError: of torch, as for want of memory
         full_disk = isinstance(error.__context__, OSError)
         if isinstance(error, SystemExit) and (not isinstance(error.code, str) or full_disk):
+            raise
+        if isinstance(error, RuntimeError) and dist.is_initialized():  # the other ranks may not have it
             raise
         return {"error": str(error).split(": error: ")[-1]}
 

@@ -17,8 +17,9 @@ worth, and with it the best of all networks of the band is derived. That one, so
 random ones and the handcrafted network scaled to the band are the finalists.
 
 halving: the candidates are the handcrafted network (heads, views) and random ones. As the finalists of a supernet are,
-they are trained alone, on the same views and with two seeds, and at every rung the better half goes on until one is
-left (successive halving, 1502.07943). Where they differ less than seeds do it says so, and keeps to the handcrafted.
+they are trained alone, with two seeds and on the same views (unless these are searched), and at every rung the better
+half goes on until one is left (successive halving, 1502.07943). What does not lead the handcrafted one by more than
+noise gives way to it, and where candidates differ less than seeds do it says so.
 
 gradient, of heads if nothing else is said (NASiam, arXiv 2302.00059): every layer mixes seven operations by its alphas.
 Of backbones (SSA, 2203.08130; the design is ours) every choice is a mask on the largest network; a step samples one
@@ -43,11 +44,13 @@ import argparse
 import copy
 import json
 import math
+import os
 import random
 import shutil
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -72,10 +75,11 @@ from candidates import (
     measured_ms,
     random_candidates,
     random_rest,
+    remembered,
     rungs,
     task_of,
 )
-from checkpoint import Checkpoint, load_arch, load_json, save_backbone, versions, write_atomic, write_json
+from checkpoint import Checkpoint, load_arch, load_json, lock, save_backbone, versions, write_atomic, write_json
 from data import ALPHAS, GATES, RECALIBRATION, Batches, channel_stats
 from launch import Meter, Parser, barrier, command_line, from_main, is_main, mean_over_ranks, say, user_errors
 from losses import METHODS, Method
@@ -141,7 +145,8 @@ def check_flags(args: argparse.Namespace) -> argparse.Namespace:
         raise ValueError("--target-macs and --target-ms: give one of them")
     if "heads" in args.space and METHODS[args.method].classifies_instances:
         raise ValueError(f"--method {args.method} has no heads to search: choose --space {' or '.join(SPACES)}")
-    if "views" in args.space and (turned := [k for k in VIEW_SPACE if getattr(args, k) is not None]):
+    of_views = (*VIEW_SPACE, "global_scale", "local_scale", "local_size")
+    if "views" in args.space and (turned := [k for k in of_views if getattr(args, k) is not None]):
         raise ValueError(f"{launch.dashed(turned[0])} means nothing where views are searched: leave it out")
     if min(args.tau) <= 0:
         raise ValueError(f"--tau {args.tau[0]:g} {args.tau[1]:g}: must be above 0")
@@ -151,7 +156,13 @@ def check_flags(args: argparse.Namespace) -> argparse.Namespace:
         args.candidates = 16 if args.strategy == "halving" else 100
     if args.final_epochs is None:
         args.final_epochs = max(1, round(args.epochs / 3))
-    least = {"gates": 1, "latency_batch": 1, "final_epochs": 1, "finalists": 1, "candidates": 1}
+    if backbones and args.drop_path:
+        raise ValueError("--drop-path means nothing where a backbone is searched: it is for a ViT")
+    if args.score == "held_out_loss" and ("views" in args.space or METHODS[args.method].classifies_instances):
+        raise ValueError("--score held_out_loss compares neither views nor a method that knows no held-out image")
+    if args.join and args.strategy != "supernet":
+        raise ValueError(f"--join means nothing to --strategy {args.strategy}: it adds to a supernet's finalists")
+    least = {"gates": 1, "latency_batch": 1, "final_epochs": 1, "finalists": 2, "candidates": 2}
     if args.strategy == "supernet":
         least["candidates"] = 20  # or there is no regression
     for name, low in least.items():
@@ -207,7 +218,7 @@ class Search:
 
     def __init__(self, task: Task):
         args, device = self.args, self.device = task.args, task.device
-        self.task, self.images, self.stem, self.size = task, task.images, task.stem, task.size
+        self.task, self.images, self.stem = task, task.images, task.stem
         self.space, self.arch, self.cost = task.space, task.arch, task.cost
         self.by_gradient = args.strategy == "gradient"
         parts = 1 if METHODS[args.method].classifies_instances or not self.by_gradient else 2
@@ -279,8 +290,8 @@ class Search:
         self.choices.sample(first * (last / first) ** progress, rng)
 
     def near_target(self, step: int) -> list[int]:
-        """The network of a supernet's step. No other will ever be chosen, so no other is trained; at first from a wider
-        band, .5 to 1.05 of the target, which narrows to BAND over half of the steps."""
+        """The network of a supernet's step: hardly any other can be chosen, so no other is trained. At first from a
+        wider band, .5 to 1.05 of the target, which narrows to BAND over half of the steps."""
         wide = max(0.0, 1 - 2 * step / self.total)
         band = BAND[0] - (BAND[0] - 0.5) * wide, BAND[1] + 0.05 * wide
         seed = np.random.SeedSequence((self.args.seed, GATES, step)).generate_state(1)[0]
@@ -548,7 +559,7 @@ def score_candidates(search: Search, monitor: Monitor, folder: Path) -> tuple[li
     held-out images; more is better. All ranks see all images. Goes on from scores.json; one whose score is not finite
     is left out."""
     args, path, halves = search.args, folder / "scores.json", (search.held_out[::2], search.held_out[1::2])
-    rows = load_json(str(path))["scored"] if path.exists() else []
+    rows = from_main(load_json(str(path))["scored"] if path.exists() else [])
     choices = drawn(search.cost, args.candidates, args.seed)
     best, begun, before, shown = -math.inf, time.time(), len(rows), time.time()
     for n, choice in enumerate(choices):
@@ -568,7 +579,10 @@ def score_candidates(search: Search, monitor: Monitor, folder: Path) -> tuple[li
             say(f"scored {n + 1} of {len(choices)}, best {args.score} {shown_best:.4g}  ETA {clock_left}")
     good = [row for row in rows if row["scores"] is not None]
     if len(good) < 10:
-        raise ValueError(f"{len(good)} of {len(rows)} candidates have a finite {args.score}: try a lower --lr")
+        raise ValueError(
+            f"{len(good)} of {len(rows)} scored networks have a finite {args.score}, which is too few: try another "
+            "target, or a lower --lr"
+        )
     return [row["choice"] for row in good], np.array([row["scores"] for row in good])
 
 
@@ -658,16 +672,16 @@ def finalists_of(
     first = handcrafted(task)
     found, known = {first.name: first}, {json.dumps(first.arch)}
 
-    def add(name: str, arch: str | dict) -> None:
-        if json.dumps(arch) not in known and len(found) < args.finalists and fits(task, arch):
+    def add(name: str, arch: str | dict, fitted: bool = False) -> None:
+        if json.dumps(arch) not in known and len(found) < args.finalists and (fitted or fits(task, arch)):
             known.add(json.dumps(arch))
             rest = random_rest(task, arch, rng) if len(found) % 2 else (None, None)
             found[name] = Candidate(name, arch, *rest)
 
     for path in args.join:
-        add(Path(path).parent.name or path, load_arch(path))
+        add(path, load_arch(path))
     if knows:
-        add("surrogate", fitting(task, lambda cost: cost.derive(surrogate.option_scores())))
+        add("surrogate", fitting(task, lambda cost: cost.derive(surrogate.option_scores())), fitted=True)
         resample, y, x = np.random.default_rng(args.seed), scores.mean(1), values_of(task.space, choices)
         for k in range(10 * args.finalists):
             if len(found) >= args.finalists - args.finalists // 4:
@@ -688,15 +702,14 @@ def main(args: argparse.Namespace) -> dict:
     """Returns what it writes as arch.json; {} after --bench."""
     command, asked = command_line(Path(__file__).name, get_parser(), args), args
     with user_errors():
-        args, device = pretrain.start(check_flags(args))
-        task = task_of(args, device)
-        folder = Path(args.output_dir)
+        checked = check_flags(args)
+        args, device = pretrain.start(checked)
+        task = task_of(args, device, checked)
+        folder, search = Path(args.output_dir), None
         if args.strategy == "halving":
             announce_task(task)
             announce_cost(task, 0)
-            checkpoint = start_record(task, asked, command)
-            candidates = random_candidates(task, args.candidates)
-            search, history = None, []
+            checkpoint = record_of(task, asked, command)
         else:
             search = Search(task)
             announce_search(search)
@@ -705,10 +718,38 @@ def main(args: argparse.Namespace) -> dict:
                 return {}
             monitor = monitor_of(search)
             checkpoint, meter = checkpoint_of(search, asked, command)
+    with alone(folder):
         if len(checkpoint.starts) == 1 and is_main():  # what another run has left here
             (folder / "scores.json").unlink(missing_ok=True)
             shutil.rmtree(folder / "finalists", ignore_errors=True)
         barrier()
+        if search:
+            train(search, monitor, meter, checkpoint)
+        else:
+            with checkpoint:
+                checkpoint.after_step(0)  # it has no steps of its own, but another command is refused from now on
+        return find(task, search, folder, asked, command, checkpoint.history)
+
+
+@contextmanager
+def alone(folder: Path):
+    """One process at a time, or one of several ranks, searches in a folder."""
+    with user_errors():
+        handle = lock(folder / ".search.lock") if is_main() else None
+        if is_main() and handle is None:
+            raise ValueError(f"another process is at work in '{folder}': wait, or choose another folder")
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def find(
+    task: Task, search: Search | None, folder: Path, asked: argparse.Namespace, command: str, history: list[dict]
+) -> dict:
+    """What comes after the steps: finalists, halving, and what is left in the folder. Returns arch.json."""
+    args = task.args
     found = {
         "space": args.space,
         "strategy": args.strategy,
@@ -720,19 +761,16 @@ def main(args: argparse.Namespace) -> dict:
         "backbone": {"arch": task.arch, "width": args.width, "stem": task.stem},
     }
     surrogate, run = None, None
-    if search:
-        train(search, monitor, meter, checkpoint)
-        history = checkpoint.history
-    if args.strategy == "supernet":
-        with user_errors():
-            surrogate, candidates, found["supernet"] = from_supernet(search, monitor, history, folder)
-    if args.strategy == "gradient":
-        winner = gradient_winner(search)
-        found["alphas"] = history[-1]["alphas"]
-    else:
-        with user_errors():
-            winner, run, found["halving"] = halving(task, candidates, folder)
     with user_errors():
+        if args.strategy == "gradient":
+            winner = gradient_winner(search)
+            found["alphas"] = history[-1]["alphas"]
+        else:
+            if search:
+                surrogate, candidates, found["supernet"] = from_supernet(search, monitor_of(search), history, folder)
+            else:
+                candidates = remembered(folder, lambda: random_candidates(task, args.candidates))
+            winner, run, found["halving"] = halving(task, candidates, folder)
         facts = write_results(task, search, winner, run, found, history, surrogate)
     report(task, search, winner, facts, history)
     path = folder / "arch.json"
@@ -753,7 +791,7 @@ def from_supernet(
     say(said)
     if unknown:
         say(f"warning: {unknown}: the finalists are random networks")
-    finalists = finalists_of(search.task, surrogate, choices, scores, not unknown)
+    finalists = remembered(folder, lambda: finalists_of(search.task, surrogate, choices, scores, not unknown))
     labels = value_labels(search.space)
     worth = {name: [w, e] for name, w, e in zip(labels, surrogate.worth.tolist(), surrogate.error.tolist())}
     facts = {"said": said, "unknown": unknown, "r2": surrogate.r2, "worth and standard error": worth}
@@ -784,7 +822,7 @@ def network_steps(task: Task, supernet_steps: int) -> dict[str, float]:
         # forward passes of two views, of which three are a step
         parts["scores"] = args.candidates * len(held_out) / args.batch_size / 3
     n = args.finalists if supernet_steps else args.candidates
-    epochs = sum(min(size, n) / len(rungs(n)) for size, _ in rungs(n)) * SEEDS * args.final_epochs
+    epochs = sum(size / len(rungs(n)) for size, _ in rungs(n)) * SEEDS * args.final_epochs
     parts["halving"] = epochs * (len(rows[0]) // args.batch_size)
     return parts
 
@@ -872,14 +910,14 @@ def facts_of(task: Task, asked: argparse.Namespace, heads: dict | None) -> dict:
     return pretrain.facts_of(Path(__file__).name, asked, task.arch, heads, task.images, pretrain.FREE_FLAGS)
 
 
-def start_record(task: Task, asked: argparse.Namespace, command: str) -> Checkpoint:
-    """Of a search that has no steps of its own: another command in its folder is refused."""
-    args, folder = task.args, Path(task.args.output_dir)
+def record_of(task: Task, asked: argparse.Namespace, command: str) -> Checkpoint:
+    """The checkpoint of a search that has no steps of its own: what is asked for, and what blocks cost."""
+    args, heads = task.args, None
+    if args.heads != "default":
+        heads = pretrain.build_heads(args, build_backbone(task.arch, task.stem, args.width)[1])[0]
     things = {"cost": task.cost} if task.cost else {}
-    checkpoint = Checkpoint(folder, things, facts_of(task, asked, None), command, task.device, 0, 0, args.resume)
-    with checkpoint:
-        checkpoint.after_step(0)
-    return checkpoint
+    facts = facts_of(task, asked, heads)
+    return Checkpoint(Path(args.output_dir), things, facts, command, task.device, 0, 0, args.resume)
 
 
 def checkpoint_of(search: Search, asked: argparse.Namespace, command: str) -> tuple[Checkpoint, Meter]:
@@ -938,10 +976,12 @@ def write_results(
     if search and space and (choice := space.choice(winner.arch)):
         method = search.standalone(choice, args.recalibrate_batches)
         facts, encoder = monitor_of(search)(method, args.knn_every > 0), method.encoder
-    elif run and is_main():
-        for name in ("backbone.pth", "backbone.json"):
-            shutil.copyfile(run / name, folder / name)
-    found.update({k: facts[k] for k in (*SCORES,) if space and k in facts})
+    elif run:
+        facts = {}
+        if is_main() and (run / "backbone.pth").exists():
+            for name in ("backbone.pth", "backbone.json"):
+                shutil.copyfile(run / name, folder / name)
+    found.update({k: facts[k] for k in SCORES if space and k in facts})
     write_json(found, folder / "arch.json")
     if not is_main():
         return facts

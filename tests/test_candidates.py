@@ -173,6 +173,28 @@ def test_where_seeds_differ_more_than_candidates_the_handcrafted_stays(tmp_path,
     assert "candidates differ less than seeds do" in said and "g is within noise of the handcrafted one" in said
 
 
+def test_a_handcrafted_network_that_breaks_at_the_end_is_not_gone_back_to(tmp_path, monkeypatch):
+    scores = {name: [(-1) ** k + 0.01 * k, 0.01 * k - (-1) ** k] for k, name in enumerate(NAMES)}
+    planted(scores, monkeypatch)
+    known = candidates.train_alone
+
+    def breaks(task, candidate, k, share, folder):
+        at_the_end = candidate.name == "handcrafted" and share == 1.0
+        return "no memory" if at_the_end else known(task, candidate, k, share, folder)
+
+    monkeypatch.setattr(candidates, "train_alone", breaks)
+    task = a_task(tmp_path, "--space", "views")
+    assert halving(task, [Candidate(name, "resnet18") for name in NAMES], tmp_path)[0].name == "g"
+
+
+def test_a_run_that_has_gone_further_is_scored_where_the_rung_is(tmp_path):
+    task = a_task(tmp_path, "--space", "views", "--final-epochs", 3)
+    candidate = Candidate("handcrafted", "resnet18")
+    first = candidates.train_alone(task, candidate, 0, 1 / 3, tmp_path)
+    last = candidates.train_alone(task, candidate, 0, 1.0, tmp_path)
+    assert first != last and candidates.train_alone(task, candidate, 0, 1 / 3, tmp_path) == first
+
+
 def test_the_lead_is_taken_where_both_were_and_beside_its_noise():
     assert candidates.leads([[1.0, 1.2], [5.0, 5.0]], [[0.0, 0.2]], [0.9, 9.0])
     assert not candidates.leads([[1.0, 1.2], [5.0, 5.0]], [[0.0, 0.2]], [1.1, 0.1])

@@ -303,7 +303,7 @@ def test_a_candidate_whose_score_is_not_finite_is_left_out(tmp_path, monkeypatch
         return float("nan") if len(calls) == 5 else score(self, *args)
 
     monkeypatch.setattr(pretrain.Monitor, "score", broken)
-    run(search, tmp_path, *SUPERNET, "--finalists", 1)
+    run(search, tmp_path, *SUPERNET, "--finalists", 2)
     assert "left out, its infonce is not finite: basic" in capsys.readouterr().out
     assert [row["scores"] for row in json.loads((tmp_path / "scores.json").read_text())["scored"]].count(None) == 1
 
@@ -380,6 +380,13 @@ def test_wrong_searches_are_told_in_one_line(tmp_path, capsys):
         (["--space", "resnet", "--held-out", 0], "judges by held-out images, 0: raise --held-out"),
         (["--space", "resnet", "--score", "held_out_loss", "--batch-size", 32], "do not fill a batch"),
         (["--space", "views", "--bench"], "--bench times a supernet's steps"),
+        (["--space", "views", "--local-size", 8], "--local-size means nothing where views are searched"),
+        (["--space", "views", "--score", "held_out_loss"], "--score held_out_loss compares neither views"),
+        (["--space", "resnet", "--finalists", 1], "--finalists 1: must be 2 or above"),
+        (["--space", "resnet", "--drop-path", 0.1], "--drop-path means nothing where a backbone is searched"),
+        (["--space", "resnet", "--join", "nothing.json"], "neither a readable file"),
+        (["--space", "resnet", "--target-macs", "0.5xresnet18", "--join", "resnet50"], "not a network of at most"),
+        (["--join", "resnet18"], "--join means nothing to --strategy gradient"),
         (["--space", "resnet", "--target-macs", "0.5*resnet18"], "is neither a number nor like 0.5xresnet18"),
         (["--space", "resnet", "--target-macs", "1e12"], "no network of the space has"),
         (["--space", "resnet", "--tau", 0, 1], "must be above 0"),
