@@ -154,9 +154,9 @@ def draw_scores(scores: dict[str, dict[str, list[float]]], title: str) -> str:
     return _svg(left + min(across, len(scores)) * (panel + 60) + 10, 40 + -(-len(scores) // across) * tall, svg)
 
 
-def draw_matrices(panels: dict[str, tuple], title: str, scale: tuple[float, float], digits: int) -> str:
+def draw_matrices(panels: dict[str, tuple], title: str, scale: tuple[float, float] | None, digits: int) -> str:
     """SVG: tables of numbers, each in a square of its colour: {panel: (rows' names, columns' names, numbers)}. scale:
-    the number that is white or, where below 0, orange; the one that is blue."""
+    the number that is white or, where below 0, orange; the one that is blue. None: a table's largest and its least."""
     cell, y0, width = 34, 50, 8 * len(title)
     svg = [f'<text x="20" y="26" font-size="15">{escape(title)}</text>']
     for panel, (rows, columns, values) in panels.items():
@@ -170,7 +170,7 @@ def draw_matrices(panels: dict[str, tuple], title: str, scale: tuple[float, floa
             y = top + cell * r
             svg.append(f'<text x="{left - 6:.0f}" y="{y + 21:.0f}" text-anchor="end">{escape(name)}</text>')
             for c, value in enumerate(numbers):
-                x, (fill, ink) = left + cell * c, shade(value, scale)
+                x, (fill, ink) = left + cell * c, shade(value, scale or (max(map(max, values)), min(map(min, values))))
                 svg.append(f'<rect x="{x:.0f}" y="{y:.0f}" width="{cell - 1}" height="{cell - 1}" fill="{fill}"/>')
                 text = f"{value:.{digits}f}".replace("0.", ".") if digits else f"{value:.0f}"
                 svg.append(

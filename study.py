@@ -787,11 +787,10 @@ def pictures_of(groups: dict[str, Population], scenarios: list[str]) -> dict[str
         ranks[f"{group} ({len(p.lines)})"] = (names, scenarios, p.ranks[shown].tolist())
     if not groups:
         return {}
-    many = max(len(p.lines) for p in groups.values())
     return {
         "correlations": draw_matrices(correlations, "Do scenarios agree? Spearman's correlation", (-1, 1), 2),
         "costs": draw_costs(costs, "Accuracy against cost: means over scenarios and seeds, and the Pareto front"),
-        "ranks": draw_matrices(ranks, "The rank of the best and of the worst networks in each scenario", (many, 1), 0),
+        "ranks": draw_matrices(ranks, "The rank of the best and of the worst networks in each scenario", None, 0),
     }
 
 
