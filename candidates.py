@@ -117,9 +117,6 @@ def latencies(
     def ready(module: nn.Module) -> nn.Module:
         return module.to(device, memory_format=launch.memory_format(device))
 
-    def image(channels: int, side: int) -> Tensor:
-        return ready_tensor(torch.randn(batch, channels, side, side), device)
-
     n_options, jobs = len(space.options), {}
     for row, stage in enumerate(space.stages):
         for option in range(n_options):
@@ -129,7 +126,7 @@ def latencies(
             for spec in plan.blocks:
                 key = row, spec._replace(index=min(spec.index, 1))
                 if spec.stage == stage and key not in jobs:
-                    jobs[key] = ready(BLOCKS[arch["block"]](spec)), image(spec.c_in, side)
+                    jobs[key] = ready(BLOCKS[arch["block"]](spec)), noise(batch, spec.c_in, side, device)
                 side = spec.strided(side)
     times = dict(zip(jobs, milliseconds(*zip(*jobs.values()), device)))
     table = torch.zeros(len(space.stages), n_options, dtype=torch.float64)
@@ -144,14 +141,15 @@ def latencies(
     sample = torch.randint(n_options, (8, len(space.stages)), generator=generator).tolist()
     choices = [[0] * len(space.stages), *sample]
     networks = [ready(build_backbone(space.arch(choice), stem, width)[0]) for choice in choices]
-    base, *measured = milliseconds(networks, [image(3, size)] * len(networks), device)
+    base, *measured = milliseconds(networks, [noise(batch, 3, size, device)] * len(networks), device)
     sums = [sum(table[s, o].item() for s, o in enumerate(choice)) for choice in sample]
     slope = sum(s * (m - base) for s, m in zip(sums, measured)) / sum(s * s for s in sums)
     return base, table * max(slope, 0.0)
 
 
-def ready_tensor(x: Tensor, device: torch.device) -> Tensor:
-    return x.to(device).contiguous(memory_format=launch.memory_format(device))
+def noise(batch: int, channels: int, side: int, device: torch.device) -> Tensor:
+    """(batch, channels, side, side), to time a module on."""
+    return torch.randn(batch, channels, side, side).to(device, memory_format=launch.memory_format(device))
 
 
 def parse_target(text: str, width: float, stem: str, size: int) -> float:
@@ -247,8 +245,7 @@ def measured_ms(task: Task, arch: dict) -> float:
     """Of a forward pass of --latency-batch images, as `latencies` predicts it."""
     network, _ = build_backbone(arch, task.stem, task.args.width)
     network = network.to(task.device, memory_format=launch.memory_format(task.device))
-    x = ready_tensor(torch.randn(task.args.latency_batch, 3, task.size, task.size), task.device)
-    return milliseconds([network], [x], task.device)[0]
+    return milliseconds([network], [noise(task.args.latency_batch, 3, task.size, task.device)], task.device)[0]
 
 
 def fits(task: Task, arch: dict) -> bool:

@@ -587,12 +587,11 @@ def score_candidates(search: Search, monitor: Monitor, folder: Path) -> tuple[li
 
 
 class Surrogate(NamedTuple):
-    """score = mean + the sum of what each value of each choice in each stage is worth."""
+    """A score is a constant and the sum of what each value of each choice in each stage is worth."""
 
     space: Space
     worth: np.ndarray  # (F,), of mean zero within a stage's choice over the networks that it was fitted to
     error: np.ndarray  # (F,), standard errors
-    mean: float
     r2: float  # of networks that it was not fitted to, by ten-fold cross-validation
     penalty: float
 
@@ -602,9 +601,6 @@ class Surrogate(NamedTuple):
         rows = [[o] * n for o in range(len(self.space.options))]
         one_hot = values_of(self.space, rows).reshape(len(rows), n, -1)  # (O, S, F / S)
         return torch.from_numpy(np.einsum("osf,sf->so", one_hot, self.worth.reshape(n, -1)))
-
-    def predict(self, choices: list[list[int]]) -> np.ndarray:
-        return self.mean + values_of(self.space, choices) @ self.worth
 
 
 def values_of(space: Space, choices: list[list[int]]) -> np.ndarray:
@@ -641,7 +637,7 @@ def fit(space: Space, choices: list[list[int]], y: np.ndarray) -> Surrogate:
     penalty = min((0.1, 0.3, 1.0, 3.0, 10.0, 30.0), key=left_over)
     weights, error = ridge(x, y, penalty)
     r2 = 1 - left_over(penalty) / max(1e-30, np.square(y - y.mean()).sum())
-    return Surrogate(space, weights, error, y.mean() - x.mean(0) @ weights, r2, penalty)
+    return Surrogate(space, weights, error, r2, penalty)
 
 
 def knowledge(surrogate: Surrogate, scores: np.ndarray) -> tuple[str | None, str]:

@@ -200,7 +200,9 @@ def found_by(folder: str, args: argparse.Namespace) -> list[Network]:
     arch = load_arch(str(path)) if "backbone" in found else None
     backbone = next((SPACES[name] for name in found.get("space", []) if name in SPACES), None)
     if not backbone and not heads:
-        raise ValueError(f"--search {folder}: '{path}' is not what search.py writes")
+        raise ValueError(
+            f"--search {folder}: '{path}' has no heads or backbone that a search found (views are pretrain.py's flags)"
+        )
     family = f"found ({Path(folder).name})"
     if not backbone:
         return [Network(family, args.arch, heads=heads), Network("handcrafted", args.arch)]
