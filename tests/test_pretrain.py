@@ -365,6 +365,7 @@ def joins(rank, port, attempt):
     x = torch.ones(1)
     torch.distributed.all_reduce(x)
     assert x == 2
+    torch.distributed.destroy_process_group()  # its threads end before the process does, which else may abort
 
 
 def test_ranks_that_torchrun_restarts_do_not_take_each_other_for_those_of_before():
