@@ -68,6 +68,10 @@ def data_flags(parser: Parser) -> None:
     group.add_argument("--image-size", type=int, help="edge in pixels; left out, the images keep their own")
     group.add_argument("--max-images", type=int, help="so many training images, always the same ones")
     group.add_argument("--resident-gb", type=float, default=16.0, help="for a split's pixels; larger ones are streamed")
+    machine_flags(group)
+
+
+def machine_flags(group) -> None:
     group.add_argument("--workers", type=int, help="threads that decode; left out, one a core, over a machine's ranks")
     group.add_argument("--device", default="auto", help="auto (cuda where there is one, else cpu), cpu, cuda, mps")
     group.add_argument("--seed", type=int, default=0)

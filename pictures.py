@@ -237,6 +237,46 @@ def draw_costs(series: dict[str, list[tuple[float, float]]], title: str) -> str:
     return _svg(max(left + width, 8 * len(title)) + 30, top + height + 50, svg)
 
 
+def draw_curves(
+    panels: dict[str, dict[str, list[tuple[float, float]]]],
+    title: str,
+    x_name: str,
+    y_limits: tuple[float, float] | None = None,
+) -> str:
+    """SVG: lines, panels side by side, three in a row: {panel: {line: [(x, y), ...]}}. y_limits: None: each panel's
+    own."""
+    wide, tall, left, top, across = 240, 170, 66, 76, 3
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    colours = dict(zip(names, cycle(SERIES_COLOURS)))
+    svg = [f'<text x="20" y="26" font-size="15">{escape(title)}</text>']
+    x = 20
+    for name, colour in colours.items():
+        svg.append(f'<path d="M{x} 46 h18" stroke="{colour}" stroke-width="3"/><text x="{x + 24}" y="50">{name}</text>')
+        x += 44 + 7 * len(name)
+    width = max(x, 8 * len(title), min(across, len(panels)) * (wide + left))
+    for p, (panel, lines) in enumerate(panels.items()):
+        x0, y0 = left + p % across * (wide + left), top + p // across * (tall + 76)
+        points = [point for line in lines.values() for point in line if math.isfinite(point[1])] or [(0.0, 0.0)]
+        (x_low, x_high), (y_low, y_high) = ((min(v), max(v)) for v in zip(*points))
+        y_low, y_high = y_limits or (y_low, y_high)
+        x_high, y_high = x_high + (x_high == x_low), y_high + (y_high == y_low) * (abs(y_low) or 1.0)
+        svg.append(f'<text x="{x0}" y="{y0 - 8}" font-weight="bold">{escape(panel)}</text>')
+        svg.append(f'<rect x="{x0}" y="{y0}" width="{wide}" height="{tall}" fill="none" stroke="#bbb"/>')
+        for share in (0, 0.5, 1):
+            y, value = y0 + tall * (1 - share), y_low + share * (y_high - y_low)
+            svg.append(f'<text x="{x0 - 6}" y="{y + 4:.0f}" text-anchor="end" fill="#666">{value:.3g}</text>')
+            x, value = x0 + wide * share, x_low + share * (x_high - x_low)
+            svg.append(f'<text x="{x:.0f}" y="{y0 + tall + 16}" text-anchor="middle" fill="#666">{value:.3g}</text>')
+        svg.append(f'<text x="{x0 + wide / 2}" y="{y0 + tall + 32}" text-anchor="middle">{escape(x_name)}</text>')
+        for name, line in lines.items():
+            finite = [point for point in line if math.isfinite(point[1])]
+            columns = (x0 + wide * (x - x_low) / (x_high - x_low) for x, _ in finite)
+            rows = (y0 + tall * (y_high - y) / (y_high - y_low) for _, y in finite)
+            path = " ".join(f"{column:.1f},{row:.1f}" for column, row in zip(columns, rows))
+            svg.append(f'<polyline points="{path}" fill="none" stroke="{colours[name]}" stroke-width="2"/>')
+    return _svg(width + 30, top + -(-len(panels) // across) * (tall + 76) - 30, svg)
+
+
 def draw_surrogate(worth: dict[str, tuple[float, float]], title: str) -> str:
     """SVG: what each value of a choice is worth, with two standard errors to either side, a panel for each stage:
     {"stage 1 depth 2": (worth, standard error), ...}."""

@@ -1,0 +1,455 @@
+"""Objects in images: COCO JSON, Pascal VOC and label PNGs as one kind of plain data; how well detections fit, as AP.
+
+    splits, classes = read("my/cells", masks=False)           # {"train": [Annotated, ...], "test": [...]}, ["RBC", ...]
+    scores = Precision(len(classes))
+    scores.add(0, truth, boxes, labels, confidences)          # an image at a time; its masks are not kept
+    scores.summary()                                          # {"AP": ..., "AP50": ..., ...}, equal to pycocotools'
+
+A box is x0, y0, x1, y1 in pixels from the image's corner, so that x1 - x0 is its width. n objects, d detections.
+"""
+
+import json
+import math
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from data import IMG_EXTENSIONS, cores
+from launch import say
+
+
+class Annotated(NamedTuple):
+    """An image and what is in it."""
+
+    file: Path
+    width: int
+    height: int
+    boxes: np.ndarray  # float64 (n, 4)
+    labels: np.ndarray  # int64 (n,), places in the list of classes
+    areas: np.ndarray  # float64 (n,), of the mask where the file has one
+    crowd: np.ndarray  # bool (n,): one box for many, which no detector learns from
+    ignored: np.ndarray  # bool (n,): neither found nor missed in a test: crowds, and what VOC calls difficult
+    masks: list[Callable[[], np.ndarray]]  # (n) functions that draw a bool (height, width); empty where there are none
+
+    def keep(self, rows: np.ndarray) -> "Annotated":
+        """Those objects alone; rows: bool (n,)."""
+        arrays = {name: getattr(self, name)[rows] for name in ("boxes", "labels", "areas", "crowd", "ignored")}
+        return self._replace(**arrays, masks=[mask for mask, kept in zip(self.masks, rows) if kept])
+
+
+# ---- masks ----------------------------------------------------------------------------------------------------------
+
+
+def polygon_mask(polygon: list[float], height: int, width: int) -> np.ndarray:
+    """bool (height, width) of a polygon x, y, x, y, ... by COCO's rule: its outline is drawn on a grid five times as
+    fine, and a column's pixels lie inside where an odd number of crossings is above them."""
+    corners = np.trunc(5 * np.asarray(polygon, float).reshape(-1, 2) + 0.5).astype(int)
+    points = []
+    for (x0, y0), (x1, y1) in zip(corners, np.roll(corners, -1, 0)):
+        dx, dy = abs(x1 - x0), abs(y1 - y0)
+        back = x0 > x1 if dx >= dy else y0 > y1  # drawn from the other end, for COCO rounds so
+        (xs, ys), (xe, ye) = ((x1, y1), (x0, y0)) if back else ((x0, y0), (x1, y1))
+        steps = np.arange(max(dx, dy) + 1)
+        if dx >= dy:
+            line = np.stack([xs + steps, np.trunc(ys + (ye - ys) / max(dx, 1) * steps + 0.5)], 1)
+        else:
+            line = np.stack([np.trunc(xs + (xe - xs) / dy * steps + 0.5), ys + steps], 1)
+        points.append(line[::-1] if back else line)
+    before, after = (np.concatenate(points).astype(int)[s].T for s in (slice(None, -1), slice(1, None)))
+    x = (np.where(after[0] < before[0], after[0], after[0] - 1) + 0.5) / 5 - 0.5
+    y = np.ceil(((np.minimum(before[1], after[1]) + 0.5) / 5 - 0.5).clip(0, height)).astype(int)
+    crossing = (after[0] != before[0]) & (x == np.floor(x)) & (x >= 0) & (x <= width - 1)
+    starts = x[crossing].astype(int) * height + y[crossing]
+    inside = np.bincount(starts, minlength=height * width + 1)[:-1].cumsum() % 2
+    return inside.astype(bool).reshape(width, height).T
+
+
+def run_length_mask(counts: list[int] | str, height: int, width: int) -> np.ndarray:
+    """bool (height, width) of COCO's run lengths, down the columns, outside first; a string holds them in 5 bits a
+    character, from the third on as differences to the last but one."""
+    if isinstance(counts, str):
+        runs, value, shift = [], 0, 0
+        for character in counts.encode():
+            bits = character - 48
+            value |= (bits & 31) << shift
+            shift += 5
+            if not bits & 32:
+                value -= (bits & 16) and 1 << shift
+                runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+                value = shift = 0
+        counts = runs
+    if sum(counts) != height * width or min(counts, default=0) < 0:
+        raise ValueError(f"run lengths of {sum(counts)} pixels for {width} x {height}")
+    inside = np.arange(len(counts)) % 2 == 1
+    return np.repeat(inside, counts).reshape(width, height).T
+
+
+def segmentation_mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:
+    """bool (height, width) of COCO's polygons or run lengths."""
+    if isinstance(segmentation, dict):
+        return run_length_mask(segmentation["counts"], height, width)
+    return np.any([polygon_mask(polygon, height, width) for polygon in segmentation], 0)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+class Broken(ValueError):
+    """What an image's annotation cannot be."""
+
+
+def read(folder: str, masks: bool = False) -> tuple[dict[str, list[Annotated]], list[str]]:
+    """({"train": images, "test": images}, classes) of a folder in one of three layouts:
+
+    COCO      annotations/instances_train*.json and instances_val*.json, images in a folder of the same ending
+    VOC       Annotations, JPEGImages, ImageSets/Main: trainval and test, or train and val where there is no test; or
+              VOC2007 and VOC2012 below the folder: both years' trainval
+    masks     train/images/x.png with train/masks/x.png, in which each value above 0 is an object, or with
+              train/masks/x/*.png, an object each; test likewise; one class
+
+    Classes are the names in both splits, sorted. Boxes end at the image's edge. Objects of less than a pixel a side are
+    left out, which a line says. masks: whether these are needed. Raises ValueError or OSError, with a count and the
+    first name, for images that are missing or of another size, and for annotations that cannot be.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise FileNotFoundError(f"'{folder}' is no folder")
+    if (root / "annotations").is_dir():
+        splits = {"train": read_coco(root, "train", masks), "test": read_coco(root, "val", masks)}
+    elif years := [place for place in (root, *sorted(root.glob("VOC20*"))) if (place / "ImageSets" / "Main").is_dir()]:
+        splits = read_voc(years)
+    elif (root / "train" / "masks").is_dir():
+        splits = {split: read_masks(root / split) for split in ("train", "test")}
+    else:
+        wanted = "annotations/instances_*.json, ImageSets/Main, or train/images and train/masks"
+        raise FileNotFoundError(f"'{folder}' has none of {wanted}: COCO's, VOC's or masks' layout is needed")
+    classes = sorted({name for images in splits.values() for _, names in images for name in names})
+    place = {name: k for k, name in enumerate(classes)}
+    found = {}
+    for split, images in splits.items():
+        if not images:
+            raise ValueError(f"'{folder}' has no images in its {split} split")
+        check_files(folder, [image for image, _ in images])
+        labelled = [image._replace(labels=np.array([place[n] for n in names], int)) for image, names in images]
+        found[split] = clean(f"{folder} ({split})", labelled)
+    if masks and (without := [i for s in found.values() for i in s if len(i.masks) < len(i.boxes)]):
+        raise ValueError(f"'{folder}': {len(without)} images have objects without masks, the first '{without[0].file}'")
+    unseen = {k for i in found["test"] for k in i.labels} - {k for i in found["train"] for k in i.labels}
+    if unseen:
+        say(f"{folder}: in the test split alone: {', '.join(classes[k] for k in sorted(unseen))}")
+    return found, classes
+
+
+def check_files(folder: str, images: list[Annotated]) -> None:
+    """Are all images there, and of the size that they are said to be?"""
+
+    def wrong(image: Annotated) -> str | None:
+        try:
+            with Image.open(image.file) as file:
+                size = file.size
+        except FileNotFoundError:
+            return "missing"
+        except Exception:  # PIL's formats fail in their own ways
+            return "no image that can be read"
+        return None if size == (image.width, image.height) else f"{size[0]} x {size[1]} pixels, not as annotated"
+
+    with ThreadPoolExecutor(cores()) as pool:
+        found = [(image, why) for image, why in zip(images, pool.map(wrong, images)) if why]
+    if found:
+        image, why = found[0]
+        raise ValueError(f"'{folder}': {len(found)} images are missing or wrong, the first '{image.file}': {why}")
+
+
+def clean(what: str, images: list[Annotated]) -> list[Annotated]:
+    """Boxes within the image, those of a pixel or more, in images that differ; counted on the console."""
+    counts = Counter()
+    cleaned = []
+    for image in images:
+        inside = image.boxes.clip(0, np.array([image.width, image.height] * 2, float))
+        large = (inside[:, 2:] - inside[:, :2] >= 1).all(1)
+        counts["cut at the image's edge"] += int((inside != image.boxes).any(1)[large].sum())
+        counts["smaller than a pixel or outside, left out"] += int((~large).sum())
+        counts["crowds"] += int(image.crowd[large].sum())
+        counts["objects"] += int(large.sum())
+        counts["images without objects"] += not large.any()
+        cleaned.append(image._replace(boxes=inside).keep(large))
+    said = ", ".join(f"{number:,} {name}" for name, number in counts.items() if number)
+    say(f"{what}: {len(images):,} images, {said}")
+    return cleaned
+
+
+def annotated(file: Path, size: tuple[int, int], objects: list[dict]) -> tuple[Annotated, list[str]]:
+    """(image, names of the classes) of objects {"box", "name", and perhaps "area", "crowd", "ignored", "mask"}."""
+    boxes = np.array([o["box"] for o in objects], float).reshape(-1, 4)
+    if not np.isfinite(boxes).all():
+        raise Broken("a box is not of numbers")
+    sides = boxes[:, 2:] - boxes[:, :2]
+    areas = np.array([o.get("area", side.prod()) for o, side in zip(objects, sides)], float)
+    crowd, ignored = (np.array([bool(o.get(k)) for o in objects], bool) for k in ("crowd", "ignored"))
+    masks = [o["mask"] for o in objects if "mask" in o]
+    labels = np.zeros(len(objects), int)
+    return Annotated(file, *size, boxes, labels, areas, crowd, ignored | crowd, masks), [o["name"] for o in objects]
+
+
+def read_coco(root: Path, split: str, masks: bool) -> list[tuple[Annotated, list[str]]]:
+    files = sorted((root / "annotations").glob(f"instances_{split}*.json"))
+    if len(files) != 1:
+        raise FileNotFoundError(f"'{root}/annotations' has {len(files)} files instances_{split}*.json: one is needed")
+    try:
+        table = json.loads(files[0].read_text())
+        folder = root / files[0].stem.removeprefix("instances_")
+        names = {c["id"]: str(c["name"]) for c in table["categories"]}
+        objects: dict = {image["id"]: [] for image in table["images"]}
+        sizes = {image["id"]: (int(image["width"]), int(image["height"])) for image in table["images"]}
+        for a in table["annotations"]:
+            objects[a["image_id"]].append(coco_object(a, names, masks, *sizes[a["image_id"]]))
+        images = [(folder / str(i["file_name"]), sizes[i["id"]], objects[i["id"]]) for i in table["images"]]
+        return [annotated(*image) for image in images]
+    except KeyError as error:
+        raise Broken(f"'{files[0]}': there is no {error} where it is needed") from error
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise Broken(f"'{files[0]}' is not as COCO's are: {error}") from error
+
+
+def coco_object(a: dict, names: dict, masks: bool, width: int, height: int) -> dict:
+    x, y, w, h = map(float, a["bbox"])
+    found = {"box": (x, y, x + w, y + h), "name": names[a["category_id"]], "crowd": a.get("iscrowd", 0)}
+    if "area" in a:
+        found["area"] = float(a["area"])
+    if masks and (segmentation := a.get("segmentation")):
+        if isinstance(segmentation, dict):
+            segmentation_mask(segmentation, height, width)  # what is wrong is said now, not in mid-training
+        elif not all(len(p) % 2 == 0 and len(p) >= 6 and np.isfinite(np.array(p, float)).all() for p in segmentation):
+            raise Broken("a polygon needs three corners, x, y, x, y, ...")
+        found["mask"] = partial(segmentation_mask, segmentation, height, width)
+    return found
+
+
+def read_voc(years: list[Path]) -> dict[str, list[tuple[Annotated, list[str]]]]:
+    """Of one year or several, of which the first that has a test list is the one to test on."""
+    tests = [year for year in years if (year / "ImageSets" / "Main" / "test.txt").exists()]
+    if tests:
+        lists = {"train": [(year, "trainval") for year in years], "test": [(tests[0], "test")]}
+    else:
+        lists = {"train": [(year, "train") for year in years], "test": [(year, "val") for year in years]}
+    return {
+        split: [
+            voc_image(year, name.split()[0])
+            for year, kind in of
+            for name in (year / "ImageSets" / "Main" / f"{kind}.txt").read_text().splitlines()
+            if name.strip()
+        ]
+        for split, of in lists.items()
+    }
+
+
+def voc_image(year: Path, name: str) -> tuple[Annotated, list[str]]:
+    """Pixels count from 1 there, and the last one belongs to the box."""
+    path = year / "Annotations" / f"{name}.xml"
+    try:
+        tree = ElementTree.parse(path).getroot()
+        size = tuple(int(tree.findtext(f"size/{side}")) for side in ("width", "height"))
+        objects = []
+        for o in tree.iter("object"):
+            x0, y0, x1, y1 = (float(o.findtext(f"bndbox/{k}")) for k in ("xmin", "ymin", "xmax", "ymax"))
+            difficult = int(o.findtext("difficult") or 0)
+            label = o.findtext("name")
+            if not label:
+                raise Broken("an object has no name")
+            objects.append({"box": (x0 - 1, y0 - 1, x1, y1), "name": label, "ignored": difficult})
+        files = [year / "JPEGImages" / (name + ending) for ending in IMG_EXTENSIONS]
+        return annotated(next((file for file in files if file.exists()), files[0]), size, objects)
+    except (ElementTree.ParseError, ValueError, TypeError, OverflowError) as error:
+        raise Broken(f"'{path}' is not as VOC's are: {error}") from error
+
+
+def read_masks(folder: Path) -> list[tuple[Annotated, list[str]]]:
+    files = sorted(f for f in (folder / "images").glob("*") if f.suffix.lower() in IMG_EXTENSIONS)
+    return [masked_image(file, folder / "masks" / file.stem) for file in files]
+
+
+def masked_image(file: Path, masks: Path) -> tuple[Annotated, list[str]]:
+    """masks: a folder of PNGs, or the path of one without its ending."""
+    one = masks.with_suffix(".png")
+    paths = sorted(masks.glob("*.png")) if masks.is_dir() else [one]
+    if not masks.is_dir() and not one.exists():
+        raise Broken(f"'{file}' has no masks: '{one}' or a folder '{masks}' is needed")
+    objects, size = [], None
+    for path in paths:
+        values = label_image(path)
+        if size not in (None, values.shape):
+            raise Broken(f"'{path}' is of another size than the masks beside it")
+        size = values.shape
+        for value in [None] if masks.is_dir() else np.unique(values[values > 0]).tolist():
+            mask = values > 0 if value is None else values == value
+            if mask.any():
+                y, x = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
+                box = (x[0], y[0], x[-1] + 1, y[-1] + 1)
+                drawn = partial(object_mask, path, value)
+                objects.append({"box": box, "name": "object", "area": mask.sum(), "mask": drawn})
+    if size is None:  # an empty folder
+        with Image.open(file) as image:
+            size = image.size[::-1]
+    return annotated(file, size[::-1], objects)
+
+
+def label_image(path: Path) -> np.ndarray:
+    """(height, width) of a PNG of one channel, of palette or of 16 bits."""
+    try:
+        with Image.open(path) as file:
+            values = np.array(file)
+    except OSError as error:
+        raise Broken(f"'{path}' is no image that can be read") from error
+    if values.ndim != 2:
+        raise Broken(f"'{path}' has {values.shape[-1]} channels: a label PNG has one")
+    return values
+
+
+def object_mask(path: Path, value: int | None) -> np.ndarray:
+    values = label_image(path)
+    return values > 0 if value is None else values == value
+
+
+# ---- how well detections fit ----------------------------------------------------------------------------------------
+
+IOUS = np.linspace(0.5, 0.95, 10)
+AREAS = {"": (0, 1e10), "small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
+RECALLS = np.linspace(0, 1, 101)
+
+
+def box_overlaps(boxes: np.ndarray, truth: np.ndarray, crowd: np.ndarray) -> np.ndarray:
+    """IoU (d, n) of boxes (d, 4) and (n, 4); with a crowd the share of the detection that lies in it."""
+    corner, end = (
+        f(boxes[:, None, s], truth[None, :, s]) for f, s in ((np.maximum, np.s_[:2]), (np.minimum, np.s_[2:]))
+    )
+    both = (end - corner).clip(0).prod(2)
+    return overlaps(both, *((b[:, 2:] - b[:, :2]).prod(1) for b in (boxes, truth)), crowd)
+
+
+def mask_overlaps(masks: np.ndarray, truth: np.ndarray, crowd: np.ndarray) -> np.ndarray:
+    """The same of masks, bool (d, h, w) and (n, h, w)."""
+    a, b = (m.reshape(len(m), math.prod(m.shape[1:])).astype(np.float32) for m in (masks, truth))
+    return overlaps((a @ b.T).astype(float), a.sum(1, dtype=float), b.sum(1, dtype=float), crowd)
+
+
+def overlaps(both: np.ndarray, of: np.ndarray, truth: np.ndarray, crowd: np.ndarray) -> np.ndarray:
+    union = np.where(crowd, of[:, None], of[:, None] + truth - both)
+    return np.divide(both, union, out=np.zeros_like(both), where=union > 0)
+
+
+class Match(NamedTuple):
+    """Of an image and a class: what became of the detections, the surest first."""
+
+    scores: np.ndarray  # (d,)
+    right: np.ndarray  # bool (10 IoUs, 4 ranges of area, d): found an object
+    ignored: np.ndarray  # bool, the same: counts neither way
+    objects: np.ndarray  # (4,): to be found
+    voc: np.ndarray  # int (10, d): 1 found an object by VOC's rule, 0 did not, -1 counts neither way
+
+
+def match(overlap: np.ndarray, scores: np.ndarray, sizes: np.ndarray, areas: np.ndarray, ignored, crowd) -> Match:
+    """As pycocotools does: in the order of the scores (d,) each detection takes the object of the largest overlap
+    (d, n) that is left, the last of equals, and one that is ignored only where no other is. sizes (d,), areas (n,): of
+    detections and objects. Ignored are also objects of another range of area, and what found nothing of another."""
+    order = np.argsort(-scores, kind="stable")
+    overlap, sizes = overlap[order], sizes[order]
+    low, high = np.array(list(AREAS.values())).T
+    outside = (areas < low[:, None]) | (areas > high[:, None]) | ignored  # (4, n)
+    d, n, shape = len(order), len(areas), (len(IOUS), len(low))
+    right, skipped = np.zeros((*shape, d), bool), np.zeros((*shape, d), bool)
+    taken = np.zeros((*shape, n), bool)
+    voc, had = np.zeros((len(IOUS), d), int), np.zeros((len(IOUS), n), bool)
+    for k in range(d if n else 0):
+        free = (~taken | crowd) & (overlap[k] >= np.minimum(IOUS, 1 - 1e-10)[:, None, None])  # (10, 4, n)
+        wanted = free & ~outside
+        chosen = np.where(wanted.any(2, keepdims=True), wanted, free)
+        best = n - 1 - np.where(chosen, overlap[k], -1.0)[..., ::-1].argmax(2)  # the last of equals
+        found = chosen.any(2)
+        at = np.take_along_axis(np.broadcast_to(outside, taken.shape), best[..., None], 2)[..., 0]
+        right[..., k], skipped[..., k] = found & ~at, found & at
+        np.put_along_axis(taken, best[..., None], np.take_along_axis(taken, best[..., None], 2) | found[..., None], 2)
+        nearest = overlap[k].argmax()
+        over = overlap[k, nearest] > IOUS
+        voc[:, k] = np.where(over & ignored[nearest], -1, over & ~had[:, nearest])
+        had[:, nearest] |= over & ~ignored[nearest]
+    skipped |= ~right & ((sizes < low[:, None]) | (sizes > high[:, None]))
+    return Match(scores[order], right, skipped, (~outside).sum(1), voc)
+
+
+class Precision:
+    """AP by COCO's rules, to which images are added one by one; only what became of the detections is kept."""
+
+    def __init__(self, classes: int, most: int = 100):
+        self.classes, self.most = classes, most  # detections an image and class that count
+        self.matches: dict[tuple[int, int], Match] = {}  # by class and image
+
+    def add(self, number: int, truth: Annotated, boxes, labels, scores, masks=None) -> None:
+        """An image's detections: (d, 4), (d,), (d,), and bool (d, height, width) if masks are to be compared. number:
+        the image's place in the split."""
+        drawn = np.array([draw() for draw in truth.masks], bool) if masks is not None else None
+        for k in range(self.classes):
+            mine, its = (labels == k).nonzero()[0], truth.labels == k
+            mine = mine[np.argsort(-scores[mine], kind="stable")][: self.most]
+            if not len(mine) and not its.any():
+                continue
+            crowd = truth.crowd[its]
+            if masks is None:
+                overlap, sizes = box_overlaps(boxes[mine], truth.boxes[its], crowd), boxes[mine]
+                sizes = (sizes[:, 2:] - sizes[:, :2]).prod(1)
+            else:
+                overlap = mask_overlaps(masks[mine], drawn.reshape(-1, *masks.shape[1:])[its], crowd)
+                sizes = masks[mine].sum((1, 2))
+            found = match(overlap, scores[mine], sizes, truth.areas[its], truth.ignored[its], crowd)
+            self.matches[k, number] = found
+
+    def curves(self) -> tuple[np.ndarray, np.ndarray]:
+        """Precision at 101 recalls (10 IoUs, 4 ranges, C, 101), nan of classes without objects; VOC2007's AP of eleven
+        points (10 IoUs, C), likewise."""
+        precision = np.full((len(IOUS), len(AREAS), self.classes, len(RECALLS)), np.nan)
+        voc = np.full((len(IOUS), self.classes), np.nan)
+        for k in range(self.classes):
+            of = [m for (label, _), m in sorted(self.matches.items()) if label == k]
+            if not of:
+                continue
+            scores = np.concatenate([m.scores for m in of])
+            order = np.argsort(-scores, kind="stable")
+            right, ignored = (np.concatenate([getattr(m, f) for m in of], 2)[..., order] for f in ("right", "ignored"))
+            objects = sum(m.objects for m in of)
+            for t, a in product(range(len(IOUS)), objects.nonzero()[0]):
+                precision[t, a, k] = precision_at(right[t, a], ~right[t, a] & ~ignored[t, a], objects[a], RECALLS)
+            marks = np.concatenate([m.voc for m in of], 1)[:, order]
+            if objects[0]:
+                eleven = np.linspace(0, 1, 11)
+                voc[:, k] = [precision_at(row == 1, row == 0, objects[0], eleven).mean() for row in marks]
+        return precision, voc
+
+    def summary(self) -> dict[str, float | list[float | None] | None]:
+        """{"AP", "AP50", "AP75", "small", "medium", "large", "VOC07 AP", "VOC07 AP50"} in %, None where there are no
+        objects; "classes": the AP of each."""
+        precision, voc = self.curves()
+        ap = precision.mean(3)  # (10, 4, C)
+
+        def mean(x: np.ndarray) -> float | None:
+            known = x[~np.isnan(x)]
+            return 100 * float(known.mean()) if len(known) else None
+
+        found = {"AP": mean(ap[:, 0]), "AP50": mean(ap[0, 0]), "AP75": mean(ap[5, 0])}
+        found |= {name: mean(ap[:, a]) for a, name in enumerate(AREAS) if name}
+        found |= {"VOC07 AP": mean(voc), "VOC07 AP50": mean(voc[0])}
+        return found | {"classes": [mean(ap[:, 0, k]) for k in range(self.classes)]}
+
+
+def precision_at(right: np.ndarray, wrong: np.ndarray, objects: int, recalls: np.ndarray) -> np.ndarray:
+    """The best precision at each of some recalls or above, of detections (d,) in the order of their scores."""
+    right, wrong = right.cumsum(), wrong.cumsum()
+    recall, precision = right / objects, right / (right + wrong + np.spacing(1))
+    precision = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
+    return precision[np.searchsorted(recall, recalls, side="left")]
