@@ -306,7 +306,7 @@ def label_image(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as file:
             values = np.array(file)
-    except OSError as error:
+    except Exception as error:  # PIL's formats fail in their own ways
         raise Broken(f"'{path}' is no image that can be read") from error
     if values.ndim != 2:
         raise Broken(f"'{path}' has {values.shape[-1]} channels: a label PNG has one")

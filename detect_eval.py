@@ -351,8 +351,7 @@ def evaluate(
         if (later := n + 8 * world) < len(images):
             tasks[later] = pool.submit(load_example, images[later], args.image_size[-1], args.longest)
         detector.transform.shown = [(images[n].height, images[n].width)]
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            (found,) = detector([to_device(pixels, device).float().div_(255)])
+        (found,) = detector([to_device(pixels, device).float().div_(255)])  # in fp32: bf16 would round boxes and scores
         found = {name: x.cpu().numpy() for name, x in found.items()}
         boxes, labels = found["boxes"].astype(float), found["labels"] - 1
         masks = found["masks"][:, 0] > 0.5 if args.masks else None
@@ -613,7 +612,7 @@ def run(
             args.iterations, dict.fromkeys(("loss", *PARTS), batches), batches.names, folder, args.print_every
         )
         known = {launch.dashed(name): value for name, value in vars(args).items() if name not in FREE_FLAGS}
-        known["set of weights (--weights)"] = [crc(x.numpy() for x in body.state_dict().values())]
+        known["set of weights (--weights)"] = [crc(x.cpu().numpy() for x in body.state_dict().values())]
         known["set of images (--data)"] = [crc(x for of in splits.values() for i in of for x in (i.boxes, i.labels))]
         things = {"detector": detector, "optimizer": optimizer, "meter": meter}
         how = args.iterations, args.checkpoint_minutes, args.resume

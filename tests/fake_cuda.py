@@ -286,6 +286,7 @@ TINY = (
 MULTI = "--recipe sslight-cnn --locals 2 --blur 1 0.1 0.5 --solarize 0 0.2 0 --clip-grad 1 --optimizer"
 SMALL = "--method simclr --recalibrate-batches 1"
 FEW = "--held-out 0.4 --final-epochs 1"
+DETECTOR = "--iterations 2 --image-size 64 --batch-size 2 --rois 8 --fpn-channels 8 --seeds 1 --no-untrained"
 CASES = {f"pretrain {m}": ("pretrain", f"--method {m}") for m in ("simsiam", "simclr", "moco", "swav", "dino", "diet")}
 CASES |= {
     f"pretrain {method} multi-crop {optimizer}": ("pretrain", f"--method {method} {MULTI} {optimizer}")
@@ -313,6 +314,7 @@ CASES |= {
     "search bench": ("search", f"--space heads resnet {SMALL} --strategy gradient --bench"),
     "search supernet bench": ("search", f"--space resnet {SMALL} {FEW} --bench"),
     "study": ("study", "--networks resnetk1:1 --seeds 1 --method simclr"),
+    "detect_eval": ("detect_eval", f"--masks {DETECTOR}"),
     "linear_eval": ("linear_eval", "--shots 1 --augment 2 --finetune --finetune-lr 0.1 --finetune-epochs 1"),
 }
 
@@ -329,6 +331,14 @@ def run(name: str, folder: Path) -> None:
         main(__import__("pretrain"), *TINY.split())
         flags = f"{flags} --max-images 48 --no-compile --device cuda --weights"
         main(module, *flags.split(), output / "backbone.pth")
+        return
+    if script == "detect_eval":
+        from test_detect_eval import make_rectangles
+
+        main(__import__("pretrain"), *TINY.split())
+        flags = [*flags.split(), "--device", "cuda", "--data", make_rectangles(folder / "rectangles", (4, 2), 64)]
+        for _ in range(2):
+            main(module, *flags, "--weights", output / "backbone.pth")
         return
     main(module, *TINY.split(), *flags.split())
     if "--bench" not in flags:
