@@ -325,8 +325,18 @@ def train(
                 means = meter.end_epoch()
                 say(f"step {done}/{checkpoint.total}  loss {means['loss']:.4f}{meter.speed(step)}")
                 checkpoint.log({"step": done, "lr": lr, **means})
+                if is_main():
+                    save_curves(checkpoint.history, checkpoint.folder)
                 meter.restart()
             checkpoint.after_step(done)
+
+
+def save_curves(history: list[dict], folder: Path) -> None:
+    """curves.svg of the losses so far: the whole, and its parts."""
+    names = [name for name in ("loss", *PARTS, "lr") if name in history[-1]]
+    panels = {name: {"training": [(line["step"], line[name]) for line in history]} for name in names}
+    with user_errors():
+        write_atomic(draw_curves(panels, f"Step {history[-1]['step']}", "step"), folder / "curves.svg", sync=False)
 
 
 # ---- testing --------------------------------------------------------------------------------------------------------

@@ -272,8 +272,11 @@ def draw_curves(
             finite = [point for point in line if math.isfinite(point[1])]
             columns = (x0 + wide * (x - x_low) / (x_high - x_low) for x, _ in finite)
             rows = (y0 + tall * (y_high - y) / (y_high - y_low) for _, y in finite)
-            path = " ".join(f"{column:.1f},{row:.1f}" for column, row in zip(columns, rows))
+            places = [(f"{column:.1f}", f"{row:.1f}") for column, row in zip(columns, rows)]
+            path = " ".join(f"{column},{row}" for column, row in places)
             svg.append(f'<polyline points="{path}" fill="none" stroke="{colours[name]}" stroke-width="2"/>')
+            if len(places) == 1:
+                svg.append('<circle cx="{}" cy="{}" r="4" fill="{}"/>'.format(*places[0], colours[name]))
     return _svg(width + 30, top + -(-len(panels) // across) * (tall + 76) - 30, svg)
 
 

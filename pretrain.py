@@ -7,9 +7,9 @@
     torchrun pretrain.py --arch runs/search/arch.json --weights runs/search/backbone.pth   # a found backbone, going on
     torchrun pretrain.py --bench                                                    # where a step's time goes
 
-The output folder gets views.png (look at it first), log.txt (a JSON line an epoch), checkpoint.pth (the same command
-again goes on from it, to the same weights) and at the end backbone.pth with backbone.json: a plain state dict that
-torchvision's own model loads, and what it is.
+The output folder gets views.png (look at it first), curves.svg and log.txt (a JSON line an epoch), checkpoint.pth (the
+same command again goes on from it, to the same weights) and at the end backbone.pth with backbone.json: a plain state
+dict that torchvision's own model loads, and what it is.
 
 To change something, copy this file: main() builds what a run needs, a line each, and train() is the loop.
 """
@@ -53,6 +53,7 @@ from linear_eval import extract, knn_accuracy
 from losses import METHODS, Method, ranks
 from models import ARCHS, VITS, build_backbone, build_head, describe, head_dims
 from optim import clip_gradients, distributed, optimizer_of, set_lr, warmup_steps
+from pictures import draw_curves
 from views import RECIPES, MultiCrop, adjust
 
 SCRIPT = Path(__file__).name  # so that a copy does not go on from the original's checkpoint
@@ -461,6 +462,36 @@ def resources(begun: float, device: torch.device) -> dict[str, float]:
     return {"seconds": time.time() - begun, "peak_mib": peak_memory(device) / 2**20}
 
 
+PANELS = {  # of curves.svg: {title: {line: what of the log, or its name}}
+    "loss": {"training": "loss", "held out": "held_out_loss", "alphas": "alpha_loss"},
+    "InfoNCE of h": {"held out": "infonce"},
+    "kNN, % of held-out images": {"held out": "knn"},
+    "std of z": {"held out": "z_std"},
+    "RankMe": {"held out": "rankme"},
+    "learning rate": {"training": "lr"},
+    "E[cost] / target": {"alphas": "expected_cost"},
+    "signal / noise": {"alphas": "alpha_signal"},
+}
+
+
+def save_curves(history: list[dict], chance: float | None, folder: Path) -> None:
+    """curves.svg of what the log has so far; chance: the loss of a method that has learned nothing."""
+    panels = {}
+    for title, lines in PANELS.items():
+        factor = 100 if "%" in title else 1
+        known = {
+            name: [(line["epoch"], factor * line[key]) for line in history if isinstance(line.get(key), float)]
+            for name, key in lines.items()
+        }
+        panels[title] = {name: points for name, points in known.items() if points}
+    if chance is not None and panels["loss"]:
+        ends = min(line["epoch"] for line in history), history[-1]["epoch"]
+        panels["loss"]["chance"] = [(epoch, chance) for epoch in ends]
+    panels = {title: lines for title, lines in panels.items() if lines}
+    if is_main():
+        write_atomic(draw_curves(panels, f"Epoch {history[-1]['epoch']}", "epoch"), folder / "curves.svg", sync=False)
+
+
 def save_views(views: list[Tensor], multi_crop: MultiCrop, path: Path) -> None:
     """The views of a batch's first images, an image a column, or a row where there are more views."""
     side = max(v.shape[-1] for v in views)
@@ -672,6 +703,8 @@ def train(
                 say(f"epoch {epoch}/{args.epochs}  loss {mean_loss:.4f}{meter.speed(step)}{in_words(facts)}")
                 warn(method, facts, mean_loss, args.batch_size, step + 1)
                 checkpoint.log({"epoch": epoch, "loss": mean_loss, "lr": lr, **facts, **resources(begun, device)})
+                with user_errors():
+                    save_curves(checkpoint.history, method.chance(args.batch_size), checkpoint.folder)
                 begun = time.time()
                 meter.restart()
             checkpoint.after_step(step + 1)

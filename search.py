@@ -488,6 +488,8 @@ def train(search: Search, monitor: Monitor, meter: Meter, checkpoint: Checkpoint
                 pretrain.warn(search.method, facts, means["loss"], args.batch_size, step + 1)
                 line = {"epoch": epoch, **means, "lr": lr, **facts, **state, **pretrain.resources(begun, search.device)}
                 checkpoint.log(line)
+                with user_errors():
+                    pretrain.save_curves(checkpoint.history, search.method.chance(args.batch_size), checkpoint.folder)
                 begun = time.time()
                 meter.restart()
             checkpoint.after_step(step + 1)
