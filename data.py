@@ -152,7 +152,7 @@ def _torchvision_items(name, split, root):
     return dataset, None, getattr(dataset, "classes", None)
 
 
-def _image_files(folder):
+def image_files(folder):
     """Sorted paths of the images below a folder, links followed."""
     files = []
     for place, _, names in os.walk(folder, followlinks=True):
@@ -169,14 +169,14 @@ def _folder_items(source, split):
         raise FileNotFoundError(f"'{source}' is neither a folder nor a data set's name; known names: {known}")
     train, test, val = (os.path.join(source, name) for name in ("train", "test", "val"))
     if not os.path.isdir(train) and split == "train":
-        files = _image_files(source)
+        files = image_files(source)
         return files, [-1] * len(files), []
     held = test if os.path.isdir(test) else val
     folder = train if split == "train" else held
     if not os.path.isdir(train) or not os.path.isdir(folder):
         raise FileNotFoundError(f"'{source}' has no train/ and test/ or val/ inside, so there is no test split to load")
     classes = sorted(entry.name for entry in os.scandir(train) if entry.is_dir())
-    files, index, labels = _image_files(folder), {name: i for i, name in enumerate(classes)}, []
+    files, index, labels = image_files(folder), {name: i for i, name in enumerate(classes)}, []
     for file in files:
         name = os.path.relpath(file, folder).split(os.sep)[0]
         if classes and name not in index:

@@ -5,9 +5,12 @@
     torchrun linear_eval.py --weights runs/pretrain/backbone.pth --shots 1 5
     torchrun linear_eval.py --weights runs/pretrain/backbone.pth --finetune --label-fraction 0.01 0.1    # few labels
     torchrun linear_eval.py --weights resnet50.pth --arch resnet50 --data my/images --image-size 224    # torchvision's
+    torchrun linear_eval.py --weights runs/pretrain/backbone.pth --embed my/photos    # features of any folder's images
+    torchrun linear_eval.py --weights runs/pretrain/backbone.pth --export backbone.pt2             # a program; or .onnx
 
 Everything that has to be chosen (the probe's weight decay, learning rates) is chosen on held-out training images; the
-test images are looked at once. One table goes to the terminal and to linear_eval-<data>.md beside the weights.
+test images are looked at once. One table goes to the terminal and to linear_eval-<data>.md beside the weights, with
+neighbours-<data>.png and map-<data>.png, for which no labels are needed.
 
 Shapes: N training images and M test images, F features, C classes, b rows of a chunk or batch.
 """
@@ -18,6 +21,9 @@ import launch  # noqa: F401  # ahead of torch: it says how threads wait
 
 import argparse
 import copy
+import csv
+import importlib.util
+import io
 import math
 import os
 import time
@@ -31,11 +37,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import load_backbone
-from data import Images, Stream, decoded, in_turn, load_data, to_device
+from checkpoint import load_backbone, written
+from data import Images, Stream, decoded, image_files, in_turn, load_data, to_device
 from launch import Parser, data_flags, is_main, memory_format, say, setup, synced, user_errors
 from losses import gather, ranks
 from models import ARCHS, ViT, build_backbone, describe
@@ -393,6 +400,137 @@ def measure(
     return table
 
 
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+BANK, QUERIES, NEAREST = 2000, 8, 5  # training images among which the neighbours of so many test images are looked for
+
+
+def thumbnail(pixels: Tensor, size: int) -> Image.Image:
+    """Of a uint8 (3, H, W)."""
+    return Image.fromarray(pixels.cpu().permute(1, 2, 0).numpy()).resize((size, size), Image.Resampling.LANCZOS)
+
+
+def page(width: int, height: int, headings: dict[str, int], top: int = 30) -> Image.Image:
+    """White, with headings at their columns."""
+    image = Image.new("RGB", (width, top + height), "white")
+    for text, x in headings.items():
+        ImageDraw.Draw(image).text((x, 8), text, "black", font_size=15)
+    return image
+
+
+def save_neighbours(bank: Tensor, queries: Tensor, features: dict[str, tuple[Tensor, Tensor]], path: Path) -> None:
+    """A line for each query image (uint8 (Q, 3, H, W)): itself, and by each network its nearest of the bank's images by
+    cosine. features: by network (of the bank (N, F), of the queries (Q, F))."""
+    size, gap = 56, 18
+    block = NEAREST * (size + 2) + gap
+    columns = {name: size + 2 * gap + k * block for k, name in enumerate(features)}
+    image = page(size + gap + len(features) * block, len(queries) * (size + 4), {"image": 6, **columns})
+    for row, query in enumerate(queries):
+        image.paste(thumbnail(query, size), (4, 30 + row * (size + 4)))
+    for name, (h_bank, h_queries) in features.items():
+        similarity = F.normalize(h_queries, dim=1) @ F.normalize(h_bank, dim=1).T
+        for row, nearest in enumerate(similarity.topk(min(NEAREST, len(bank))).indices.tolist()):
+            for k, place in enumerate(nearest):
+                where = columns[name] + k * (size + 2), 30 + row * (size + 4)
+                image.paste(thumbnail(bank[place], size), where)
+    image.save(path)
+
+
+def save_map(pixels: Tensor, features: dict[str, Tensor], path: Path) -> None:
+    """Images (uint8 (N, 3, H, W)) at the ranks of their features' first two principal components, a map a network: of
+    ranks, since a few far ones would push the others together."""
+    size, side = 22, 560
+    headings = {}
+    for k, name in enumerate(features):
+        headings[name] = 8 + k * (side + 20)
+    image = page(len(features) * (side + 20), side + 12, headings)
+    for name, h in features.items():
+        _, _, axes = torch.pca_lowrank(h.double(), q=min(6, *h.shape), niter=4)
+        places = (h.double() - h.double().mean(0)) @ axes[:, :2]
+        ranks_of = places.argsort(0).argsort(0).double() / max(1, len(h) - 1)
+        for n, (x, y) in enumerate((ranks_of * (side - size)).round().int().tolist()):
+            image.paste(thumbnail(pixels[n], size), (headings[name] + x, 34 + y))
+    image.save(path)
+
+
+def save_pictures(
+    networks: dict[str, nn.Module], facts: dict, train: Images, test: Images | None, folder: Path, data: str, device
+) -> None:
+    """neighbours-<data>.png and map-<data>.png. Without test images (None) the queries are training images."""
+    torch.manual_seed(0)
+    rows = torch.randperm(len(train.pixels))[: BANK + QUERIES]
+    bank, queries, of = rows[QUERIES:], rows[:QUERIES], train
+    if test is not None:
+        bank, queries, of = rows[:BANK], torch.randperm(len(test.pixels))[:QUERIES], test
+    features, maps = {}, {}
+    for name, network in networks.items():
+        network.to(device)
+        how = partial(extract, network, mean=facts["mean"], std=facts["std"], device=device)
+        features[name] = how(train.pixels, rows=bank), how(of.pixels, rows=queries)
+        maps[name] = features[name][0][:600]
+    if is_main():
+        save_neighbours(train.pixels[bank], of.pixels[queries], features, folder / f"neighbours-{data}.png")
+        save_map(train.pixels[bank[:600]], maps, folder / f"map-{data}.png")
+
+
+# ---- features and programs for elsewhere ----------------------------------------------------------------------------
+
+
+def embed(backbone: nn.Module, facts: dict, source: str, args: argparse.Namespace, folder: Path, device) -> Path:
+    """Features of all images below a folder, decoded as they are needed and shared out over ranks: embed-<name>.npz
+    with "features" (N, F) and "paths" (N,), below the folder, and the same as .csv, a line an image."""
+    files = image_files(source)
+    stream = Stream(files, args.image_size, args.workers, source)
+    h = extract(backbone.to(device), stream, facts["mean"], facts["std"], device, args.batch_size).cpu()
+    shown = decoded(stream, torch.arange(len(files)))
+    paths = [os.path.relpath(file, source) for file, kept in zip(files, shown.tolist()) if kept]
+    place = folder / f"embed-{Path(source).name}.npz"
+    if is_main():
+        with written(place) as file:
+            np.savez(file, features=h[shown].numpy(), paths=np.array(paths))
+        with written(place.with_suffix(".csv")) as file:
+            text = io.TextIOWrapper(file, newline="")
+            lines = csv.writer(text)
+            lines.writerow(["path", *(f"f{k}" for k in range(h.shape[1]))])
+            lines.writerows([path, *row] for path, row in zip(paths, h[shown].tolist()))
+            text.detach()  # it flushes; the file is closed by `written`
+    say(f"wrote {place} and .csv: {len(paths):,} images of {len(files):,}, {h.shape[1]} features")
+    return place
+
+
+class Standalone(nn.Module):
+    """A backbone that takes RGB of 0 to 1, (B, 3, S, S), and normalises it itself."""
+
+    def __init__(self, backbone: nn.Module, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.backbone = backbone
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.backbone((images - self.mean) / self.std)
+
+
+def export(backbone: nn.Module, facts: dict, size: int, path: Path) -> None:
+    """A program that needs none of our code, for any number of images of RGB of 0 to 1 and that size: .pt2, which
+    torch.export.load reads, or .onnx, where the packages for it are installed (ValueError)."""
+    network = Standalone(backbone.cpu(), facts["mean"], facts["std"]).eval()
+    example, batch = (torch.rand(2, 3, size, size),), ({0: torch.export.Dim("batch")},)
+    if path.suffix == ".pt2":
+        program = torch.export.export(network, example, dynamic_shapes=batch)
+        with written(path) as file:
+            torch.export.save(program, file)
+    elif path.suffix == ".onnx":
+        missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ValueError(f"--export {path}: pip install {' '.join(missing)} first, or export to .pt2")
+        names = {"input_names": ["images"], "output_names": ["features"]}
+        torch.onnx.export(network, example, str(path), dynamo=True, dynamic_shapes=batch, verbose=False, **names)
+    else:
+        raise ValueError(f"--export {path}: a file's name that ends in .pt2 or .onnx is needed")
+    say(f"wrote {path}: (batch, 3, {size}, {size}) of 0 to 1 -> (batch, {backbone.feature_dim})")
+
+
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
 
@@ -408,6 +546,9 @@ def get_parser() -> Parser:
     add("--stem", choices=["imagenet", "small"], help="the first layers; only where backbone.json is missing")
     add("--untrained", action=on_off, default=True, help="the same network untrained too: what training has added")
     add("--output-dir", help="where the table goes; left out, beside the weights")
+    add("--pictures", action=on_off, default=True, help="neighbours-<data>.png and map-<data>.png")
+    add("--embed", metavar="FOLDER", help="write the features of all its images as .npz and .csv")
+    add("--export", metavar="FILE", help="write the network as a program: .pt2 or .onnx")
     add("--knn-k", type=int, help="neighbours that vote; lower it where classes are small")
     add("--knn-t", type=float, help="temperature of the votes; the lower, the more the nearest neighbours decide")
     add("--augment", type=int, help="random crops that the probe sees of each image, in its place; 10, say; slow")
@@ -485,7 +626,9 @@ def main(args: argparse.Namespace) -> list[dict]:
         backbone, facts = load_backbone(args.weights, args.arch, args.width, args.stem)
         args.image_size = args.image_size or facts.get("resized_to")
         sources = args.data or ([facts["data"]] if "data" in facts else [])
-        if not sources:
+        if args.data is None and (args.embed or args.export):
+            sources = []  # that alone was asked for
+        elif not sources:
             raise ValueError("which images? --data shapes, a torchvision data set's name or a folder")
         folder = Path(args.output_dir or Path(args.weights).parent)
         folder.mkdir(parents=True, exist_ok=True)
@@ -496,23 +639,40 @@ def main(args: argparse.Namespace) -> list[dict]:
         settings = {name: value for name, value in vars(args).items() if name in measure.__kwdefaults__}
         settings["finetune_lr"] = args.finetune_lr if args.finetune else None
 
+        if args.export:
+            export(
+                copy.deepcopy(backbone),
+                facts,
+                args.image_size or (32 if facts["stem"] == "small" else 224),
+                Path(args.export),
+            )
+        if args.embed:
+            embed(backbone, facts, args.embed, args, folder, device)
+        if not sources:
+            return []
         text = caption(args, facts) + "\n"
         say(text)
         lines, table = [], []
         for source in sources:
-            train, test = (load_data(args, source, split) for split in ("train", "test"))
-            if not train.labelled:
+            train = load_data(args, source, "train")
+            test = load_data(args, source, "test") if train.labelled else None
+            if test:
+                drawn = (None if f == 1 else balanced_rows(train.labels, f, args.seed) for f in args.label_fraction)
+                settings["labelled"] = [listed_rows(args.label_list, train)] if args.label_list else list(drawn)
+                for name, network in networks.items():
+                    rows = measure(network, facts, train, test, device, **settings)
+                    table += [{"data": Path(source).name, "network": name, **row} for row in rows]
+                    known = len(lines)
+                    lines = markdown([cells(args, row) for row in table])
+                    say("\n".join(lines[known:]))
+            elif args.pictures:
+                say(f"'{source}' has no labels to measure with: pictures alone")
+            else:
                 needed = "it needs train/ and test/ or val/, a folder a class"
                 raise ValueError(f"'{source}' has no labels to measure with: {needed}")
-            drawn = (None if f == 1 else balanced_rows(train.labels, f, args.seed) for f in args.label_fraction)
-            settings["labelled"] = [listed_rows(args.label_list, train)] if args.label_list else list(drawn)
-            for name, network in networks.items():
-                rows = measure(network, facts, train, test, device, **settings)
-                table += [{"data": Path(source).name, "network": name, **row} for row in rows]
-                known = len(lines)
-                lines = markdown([cells(args, row) for row in table])
-                say("\n".join(lines[known:]))
-        if is_main():
+            if args.pictures:
+                save_pictures(networks, facts, train, test, folder, Path(source).name, device)
+        if is_main() and table:
             data = "-".join(dict.fromkeys(row["data"] for row in table))
             (folder / f"linear_eval-{data}.md").write_text("\n".join([text, *lines, ""]))
     return table

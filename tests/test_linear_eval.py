@@ -15,10 +15,10 @@ from PIL import Image
 from torch import nn
 
 import linear_eval
-from checkpoint import load_backbone
+from checkpoint import load_backbone, save_backbone
 from data import decoded, load_images, make_shapes
 from linear_eval import balanced_rows, extract, few_shot, fit_logistic, knn_accuracy, linear_probe, listed_rows, measure
-from models import build_backbone
+from models import SPACES, build_backbone
 
 CPU = torch.device("cpu")
 FACTS = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.2)}
@@ -272,3 +272,81 @@ def test_wrong_measurements_are_told_in_one_line(pretrained, tmp_path, capsys):
         said, status = refused(capsys, linear_eval, *weights, *flags)
         assert message in said and status == 1, said
     assert not list((tmp_path / "out").glob("*"))
+
+
+# ---- features, programs and pictures --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def searched(tmp_path):
+    """The weights of a network that a search might find, and a folder of images with one broken file."""
+    space = SPACES["resnetk1"]
+    arch = space.arch([5 * stage % len(space.options) for stage in space.stages])
+    torch.manual_seed(0)
+    backbone, _ = build_backbone(arch, "small", 0.125)
+    save_backbone(
+        backbone, {"arch": arch, "width": 0.125, "stem": "small", "mean": [0.5] * 3, "std": [0.25] * 3}, tmp_path
+    )
+    pixels = make_shapes(12, 16).pixels
+    for n, image in enumerate(pixels):
+        place = tmp_path / "photos" / "abc"[n % 3] / f"{n}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(place)
+    (tmp_path / "photos" / "b" / "broken.png").write_bytes(b"no image")
+    return tmp_path, backbone.eval(), pixels
+
+
+def test_features_of_a_folder_are_the_backbones_by_path(searched, capsys):
+    folder, backbone, pixels = searched
+    flags = f"--weights {folder}/backbone.pth --embed {folder}/photos --device cpu"
+    assert linear_eval.main(linear_eval.get_parser().parse_args(flags.split())) == []
+    found = np.load(folder / "embed-photos.npz")
+    rows = [int(Path(path).stem) for path in found["paths"]]
+    assert sorted(rows) == list(range(12)) and found["paths"][0].startswith("a/")
+    with torch.no_grad():
+        expected = backbone((pixels[rows].float() / 255 - 0.5) / 0.25)
+    np.testing.assert_allclose(found["features"], expected, rtol=1e-4, atol=1e-5)
+    lines = (folder / "embed-photos.csv").read_text().splitlines()
+    assert len(lines) == 13 and lines[0].startswith("path,f0,f1,")
+    values = np.array([line.split(",")[1:] for line in lines[1:]], float)
+    np.testing.assert_allclose(values, found["features"], rtol=1e-6)
+    assert "12 images of 13" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ending", ["pt2", "onnx"])
+def test_a_program_gives_what_the_backbone_gives(searched, ending):
+    folder, backbone, pixels = searched
+    if ending == "onnx":
+        pytest.importorskip("onnxscript")
+        runtime = pytest.importorskip("onnxruntime")
+    path = folder / f"program.{ending}"
+    flags = f"--weights {folder}/backbone.pth --export {path} --image-size 16 --device cpu"
+    linear_eval.main(linear_eval.get_parser().parse_args(flags.split()))
+    for images in (pixels[:1].float() / 255, pixels[:7].float() / 255):
+        with torch.no_grad():
+            expected = backbone((images - 0.5) / 0.25)
+            if ending == "pt2":
+                got = torch.export.load(path).module()(images)
+            else:
+                got = torch.tensor(runtime.InferenceSession(path).run(None, {"images": images.numpy()})[0])
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_neighbours_and_maps_are_drawn_without_labels_too(searched, capsys):
+    folder, _, _ = searched
+    flags = f"--weights {folder}/backbone.pth --data {folder}/photos --device cpu"
+    assert linear_eval.main(linear_eval.get_parser().parse_args(flags.split())) == []
+    assert "no labels to measure with: pictures alone" in capsys.readouterr().out
+    assert Image.open(folder / "map-photos.png").width == 2 * 580
+    assert Image.open(folder / "neighbours-photos.png").width > 600
+    assert not list(folder.glob("*.md"))
+
+
+def test_the_nearest_image_is_shown_first(tmp_path):
+    pixels = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 8, 8) * 60
+    bank = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.6, 0.8]])
+    queries = torch.tensor([[0.1, 3.0]])
+    linear_eval.save_neighbours(pixels, pixels[:1], {"a": (bank, queries)}, tmp_path / "n.png")
+    drawn = np.asarray(Image.open(tmp_path / "n.png"))[58]
+    left = 56 + 2 * 18
+    assert [int(drawn[left + k * 58 + 20, 0]) for k in range(4)] == [60, 180, 0, 120]
