@@ -7,6 +7,7 @@ views, index = batches(step)             # [(B, 3, S, S), ...], (B,)
 
 import argparse
 import itertools
+import json
 import math
 import os
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, InitVar, dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -72,6 +74,7 @@ def load_images(
     limit: int | None = None,  # that many images of a fixed shuffle (the same ones whatever the seed of the run)
     budget_gb: float = 16.0,  # that the pixels may take in memory; files beyond it become a Stream, if there is a size
     workers: int | None = None,  # threads that decode; None is one a core, shared among a machine's ranks
+    cache: str | None = None,  # a folder for decoded pixels, which later starts map; None: they are decoded each time
 ) -> Images:
     """Loads one split, whole into memory where it fits.
 
@@ -93,7 +96,7 @@ def load_images(
         names = [os.path.relpath(path, source) for path in items]
     if limit is not None and limit < len(items):
         keep = np.random.default_rng(0).permutation(len(items))[:limit].tolist()
-        items = torch.utils.data.Subset(items, keep)
+        items = [items[i] for i in keep] if isinstance(items, list) else torch.utils.data.Subset(items, keep)
         labels = labels and [labels[i] for i in keep]
         names = [names[i] for i in keep]
 
@@ -109,7 +112,10 @@ def load_images(
             )
         print(f"{stream.what}: {n:,} images, {need:.1f} GB, are decoded as they are needed", file=sys.stderr)
         return Images(stream, torch.tensor(labels), list(classes), names)
-    pixels, kept = stream.read_all()
+    if cache and len(items) >= CACHED and isinstance(items, list):
+        pixels, kept = read_cached(stream, os.path.abspath(source), names, f"{split}-{size}-{limit}", Path(cache))
+    else:
+        pixels, kept = stream.read_all()
     labels = torch.tensor([(stream.labels if labels is None else labels)[row] for row in kept])
     if classes is None:  # the data set does not name them
         classes = [str(i) for i in range(int(labels.max()) + 1)]
@@ -117,15 +123,61 @@ def load_images(
 
 
 def load_data(args: argparse.Namespace, source: str, split: str) -> Images:
-    """load_images by the flags; rank 0 goes first, so that a download happens once."""
-    if not is_main():
-        barrier()
+    """load_images by the flags. Rank 0 goes first, so that a download happens once, then the first rank of each other
+    machine, which decodes what the others map."""
     limit = args.max_images if split == "train" else None
-    where = {"root": args.data_root, "budget_gb": args.resident_gb, "workers": args.workers}
-    images = load_images(source, split, args.image_size, limit=limit, **where)
-    if is_main():
+    cache = {"auto": os.path.join(args.data_root, "decoded"), "none": None}.get(args.cache, args.cache)
+    where = {"root": args.data_root, "budget_gb": args.resident_gb, "workers": args.workers, "cache": cache}
+    own_turn = 0 if is_main() else 1 if os.environ.get("LOCAL_RANK", "0") == "0" else 2
+    for turn in range(3):
+        if turn == own_turn:
+            images = load_images(source, split, args.image_size, limit=limit, **where)
         barrier()
     return images
+
+
+CACHED = 2000  # files from which on decoded pixels are kept: fewer take no time
+
+
+def read_cached(stream: "Stream", source: str, names: list[str], what: str, folder: Path) -> tuple[Tensor, list[int]]:
+    """Stream.read_all, from a file of raw pixels that an earlier start has left, mapped: all processes of a machine
+    share its pages. It is made anew where a file's name, size or time has changed, or where it is not whole; where it
+    cannot be written we say so and go on without."""
+    stats = [os.stat(file) for file in stream.files]
+    stamps = np.array([(stat.st_size, stat.st_mtime_ns) for stat in stats], np.int64)
+    known = {"names": zlib.crc32("\n".join(names).encode()), "stamps": zlib.crc32(stamps), "shape": list(stream.shape)}
+    name = f"{os.path.basename(source)}-{what}-{zlib.crc32(source.encode()):08x}"
+    pixels_file, facts_file = folder / f"{name}.pixels", folder / f"{name}.json"
+    try:
+        facts = json.loads(facts_file.read_text())
+        kept, shape = facts.pop("kept"), facts["shape"]
+        kept = list(range(shape[0])) if kept is None else kept
+        if facts == known and pixels_file.stat().st_size == len(kept) * math.prod(shape[1:]):
+            return mapped(pixels_file, (len(kept), *shape[1:])), kept
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none yet, or not whole
+        pass
+    pixels, kept = stream.read_all()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        facts_file.unlink(missing_ok=True)
+        temporary = folder / f"{name}.{os.getpid()}.tmp"
+        try:
+            pixels.numpy().tofile(temporary)
+            os.replace(temporary, pixels_file)
+        finally:
+            temporary.unlink(missing_ok=True)
+        facts = {**known, "kept": None if len(kept) == len(stream) else kept}
+        temporary.write_text(json.dumps(facts))
+        os.replace(temporary, facts_file)
+        return mapped(pixels_file, tuple(pixels.shape)), kept
+    except OSError as error:
+        print(f"{stream.what}: decoded pixels are not kept in '{folder}': {error}", file=sys.stderr)
+        return pixels, kept
+
+
+def mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """uint8 of that shape; what is written to it does not reach the file."""
+    return torch.from_numpy(np.memmap(path, np.uint8, "c", shape=shape))
 
 
 def _torchvision_items(name, split, root):

@@ -65,6 +65,11 @@ def dashed(name: str) -> str:
 def data_flags(parser: Parser) -> None:
     group = parser.add_argument_group("data and machine")
     group.add_argument("--data-root", default="data", help="where torchvision's data sets are downloaded to")
+    group.add_argument(
+        "--cache",
+        default="auto",
+        help="folder for decoded images, which later starts map; auto: decoded/ below --data-root; none",
+    )
     group.add_argument("--image-size", type=int, help="edge in pixels; left out, the images keep their own")
     group.add_argument("--max-images", type=int, help="so many training images, always the same ones")
     group.add_argument("--resident-gb", type=float, default=16.0, help="for a split's pixels; larger ones are streamed")

@@ -121,6 +121,7 @@ FREE_FLAGS = {
     "checkpoint_minutes",
     "resident_gb",
     "data_root",
+    "cache",
     "device",
 }
 FREE_FLAGS |= {"bench", "bench_json", "profile"}

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 from functools import cache
 
@@ -303,3 +304,54 @@ def test_a_stream_gives_the_bits_of_resident_images_and_is_a_step_ahead(make, tm
     for step in (0, 1, 2, 3, 4, 5, 2):
         assert same(stream(step), resident(step))
         assert resident.rows_of(step + 1).numpy().tobytes() in stream.pixels.asked  # over the end of an epoch too
+
+
+# ---- decoded pixels that are kept -----------------------------------------------------------------------------------
+
+
+def test_kept_pixels_are_those_of_the_files_whatever_happens_to_either(tmp_path, monkeypatch, capfd):
+    """Mapped where nothing has changed; decoded anew for a changed, an added or a removed image, a cut or missing file
+    of pixels and nonsense beside it; and without them on a full disk."""
+    monkeypatch.setattr(data, "CACHED", 1)
+    rng, photos, cache = np.random.default_rng(0), tmp_path / "photos", str(tmp_path / "kept")
+    photos.mkdir()
+
+    def write(name):
+        Image.fromarray(rng.integers(0, 255, (9, 9, 3), np.uint8)).save(photos / name)
+
+    for k in range(6):
+        write(f"{k}.png")
+    (photos / "broken.png").write_bytes(b"nothing")
+    reads = []
+    read_all = data.Stream.read_all
+    monkeypatch.setattr(data.Stream, "read_all", lambda stream: reads.append(1) or read_all(stream))
+
+    def load(size=8):
+        images = load_images(str(photos), size=size, cache=cache)
+        expected = load_images(str(photos), size=size)
+        assert torch.equal(images.pixels, expected.pixels) and images.names == expected.names
+        decoded = len(reads) - 1  # but for the one to compare with
+        reads.clear()
+        return decoded
+
+    assert [load(), load(), load(9), load(9)] == [1, 0, 1, 0]
+    (pixels,), (facts,) = (list((tmp_path / "kept").glob(f"*-8-*.{ending}")) for ending in ("pixels", "json"))
+    changes = [
+        lambda: write("2.png"),
+        lambda: write("7.png"),
+        lambda: (photos / "1.png").unlink(),
+        lambda: pixels.write_bytes(pixels.read_bytes()[:-1]),
+        lambda: pixels.unlink(),
+        lambda: facts.write_text("{"),
+        lambda: facts.write_text("[]"),
+    ]
+    for change in changes:
+        change()
+        assert [load(), load()] == [1, 0]
+    mapped = load_images(str(photos), size=8, cache=cache).pixels
+    mapped.zero_()  # stays with us
+    assert load() == 0
+    write("2.png")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert [load(), load()] == [1, 1]
+    assert "not kept" in capfd.readouterr().err and not list((tmp_path / "kept").glob("*.tmp"))
