@@ -297,6 +297,15 @@ def tensors(state: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
         yield name, state
 
 
+def board(folder: Path):
+    """A SummaryWriter in the folder's `tensorboard`. Raises ValueError where the package is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("--tensorboard needs a package: pip install tensorboard") from error
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
 GO_ON, SAVE, STOP = range(3)
 UNKNOWN = "unknown"  # a fact that agrees with any other
 
@@ -313,7 +322,7 @@ class Checkpoint:
 
     things: by name what has a state dict, which with the step is all that the rest of the run depends on. facts: what
     the run is, plain data by the words of a message; a checkpoint with another value is refused. total: steps; until:
-    those after which it saves and its loop ends for now. All
+    those after which it saves and its loop ends for now; tensorboard: the log's numbers go there too. All
     ranks call every method, and rank 0 writes; state dicts are whole, so a run may go on with another number of ranks.
     Raises ValueError for a checkpoint of another run, or a damaged one, and touches nothing then.
     """
@@ -329,6 +338,7 @@ class Checkpoint:
         minutes: float = 5.0,
         resume: bool = True,
         until: int | None = None,
+        tensorboard: bool = False,
     ):
         self.folder, self.things, self.total, self.minutes = folder, things, total, minutes
         self.path = folder / "checkpoint.pth"
@@ -348,6 +358,7 @@ class Checkpoint:
             say(f"goes on after {self.step:,} of {total:,} steps, as {self.path} has them")
         self.starts.append(start_facts(command, device) | {"after": self.step})
         self.saved = time.monotonic()
+        self.board = board(folder) if tensorboard and is_main() else None
 
     # ---- the loop's side
 
@@ -379,6 +390,11 @@ class Checkpoint:
     def log(self, line: dict) -> None:
         """A line for log.txt; the first one says what made the run."""
         self.history.append(line)
+        if self.board:
+            for name, value in line.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(name, value, line.get("epoch", line.get("step")))
+            self.board.flush()
         if is_main():
             first = self.starts[0] | ({"resumed": self.starts[1:]} if self.starts[1:] else {})
             lines = "".join(json.dumps(line) + "\n" for line in (first, *self.history))

@@ -526,6 +526,7 @@ def get_parser() -> Parser:
     add("--max-detections", type=int, default=100, help="of an image; more where images have more objects")
     add("--amp", action=on_off, help="bf16 autocast; left out: on CUDA, and on a CPU with AMX")
     add("--print-every", type=int, default=50, help="steps between lines on the console")
+    add("--tensorboard", action="store_true", help="the log's numbers go there too")
     add("--resume", action=on_off, default=True, help="go on from a checkpoint of this command")
     add("--checkpoint-minutes", type=float, default=5.0, help="between checkpoints; 0: at the end alone")
     add("--bench", action="store_true", help="time the parts of a step and stop; leaves no run behind")
@@ -534,7 +535,7 @@ def get_parser() -> Parser:
 
 
 FREE_FLAGS = {"output_dir", "workers", "print_every", "resume", "checkpoint_minutes", "device", "bench", "seeds"}
-FREE_FLAGS |= {"untrained", "weights"}  # a run's own facts say which network it is of
+FREE_FLAGS |= {"untrained", "weights", "tensorboard"}  # a run's own facts say which network it is of
 
 
 def settle(args: argparse.Namespace, images: int, body: nn.Module, device: torch.device) -> argparse.Namespace:
@@ -625,7 +626,7 @@ def run(
         known["set of weights (--weights)"] = [crc(x.cpu().numpy() for x in body.state_dict().values())]
         known["set of images (--data)"] = [crc(x for of in splits.values() for i in of for x in (i.boxes, i.labels))]
         things = {"detector": detector, "optimizer": optimizer, "meter": meter}
-        how = args.iterations, args.checkpoint_minutes, args.resume
+        how = args.iterations, args.checkpoint_minutes, args.resume, None, args.tensorboard
         checkpoint = Checkpoint(folder, things, known, command, device, *how)
     train(args, detector, batches, optimizer, meter, checkpoint, device)
     kinds, pictured = evaluate(args, detector, splits["test"], len(classes), device)

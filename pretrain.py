@@ -104,6 +104,7 @@ def training_flags(parser: Parser) -> None:
     )
     group.add_argument("--sync-bn", action=on_off, help="BN over several GPUs; left out: below 64 images on each")
     group.add_argument("--print-every", type=int, default=50, help="steps between lines on the console")
+    group.add_argument("--tensorboard", action="store_true", help="the log's numbers go there too, below --output-dir")
     group.add_argument("--resume", action=on_off, default=True, help="go on from a checkpoint of this command")
     group.add_argument("--checkpoint-minutes", type=float, default=5.0, help="between checkpoints; 0: at the end alone")
     group.add_argument("--bench", action="store_true", help="time the parts of a step and stop; leaves no run behind")
@@ -124,7 +125,7 @@ FREE_FLAGS = {
     "cache",
     "device",
 }
-FREE_FLAGS |= {"bench", "bench_json", "profile"}
+FREE_FLAGS |= {"tensorboard", "bench", "bench_json", "profile"}
 
 
 def get_parser() -> Parser:
@@ -761,6 +762,7 @@ def main(args: argparse.Namespace, images: Images | None = None, until: int | No
             args.checkpoint_minutes,
             args.resume,
             until and until * batches.steps_per_epoch,
+            args.tensorboard,
         )
     if args.knn_every and not images.labelled:
         say("no labels: the monitor gives std and RankMe, but no kNN")

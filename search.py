@@ -931,7 +931,7 @@ def checkpoint_of(search: Search, asked: argparse.Namespace, command: str) -> tu
         "gradients": search.gradients,
     }
     things |= {"cost": search.cost} if search.cost else {}
-    how = command, search.device, search.total, args.checkpoint_minutes, args.resume
+    how = command, search.device, search.total, args.checkpoint_minutes, args.resume, None, args.tensorboard
     return Checkpoint(folder, things, facts_of(search.task, asked, search.operations), *how), meter
 
 

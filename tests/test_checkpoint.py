@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -286,3 +287,29 @@ def test_memory_does_not_grow_after_the_first_epochs(tmp_path):
     subprocess.run([sys.executable, ROOT / "pretrain.py", *flags], check=True, capture_output=True)
     peaks = [json.loads(line)["peak_mib"] for line in (tmp_path / "log.txt").read_text().splitlines()[1:]]
     assert len(peaks) == 24 and peaks[-1] - peaks[7] < 8
+
+
+def test_the_logs_numbers_go_to_tensorboard_where_it_is_installed(tmp_path, capsys, monkeypatch):
+    boards = []
+
+    class Board:
+        def __init__(self, folder):
+            self.folder, self.seen = folder, []
+            boards.append(self)
+
+        def add_scalar(self, name, value, step):
+            self.seen.append((name, value, step))
+
+        def flush(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Board))
+    run(pretrain, tmp_path / "a", "--tensorboard")
+    lines = [json.loads(line) for line in (tmp_path / "a" / "log.txt").read_text().splitlines()[1:]]
+    (board,) = boards
+    assert board.folder == str(tmp_path / "a" / "tensorboard")
+    assert [x for x in board.seen if x[0] == "loss"] == [("loss", line["loss"], line["epoch"]) for line in lines]
+    assert {name for name, *_ in board.seen} == {k for line in lines for k in line} - {"epoch"}
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    message, _ = refused(capsys, pretrain, *TINY, "--output-dir", tmp_path / "b", "--tensorboard")
+    assert "pip install tensorboard" in message
