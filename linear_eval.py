@@ -445,8 +445,8 @@ def save_map(pixels: Tensor, features: dict[str, Tensor], path: Path) -> None:
         headings[name] = 8 + k * (side + 20)
     image = page(len(features) * (side + 20), side + 12, headings)
     for name, h in features.items():
-        _, _, axes = torch.pca_lowrank(h.double(), q=min(6, *h.shape), niter=4)
-        places = (h.double() - h.double().mean(0)) @ axes[:, :2]
+        centred = h.double().cpu() - h.double().cpu().mean(0)
+        places = centred @ torch.linalg.eigh(centred.T @ centred)[1][:, [-1, -2]]
         ranks_of = places.argsort(0).argsort(0).double() / max(1, len(h) - 1)
         for n, (x, y) in enumerate((ranks_of * (side - size)).round().int().tolist()):
             image.paste(thumbnail(pixels[n], size), (headings[name] + x, 34 + y))

@@ -83,7 +83,9 @@ def test_images_without_labels_are_enough_resident_or_streamed(tmp_path, capsys)
     whole, stream = (load(tmp_path / name / "backbone.pth") for name in ("run", "stream"))
     assert whole.keys() == stream.keys() and all(whole[k].equal(stream[k]) for k in whole)
     with pytest.raises(SystemExit, match="train/ and test/ or val/"):
-        linear_eval.main(linear_eval.get_parser().parse_args(["--weights", str(tmp_path / "run" / "backbone.pth")]))
+        linear_eval.main(
+            linear_eval.get_parser().parse_args(["--no-pictures", "--weights", str(tmp_path / "run" / "backbone.pth")])
+        )
 
 
 def test_a_bench_reports_and_leaves_nothing(tmp_path, capsys):
