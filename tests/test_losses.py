@@ -463,7 +463,7 @@ def test_what_is_no_image_is_no_class():
         build("diet", n_images=5).load_state_dict(build("diet").state_dict())
 
 
-# ---- two ranks ------------------------------------------------------------------------------------------------------
+# ---- several ranks --------------------------------------------------------------------------------------------------
 
 INDICES = torch.tensor([3, 10, 0, 7, 5, 6, 1, 2])
 CASES = {
@@ -502,28 +502,30 @@ def one_step(case, device, rank=0, world=1):
     return (losses.reduced(loss.detach()) / world).cpu(), gradients, state
 
 
-def rank_main(rank, port, folder, device):
-    as_rank(rank, 2, port)
+def rank_main(rank, world, port, folder, device):
+    as_rank(rank, world, port)
     dist.init_process_group("gloo")  # nccl wants a GPU a rank
     torch.backends.cudnn.allow_tf32 = False
-    torch.save({case: one_step(case, device, rank, 2) for case in CASES[device]}, f"{folder}/{rank}.pth")
+    torch.save({case: one_step(case, device, rank, world) for case in CASES[device]}, f"{folder}/{rank}.pth")
     dist.destroy_process_group()
 
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-@pytest.mark.parametrize("device, tolerance", [("cpu", 1e-7), pytest.param("cuda", 0.02, marks=NEEDS_GPU)])
-def test_two_ranks_give_one_process_loss_gradients_and_state(device, tolerance, tmp_path):
+@pytest.mark.parametrize(
+    "world, device, tolerance", [(2, "cpu", 1e-7), (4, "cpu", 1e-7), pytest.param(2, "cuda", 0.02, marks=NEEDS_GPU)]
+)
+def test_several_ranks_give_one_process_loss_gradients_and_state(world, device, tolerance, tmp_path):
     """Alphas, queues, centre and Sinkhorn's codes included."""
     torch.backends.cudnn.allow_tf32 = False
-    torch.multiprocessing.spawn(rank_main, (free_port(), str(tmp_path), device), nprocs=2)
-    ranks = [load(tmp_path / f"{rank}.pth") for rank in range(2)]
+    torch.multiprocessing.spawn(rank_main, (world, free_port(), str(tmp_path), device), nprocs=world)
+    ranks = [load(tmp_path / f"{rank}.pth") for rank in range(world)]
     for case in CASES[device]:
         loss, gradients, state = one_step(case, device)
         if "diet" in case:  # every rank has its own rows
             rows = [rank[case][1].pop("classifier.weight") for rank in ranks]
-            assert [len(r) for r in rows] == [5, 6]
+            assert [len(r) for r in rows] == {2: [5, 6], 4: [2, 3, 3, 3]}[world]
             close(torch.cat(rows), gradients.pop("classifier.weight"), atol=tolerance, rtol=tolerance)
         assert any(key.endswith("alpha") for key in gradients) == ("searched" in case) and len(gradients) > 3
         for rank in ranks:
