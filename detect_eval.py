@@ -191,9 +191,12 @@ def freeze_bn(body: nn.Module) -> None:
 
 def load_example(image: Annotated, size: int, longest: int, flip: bool = False, masks: bool = False) -> tuple:
     """(uint8 (3, h, w), {"boxes" (n, 4), "labels" (n,), "masks" (n, h, w)}) with a short side of `size` where the long
-    one is not above `longest`. Labels begin at 1."""
-    with Image.open(image.file) as file:
-        pixels = Image.fromarray(to_pixels(file, None))
+    one is not above `longest`. Labels begin at 1. Raises ValueError for a file that cannot be decoded."""
+    try:
+        with Image.open(image.file) as file:
+            pixels = Image.fromarray(to_pixels(file, None))
+    except Exception as error:  # a decoder meets a broken file with any exception there is
+        raise ValueError(f"'{image.file}' cannot be decoded ({type(error).__name__}: {error})") from error
     scale = min(size / min(pixels.size), longest / max(pixels.size))
     w, h = (max(1, round(side * scale)) for side in pixels.size)
     pixels = np.asarray(pixels.resize((w, h), Image.Resampling.BILINEAR))
@@ -309,7 +312,8 @@ def train(
             lr = lr_of(args, step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            batch = batches(step)
+            with user_errors():
+                batch = batches(step)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 losses = losses_of(model, detector, batch)
             loss = sum(losses.values())
@@ -357,7 +361,8 @@ def evaluate(
     numbers = range(rank, len(images), world)
     tasks = {n: pool.submit(load_example, images[n], args.image_size[-1], args.longest) for n in numbers[:8]}
     for n in numbers:
-        pixels, _ = tasks.pop(n).result()
+        with user_errors():
+            pixels, _ = tasks.pop(n).result()
         if (later := n + 8 * world) < len(images):
             tasks[later] = pool.submit(load_example, images[later], args.image_size[-1], args.longest)
         detector.transform.shown = [(images[n].height, images[n].width)]
@@ -669,6 +674,7 @@ def main(args: argparse.Namespace) -> dict[str, list[dict[str, dict]]]:
             f"lr {args.lr * args.batch_size / 16:g} (--lr {args.lr:g} is for a batch of 16), "
             f"{args.image_size[-1]} px, {args.seeds} seeds; AP by COCO's rules on the test images, in %."
         )
+        text += " BN is frozen, but for the untrained network's." if args.freeze_bn else ""
         more = sum(len(image.boxes) > args.max_detections for image in splits["test"])
         say(
             text

@@ -245,6 +245,16 @@ def test_rectangles_are_found(weights, rectangles, tmp_path):
     assert found["box"]["AP50"] > 60 and found["mask"]["AP50"] > 60, found
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_an_image_that_cannot_be_decoded_is_named(split, weights, tmp_path):
+    """Its header is as it should be, so that nobody notices before."""
+    data = make_rectangles(tmp_path / "data", (4, 2))
+    file = data / split / "images" / "1.png"
+    file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(SystemExit, match=r"1\.png' cannot be decoded"):
+        detect_eval.main(arguments(weights, data, tmp_path / "out", "--no-untrained"))
+
+
 def test_bench_leaves_nothing(weights, rectangles, tmp_path, capsys):
     seconds = detect_eval.main(arguments(weights, rectangles, tmp_path / "new", "--bench"))
     assert set(seconds) == {"images", "forward", "backward", "optimiser"} and not (tmp_path / "new").exists()
