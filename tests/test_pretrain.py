@@ -360,6 +360,26 @@ def test_two_ranks_keep_equal_alphas_weights_and_queues(tmp_path):
             torch.testing.assert_close(torch.cat([x, y]), view, atol=1e-5, rtol=1e-5)
 
 
+def goes_on(rank, world, port, folder, until):
+    if world > 1:
+        as_rank(rank, world, port)
+    for method in ("moco", "diet"):
+        pretrain.main(arguments(pretrain, folder / method, "--method", method), until=until)
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
+    """2, then 1, then 4: MoCo's queue and DIET's rows are whole in a checkpoint."""
+    for world, until in ((2, 1), (1, 2), (4, None)):
+        torch.multiprocessing.spawn(goes_on, (world, free_port(), tmp_path, until), nprocs=world)
+    for method in ("moco", "diet"):
+        first, *lines = [json.loads(line) for line in (tmp_path / method / "log.txt").read_text().splitlines()]
+        assert [line["epoch"] for line in lines] == [1, 2, 3] and (tmp_path / method / "backbone.pth").exists()
+        assert [first["ranks"], *(again["ranks"] for again in first["resumed"])] == [2, 1, 4]
+        assert all(math.isfinite(line["loss"]) for line in lines)
+
+
 def joins(rank, port, attempt):
     as_rank(rank, 2, port)
     os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT=str(attempt))
