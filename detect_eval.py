@@ -710,9 +710,11 @@ def main(args: argparse.Namespace) -> dict[str, list[dict[str, dict]]]:
             how = {"seed": seed, "freeze_bn": args.freeze_bn and trained}
             its = argparse.Namespace(**{**vars(args), **how})
             torch.manual_seed(seed)
-            body = (
-                copy.deepcopy(backbone) if trained else build_backbone(facts["arch"], facts["stem"], facts["width"])[0]
-            )
+            body, _ = build_backbone(facts["arch"], facts["stem"], facts["width"])
+            if trained:
+                body, fresh = copy.deepcopy(backbone), body
+                if args.rescale:
+                    rescale(body, fresh)
             place = folder / f"{network}-seed{seed}"
             found = run(its, body, facts, splits, classes, place, command, device)
             if args.bench:
