@@ -51,7 +51,7 @@ from annotations import RECALLS, Annotated, Precision, read
 from checkpoint import Checkpoint, load_backbone, save_atomic, versions, write_atomic, write_json
 from data import ORDER, cores, to_device, to_pixels
 from launch import Meter, Parser, barrier, is_main, memory_format, say, user_errors
-from linear_eval import markdown
+from linear_eval import markdown, page
 from losses import ranks
 from models import ARCHS, ViT, build_backbone, describe
 from optim import kind_of
@@ -410,10 +410,11 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F
 
 
 def tile(image: Annotated, boxes: np.ndarray, labels: np.ndarray, masks: np.ndarray | None) -> Image.Image:
-    """The image with boxes, and masks if there are any, in the colours of their classes."""
+    """The image with boxes, or masks if there are any, in the colours of their classes; masks of one class in turn."""
     pixels, _ = load_example(image, TILE, TILE)
     h, w = pixels.shape[1:]
-    colours = [COLOURS[k % len(COLOURS)] for k in labels]
+    one = len({*labels.tolist()}) < 2
+    colours = [COLOURS[(n if one and masks is not None else k) % len(COLOURS)] for n, k in enumerate(labels)]
     if masks is not None and len(masks):
         shapes = [np.asarray(Image.fromarray(mask).resize((w, h), 0)) for mask in masks]
         pixels = draw_segmentation_masks(pixels, torch.tensor(np.array(shapes)), alpha=0.5, colors=colours)
@@ -427,28 +428,27 @@ def save_detections(images: list[Annotated], rows: dict[str, dict[int, dict]], c
     """A line for each of the first test images: the truth, then what each network finds with a score of .5 or above.
     rows: by network what `evaluate` says."""
     lines = []
-    for n, image in enumerate(images[:PICTURED]):
-        masks = np.array([draw() for draw in image.masks], bool) if image.masks else None
-        lines.append([tile(image, image.boxes, image.labels, masks)])
+    for n, truth in enumerate(images[:PICTURED]):
+        masks = np.array([draw() for draw in truth.masks], bool) if truth.masks else None
+        lines.append([tile(truth, truth.boxes, truth.labels, masks)])
         for pictured in rows.values():
             found = pictured[n]
             sure = found["scores"] >= 0.5
             shown = found["masks"][sure] if found["masks"] is not None else None
-            lines[-1].append(tile(image, found["boxes"][sure], found["labels"][sure], shown))
+            lines[-1].append(tile(truth, found["boxes"][sure], found["labels"][sure], shown))
     heights = [max(cell.height for cell in line) + 8 for line in lines]
-    page = Image.new("RGB", ((TILE + 8) * (1 + len(rows)) + 8, sum(heights) + 52), "white")
-    draw, x = ImageDraw.Draw(page), 8
-    for k, name in enumerate(classes[: len(COLOURS)]):
-        draw.text((x, 6), name, COLOURS[k], font_size=14)
+    columns = {name: 8 + k * (TILE + 8) for k, name in enumerate(("truth", *rows))}
+    image = page((TILE + 8) * len(columns) + 8, sum(heights) + 22, columns)
+    draw, x = ImageDraw.Draw(image), 8
+    for name, colour in zip(classes, COLOURS):
+        draw.text((x, 30), name, colour, font_size=14)
         x += 16 + draw.textlength(name, font_size=14)
-    for k, name in enumerate(("truth", *rows)):
-        draw.text((8 + k * (TILE + 8), 28), name, "black", font_size=14)
     y = 52
     for line, height in zip(lines, heights):
         for k, cell in enumerate(line):
-            page.paste(cell, (8 + k * (TILE + 8), y))
+            image.paste(cell, (8 + k * (TILE + 8), y))
         y += height
-    page.save(path)
+    image.save(path)
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
