@@ -186,23 +186,6 @@ def freeze_bn(body: nn.Module) -> None:
             module.eval().requires_grad_(False)
 
 
-@torch.no_grad()
-def rescale(body: nn.Module, fresh: nn.Module) -> None:
-    """Each convolution that BN follows gets the norm that it has in a fresh network, and BN's statistics follow: what
-    the network computes stays (but for BN's epsilon), but a step of SGD turns it as far as it would turn the fresh one,
-    for its effective rate is lr / |w|^2. Pre-training by AdamW can leave weights of five times that norm, which a short
-    schedule hardly moves (results/README.md). MoCo names the problem for features (1911.05722, section 4.2)."""
-    conv = None
-    for module, other in zip(body.modules(), fresh.modules(), strict=True):
-        if isinstance(module, nn.Conv2d):
-            conv, factor = module, other.weight.norm() / module.weight.norm().clamp(min=1e-12)
-        elif isinstance(module, nn.BatchNorm2d) and conv is not None:
-            conv.weight *= factor
-            module.running_mean *= factor
-            module.running_var *= factor**2
-            conv = None
-
-
 # ---- images ---------------------------------------------------------------------------------------------------------
 
 
@@ -494,7 +477,6 @@ SCHEDULES = {
         "finest_stride": 8,
         "anchor_scale": 2.0,
         "rois": 64,
-        "rescale": True,
     },
     "1x": {
         "iterations": 90_000,
@@ -507,7 +489,6 @@ SCHEDULES = {
         "finest_stride": 4,
         "anchor_scale": 8.0,
         "rois": 512,
-        "rescale": False,
     },
 }
 SCHEDULES["2x"] = SCHEDULES["1x"] | {"iterations": 180_000}
@@ -540,7 +521,6 @@ def get_parser() -> Parser:
     add("--lr", type=float, help="at batch size 16, scaled with it; a ViT's, by AdamW, 1e-4")
     add("--warmup", type=int, help="steps of linear warm-up")
     add("--clip-grad", type=float, help="largest norm of all gradients; 0: any")
-    add("--rescale", action=on_off, help="pre-trained convolutions get the norm of fresh ones; the function stays")
     add("--freeze-bn", action="store_true", help="the backbone's BN stays as it is; not of the untrained one")
     add("--image-size", type=int, nargs="+", help="of the short side; of several one is drawn, the last is tested with")
     add("--longest", type=int, default=1333, help="that the long side may be")
@@ -710,11 +690,8 @@ def main(args: argparse.Namespace) -> dict[str, list[dict[str, dict]]]:
             how = {"seed": seed, "freeze_bn": args.freeze_bn and trained}
             its = argparse.Namespace(**{**vars(args), **how})
             torch.manual_seed(seed)
-            body, _ = build_backbone(facts["arch"], facts["stem"], facts["width"])
-            if trained:
-                body, fresh = copy.deepcopy(backbone), body
-                if args.rescale:
-                    rescale(body, fresh)
+            fresh, _ = build_backbone(facts["arch"], facts["stem"], facts["width"])
+            body = copy.deepcopy(backbone) if trained else fresh
             place = folder / f"{network}-seed{seed}"
             found = run(its, body, facts, splits, classes, place, command, device)
             if args.bench:
