@@ -618,7 +618,7 @@ def run(
     with user_errors():
         torch.manual_seed(args.seed)
         detector = build_detector(args, launch.synced(body, device), facts, len(classes)).to(device)
-        detector = detector.to(memory_format=memory_format(device))
+        detector.backbone.to(memory_format=memory_format(device))  # the heads see crops in torch's own format
         batches = DetectionBatches(args, splits["train"], device)
         optimizer = optimizer_of(args, detector)
         if args.bench:

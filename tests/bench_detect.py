@@ -9,7 +9,7 @@ the step before. Medians of ratios within a round; memory is that of a process t
 
 import argparse
 import copy
-import resource
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,8 +80,11 @@ def main():
     args = detect_eval.settle(args, 0, body, device)
     args.arch = own.arch
     detectors = {"ours": detect_eval.build_detector(args, body, {"mean": MEAN, "std": STD}, len(classes))}
-    detectors["ours"] = detectors["ours"].to(memory_format=torch.channels_last)
+    detectors["ours"].backbone.to(memory_format=torch.channels_last)
     detectors["torchvision"] = reference(args, len(classes))
+    if own.alone:
+        detectors = {own.alone: detectors[own.alone]}
+        del body
     parameters = {name: sum(p.numel() for p in d.parameters()) for name, d in detectors.items()}
     batches = detect_eval.DetectionBatches(args, splits["train"], device)
     large = copy.copy(batches)  # at the size on disk, for the reference, which resizes
@@ -94,8 +97,6 @@ def main():
     }
     for step in range(3 + own.steps):
         for name, detector in detectors.items():
-            if own.alone not in (None, name):
-                continue
             images, targets, seeds = (batches if name == "ours" else large)(step)
             begun = clock(device)
             if name == "ours":
@@ -107,7 +108,7 @@ def main():
             optimizers[name].zero_grad()
             rounds[name].append(clock(device) - begun)
     if own.alone:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024)
         return
     ratio = median(a / b for a, b in zip(*(times[3:] for times in rounds.values())))
     print(f"{own.arch}, {own.data}, {own.image_size} px, batch {args.batch_size}: parameters {parameters}")
