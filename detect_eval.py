@@ -399,8 +399,9 @@ def tile(image: Annotated, boxes: np.ndarray, labels: np.ndarray, masks: np.ndar
     one = len({*labels.tolist()}) < 2
     colours = [COLOURS[(n if one and masks is not None else k) % len(COLOURS)] for n, k in enumerate(labels)]
     if masks is not None and len(masks):
-        shapes = [np.asarray(Image.fromarray(mask).resize((w, h), 0)) for mask in masks]
-        pixels = draw_segmentation_masks(pixels, torch.tensor(np.array(shapes)), alpha=0.5, colors=colours)
+        for mask, colour in zip(masks, colours):  # one by one: of masks that overlap torchvision blanks what they share
+            shape = torch.tensor(np.asarray(Image.fromarray(mask).resize((w, h), 0)))
+            pixels = draw_segmentation_masks(pixels, shape, alpha=0.5, colors=colour)
     elif len(boxes):
         scaled = torch.tensor(boxes * np.array([w / image.width, h / image.height] * 2), dtype=torch.float32)
         pixels = draw_bounding_boxes(pixels, scaled, colors=colours, width=2)
