@@ -143,8 +143,7 @@ def read_cached(stream: "Stream", source: str, names: list[str], what: str, fold
     """Stream.read_all, from a file of raw pixels that an earlier start has left, mapped: all processes of a machine
     share its pages. It is made anew where a file's name, size or time has changed, or where it is not whole; where it
     cannot be written we say so and go on without."""
-    stats = [os.stat(file) for file in stream.files]
-    stamps = np.array([(stat.st_size, stat.st_mtime_ns) for stat in stats], np.int64)
+    stamps = np.array([stamp(file) for file in stream.files], np.int64)
     known = {"names": zlib.crc32("\n".join(names).encode()), "stamps": zlib.crc32(stamps), "shape": list(stream.shape)}
     name = f"{os.path.basename(source)}-{what}-{zlib.crc32(source.encode()):08x}"
     pixels_file, facts_file = folder / f"{name}.pixels", folder / f"{name}.json"
@@ -173,6 +172,15 @@ def read_cached(stream: "Stream", source: str, names: list[str], what: str, fold
     except OSError as error:
         print(f"{stream.what}: decoded pixels are not kept in '{folder}': {error}", file=sys.stderr)
         return pixels, kept
+
+
+def stamp(file: str) -> tuple[int, int]:
+    """(size, time) of a file; of a link that leads nowhere, which is skipped as a broken image is, (-1, -1)."""
+    try:
+        stat = os.stat(file)
+    except OSError:
+        return -1, -1
+    return stat.st_size, stat.st_mtime_ns
 
 
 def mapped(path: Path, shape: tuple[int, ...]) -> Tensor:

@@ -459,7 +459,8 @@ def save_pictures(
     """neighbours-<data>.png and map-<data>.png. Without test images (None) the queries are training images."""
     torch.manual_seed(0)
     rows = torch.randperm(len(train.pixels))[: BANK + QUERIES]
-    bank, queries, of = rows[QUERIES:], rows[:QUERIES], train
+    shown = min(QUERIES, len(rows) // 2)
+    bank, queries, of = rows[shown:], rows[:shown], train
     if test is not None:
         bank, queries, of = rows[:BANK], torch.randperm(len(test.pixels))[:QUERIES], test
     features, maps = {}, {}

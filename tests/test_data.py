@@ -322,6 +322,7 @@ def test_kept_pixels_are_those_of_the_files_whatever_happens_to_either(tmp_path,
     for k in range(6):
         write(f"{k}.png")
     (photos / "broken.png").write_bytes(b"nothing")
+    (photos / "nowhere.png").symlink_to(tmp_path / "gone.png")
     reads = []
     read_all = data.Stream.read_all
     monkeypatch.setattr(data.Stream, "read_all", lambda stream: reads.append(1) or read_all(stream))

@@ -342,6 +342,13 @@ def test_neighbours_and_maps_are_drawn_without_labels_too(searched, capsys):
     assert not list(folder.glob("*.md"))
 
 
+def test_two_images_are_enough_for_pictures(tmp_path):
+    images = make_shapes(2, 16)._replace(classes=[])
+    networks = {"a": build_backbone("resnet18", "small", 0.0625)[0]}
+    linear_eval.save_pictures(networks, FACTS, images, None, tmp_path, "two", CPU)
+    assert (tmp_path / "map-two.png").exists() and (tmp_path / "neighbours-two.png").exists()
+
+
 def test_the_nearest_image_is_shown_first(tmp_path):
     pixels = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 8, 8) * 60
     bank = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.6, 0.8]])
