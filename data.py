@@ -86,8 +86,7 @@ def load_images(
     """
     if source == "shapes":
         n, seed = {"train": (4000, 0), "test": (1000, 1)}[split]
-        pixels, labels, classes, names = make_shapes(n, size or 32, seed)
-        return Images(pixels[:limit], labels[:limit], classes, names[:limit])
+        return make_shapes(min(n, limit or n), size or 32, seed)
     if source in DATASETS:
         items, labels, classes = _torchvision_items(source, split, root)
         names = [str(i) for i in range(len(items))]

@@ -1,5 +1,6 @@
 """What several test files share: small runs of the scripts, what they are built of, and commands that are refused."""
 
+import multiprocessing
 import os
 import socket
 import sys
@@ -18,6 +19,7 @@ import pretrain
 import search
 from candidates import task_of
 
+multiprocessing.set_forkserver_preload(["conftest"])
 settings.register_profile("quick", deadline=None, derandomize=True, max_examples=20)
 settings.register_profile("thorough", deadline=None, max_examples=400, suppress_health_check=list(HealthCheck))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
@@ -72,6 +74,11 @@ def as_rank(rank, world, port):
     torch.set_num_threads(1)
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     os.environ.update(zip(names, map(str, (rank, world, rank, "127.0.0.1", port))))
+
+
+def spawn(function, args, nprocs):
+    """function(rank, *args) in so many processes at once, forked of one that has imported the scripts already."""
+    torch.multiprocessing.start_processes(function, args, nprocs, start_method="forkserver")
 
 
 @pytest.fixture(scope="session")

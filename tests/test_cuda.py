@@ -86,9 +86,9 @@ def test_a_masked_supernet_is_one_graph_whatever_is_sampled(tmp_path):
 
 
 def test_one_process_compiles_any_number_of_runs(tmp_path):
-    for k in range(12):
+    for k in range(10):  # two more than dynamo compiles of one function
         built = build(pretrain, tmp_path, "--method", "simclr", "--width", 0.05 + 0.01 * k)
         counters.clear()
-        built.method.compile(backend="aot_eager")
+        built.method.compile(backend="eager")
         built.method(*built.batches(0))
         assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"], k

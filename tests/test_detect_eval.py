@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import as_rank, free_port, load, refused
+from conftest import as_rank, free_port, load, refused, spawn
 from PIL import Image
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 
@@ -215,7 +215,7 @@ def test_two_ranks_are_one(weights, rectangles, tmp_path, monkeypatch):
     flags += ["--freeze-bn", "--lr", "0.02"]
     one = detect_eval.main(get_parser().parse_args([*flags, "--output-dir", str(tmp_path / "one")]))
     two = [*flags, "--output-dir", str(tmp_path / "two")]
-    torch.multiprocessing.spawn(rank_main, (free_port(), two), nprocs=2)
+    spawn(rank_main, (free_port(), two), nprocs=2)
     a, b = (load(tmp_path / name / "pre-trained-seed0" / "detector.pth") for name in ("one", "two"))
     for k, x in a.items():
         torch.testing.assert_close(b[k], x, rtol=1e-4, atol=1e-5)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ROOT, as_rank, free_port, load
+from conftest import ROOT, as_rank, free_port, load, spawn
 from torch import nn
 
 import losses
@@ -519,7 +519,7 @@ NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 def test_several_ranks_give_one_process_loss_gradients_and_state(world, device, tolerance, tmp_path):
     """Alphas, queues, centre and Sinkhorn's codes included."""
     torch.backends.cudnn.allow_tf32 = False
-    torch.multiprocessing.spawn(rank_main, (world, free_port(), str(tmp_path), device), nprocs=world)
+    spawn(rank_main, (world, free_port(), str(tmp_path), device), nprocs=world)
     ranks = [load(tmp_path / f"{rank}.pth") for rank in range(world)]
     for case in CASES[device]:
         loss, gradients, state = one_step(case, device)

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, arguments, as_rank, build, free_port, load, make_search, refused, run
+from conftest import ROOT, TINY, arguments, as_rank, build, free_port, load, make_search, refused, run, spawn
 from PIL import Image
 from torch import nn
 from torch.distributed.run import get_args_parser
@@ -345,7 +345,7 @@ def rank_main(rank, port, folder):
 
 
 def test_two_ranks_keep_equal_alphas_weights_and_queues(tmp_path):
-    torch.multiprocessing.spawn(rank_main, (free_port(), str(tmp_path)), nprocs=2)
+    spawn(rank_main, (free_port(), str(tmp_path)), nprocs=2)
     for method in METHODS:
         a, b = (load(tmp_path / f"{method}-{r}.pth") for r in range(2))
         for key in a["state"]:
@@ -372,7 +372,7 @@ def goes_on(rank, world, port, folder, until):
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
     """2, then 1, then 4: MoCo's queue and DIET's rows are whole in a checkpoint."""
     for world, until in ((2, 1), (1, 2), (4, None)):
-        torch.multiprocessing.spawn(goes_on, (world, free_port(), tmp_path, until), nprocs=world)
+        spawn(goes_on, (world, free_port(), tmp_path, until), nprocs=world)
     for method in ("moco", "diet"):
         first, *lines = [json.loads(line) for line in (tmp_path / method / "log.txt").read_text().splitlines()]
         assert [line["epoch"] for line in lines] == [1, 2, 3] and (tmp_path / method / "backbone.pth").exists()
@@ -394,7 +394,7 @@ def test_ranks_that_torchrun_restarts_do_not_take_each_other_for_those_of_before
     port, keys = free_port(), []
     store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # as torchrun's agent
     for attempt in range(2):
-        torch.multiprocessing.spawn(joins, (port, attempt), nprocs=2)
+        spawn(joins, (port, attempt), nprocs=2)
         keys.append(store.num_keys())
     assert keys[1] - 1 == 2 * (keys[0] - 1)  # none is written twice; one is the store's own
 
@@ -412,10 +412,8 @@ def spins(command, **more):
 
 def test_threads_spin_shortly_however_a_script_is_started():
     python, short = [sys.executable], "1000"
-    assert spins([*python, "pretrain.py", "--help"]) == [short] == spins([*python, "-c", "import search"])
-    assert spins([*python, "-c", "import linear_eval"], GOMP_SPINCOUNT="77") == ["77"]
-    passive = spins([*python, "-c", "import pretrain"], OMP_WAIT_POLICY="passive")
-    assert passive and passive != [short]
+    assert spins([*python, "-c", "import search"]) == [short]
+    assert spins([*python, "linear_eval.py", "--help"], GOMP_SPINCOUNT="77") == ["77"]
     two = spins([*python, "-m", "torch.distributed.run", "--nproc-per-node", "2", "pretrain.py", "--help"])
     assert two.count(short) == 2  # and torchrun itself
 
