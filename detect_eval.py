@@ -657,6 +657,20 @@ def curves_of(kinds: dict[str, Precision]) -> dict[str, list[float]]:
     return curves
 
 
+def conditions(args: argparse.Namespace, facts: dict, splits: dict[str, list[Annotated]], classes: list[str]) -> str:
+    """In words, what the figures are measured on, and how."""
+    images = len(splits["train"])
+    epochs = args.iterations * args.batch_size / images
+    text = (
+        f"{describe(facts['arch'])} x{facts['width']:g} ({args.weights}), {Path(args.data).name}: "
+        f"{images:,} training images, {len(splits['test']):,} test images, {len(classes)} classes. "
+        f"Schedule {args.schedule}: {args.iterations:,} steps of {args.batch_size} ({epochs:.1f} epochs), "
+        f"lr {args.lr * args.batch_size / 16:g} (--lr {args.lr:g} is for a batch of 16), "
+        f"{args.image_size[-1]} px, {args.seeds} seeds; AP by COCO's rules on the test images, in %."
+    )
+    return text + " BN is frozen, but for the untrained network's." * args.freeze_bn
+
+
 def main(args: argparse.Namespace) -> dict[str, list[dict[str, dict]]]:
     """By network, of each seed, by "box" and "mask": Precision.summary()."""
     command = launch.command_line(Path(__file__).name, get_parser(), args)
@@ -667,20 +681,11 @@ def main(args: argparse.Namespace) -> dict[str, list[dict[str, dict]]]:
         args = settle(args, len(splits["train"]), backbone, device)
         data = Path(args.data).name
         folder = Path(args.output_dir or Path(args.weights).parent / f"detect-{data}")
-        images, epochs = len(splits["train"]), args.iterations * args.batch_size / len(splits["train"])
-        text = (
-            f"{describe(facts['arch'])} x{facts['width']:g} ({args.weights}), {data}: {images:,} training images, "
-            f"{len(splits['test']):,} test images, {len(classes)} classes. Schedule {args.schedule}: "
-            f"{args.iterations:,} steps of {args.batch_size} ({epochs:.1f} epochs), "
-            f"lr {args.lr * args.batch_size / 16:g} (--lr {args.lr:g} is for a batch of 16), "
-            f"{args.image_size[-1]} px, {args.seeds} seeds; AP by COCO's rules on the test images, in %."
-        )
-        text += " BN is frozen, but for the untrained network's." if args.freeze_bn else ""
+        text = conditions(args, facts, splits, classes)
+        say(text)
         more = sum(len(image.boxes) > args.max_detections for image in splits["test"])
-        say(
-            text
-            + (f" {more} test images have more than {args.max_detections} objects: --max-detections" if more else "")
-        )
+        if more:
+            say(f"{more} test images have more than {args.max_detections} objects: --max-detections")
         if not args.bench:
             folder.mkdir(parents=True, exist_ok=True)
     results, pictured, curves = {}, {}, {}

@@ -379,21 +379,16 @@ def measure(
         bank, query = h[:, -backbone.feature_dim :], h_test[:, -backbone.feature_dim :]  # a ViT's last block
         row = {"labels": len(rows), "images": len(train.pixels)}
         row["knn"] = knn_accuracy(bank, labels, query, test_labels, knn_k, knn_t)
-        seen = h
-        if augment:
-            rng = np.random.default_rng(seed + ranks()[0])  # every rank crops its own share
-            seen = torch.stack(
-                [features(train.pixels, rows=rows, crop=partial(views, rng=rng)) for _ in range(augment)]
-            )
-        row.update(linear_probe(seen, labels, h_test, test_labels, seed))
+        crop = partial(views, rng=np.random.default_rng(seed + ranks()[0]))  # every rank crops its own share
+        crops = [features(train.pixels, rows=rows, crop=crop) for _ in range(augment)]
+        row.update(linear_probe(torch.stack(crops) if crops else h, labels, h_test, test_labels, seed))
         smallest = labels.bincount(minlength=len(train.classes)).min().item()
         for n in shots:
             enough = n <= smallest
             row[f"{n}-shot"] = few_shot(bank, labels, query, test_labels, n, draws, seed) if enough else None
         if finetune_lr:
-            row.update(
-                finetune(backbone, facts, train, rows, test, device, finetune_lr, finetune_epochs, seed, compiled)
-            )
+            how = {"epochs": finetune_epochs, "seed": seed, "compiled": compiled}
+            row.update(finetune(backbone, facts, train, rows, test, device, finetune_lr, **how))
         row["seconds"] = time.time() - start
         table.append(row)
     backbone.train(training)

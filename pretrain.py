@@ -621,8 +621,8 @@ def bench(
     }
 
 
-def write_bench(args: argparse.Namespace, figures: dict, device: torch.device, command: str) -> None:
-    """--bench-json: the figures, and where they were taken."""
+def write_bench(args: argparse.Namespace, figures: dict, device: torch.device, command: str) -> dict:
+    """--bench-json: the figures, which are returned, and where they were taken."""
     cpu = platform.processor() or platform.machine()
     where = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
@@ -633,6 +633,7 @@ def write_bench(args: argparse.Namespace, figures: dict, device: torch.device, c
     }
     if args.bench_json and is_main():
         write_atomic(json.dumps({**figures, **where}, indent=2) + "\n", Path(args.bench_json))
+    return figures
 
 
 def profiler_of(args: argparse.Namespace, folder: Path) -> torch.profiler.profile | None:
@@ -727,7 +728,8 @@ def main(args: argparse.Namespace, images: Images | None = None, until: int | No
         held_out, rows = split(images, args)
         stats = channel_stats(images.pixels)
         multi_crop = build_multi_crop(args, images, stats, device)
-        stem, what = stem_of(args, images), f"{describe(arch)} x{args.width:g}"
+        stem = stem_of(args, images)
+        what = f"{describe(arch)} x{args.width:g}"
         torch.manual_seed(args.seed)
         encoder = build_encoder(args, arch, stem)
         if args.weights:
@@ -742,16 +744,12 @@ def main(args: argparse.Namespace, images: Images | None = None, until: int | No
         monitor = Monitor(args, images, stats, held_out, rows, multi_crop, device)
         total = args.epochs * batches.steps_per_epoch
         meter = Meter(total, {"loss": batches}, images.names, folder, args.print_every)
-        say(
-            f"{args.method}, {what} ({sum(p.numel() for p in encoder.parameters()):,} parameters), heads {args.heads}, "
-            f"{len(rows):,} images of {images.pixels.shape[-1]} px ({len(held_out):,} held out), "
-            f"{machine(args, device)}"
-        )
+        parameters = sum(p.numel() for p in encoder.parameters())
+        data = f"{len(rows):,} images of {images.pixels.shape[-1]} px ({len(held_out):,} held out)"
+        say(f"{args.method}, {what} ({parameters:,} parameters), heads {args.heads}, {data}, {machine(args, device)}")
         announce(args, optimizer, total)
         if args.bench:
-            figures = bench(args, method, batches, optimizer, device)
-            write_bench(args, figures, device, command)
-            return figures
+            return write_bench(args, bench(args, method, batches, optimizer, device), device, command)
         checkpoint = Checkpoint(
             folder,
             {"method": method, "optimizer": optimizer, "meter": meter},
@@ -771,13 +769,13 @@ def main(args: argparse.Namespace, images: Images | None = None, until: int | No
     if last["epoch"] < args.epochs:
         return last
     if is_main():
+        knn = {"knn": last["knn"]} if "knn" in last else {}
+        facts = {**backbone_facts(args, arch, stem, stats, command), "heads": args.heads, **knn}
         with user_errors():
-            knn = {"knn": last["knn"]} if "knn" in last else {}
-            save_backbone(
-                encoder, {**backbone_facts(args, arch, stem, stats, command), "heads": args.heads, **knn}, folder
-            )
+            save_backbone(encoder, facts, folder)
     barrier()
-    say(f"wrote {folder / 'backbone.pth'}; next: torchrun linear_eval.py --weights {folder / 'backbone.pth'}")
+    path = folder / "backbone.pth"
+    say(f"wrote {path}; next: torchrun linear_eval.py --weights {path}")
     return last
 
 
