@@ -309,6 +309,8 @@ class Monitor:
         self.multi_crop, self.device = multi_crop, device
         # InfoNCE's views are SimCLR's whatever the run's are, so that runs with other views can be compared by it
         self.judge = MultiCrop("simclr", images.pixels.shape[-1], *stats, device)
+        if args.knn_every and not images.labelled:
+            say("no labels: the monitor gives std and RankMe, but no kNN")
 
     def features(self, encoder: nn.Module, rows: Tensor) -> Tensor:
         where = rows.to(self.images.pixels.device)
@@ -762,8 +764,6 @@ def main(args: argparse.Namespace, images: Images | None = None, until: int | No
             until and until * batches.steps_per_epoch,
             args.tensorboard,
         )
-    if args.knn_every and not images.labelled:
-        say("no labels: the monitor gives std and RankMe, but no kNN")
     train(args, method, batches, optimizer, monitor, meter, checkpoint, device)
     last = checkpoint.history[until - 1 if until else -1]  # it may have gone further before
     if last["epoch"] < args.epochs:
