@@ -541,7 +541,7 @@ def get_parser() -> Parser:
 
 
 FREE_FLAGS = {"output_dir", "workers", "print_every", "resume", "checkpoint_minutes", "device", "bench", "seeds"}
-FREE_FLAGS |= {"untrained", "weights", "tensorboard"}  # a run's own facts say which network it is of
+FREE_FLAGS |= {"untrained", "weights", "tensorboard", "rank_timeout"}  # a run's own facts say which network it is of
 
 
 def settle(args: argparse.Namespace, images: int, body: nn.Module, device: torch.device) -> argparse.Namespace:
@@ -675,7 +675,7 @@ def main(args: argparse.Namespace) -> dict[str, list[dict[str, dict]]]:
     """By network, of each seed, by "box" and "mask": Precision.summary()."""
     command = launch.command_line(Path(__file__).name, get_parser(), args)
     with user_errors():
-        _, _, device = launch.setup(args.device, args.deterministic)
+        _, _, device = launch.setup(args.device, args.deterministic, args.rank_timeout)
         backbone, facts = load_backbone(args.weights, args.arch, args.width, args.stem)
         splits, classes = read(args.data, args.masks)
         args = settle(args, len(splits["train"]), backbone, device)
@@ -726,6 +726,4 @@ def main(args: argparse.Namespace) -> dict[str, list[dict[str, dict]]]:
 
 
 if __name__ == "__main__":
-    main(get_parser().parse_args())
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    launch.run(main, get_parser())

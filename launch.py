@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import NoneType
 from typing import Literal, get_args, get_origin
@@ -81,6 +82,9 @@ def machine_flags(group) -> None:
     group.add_argument("--device", default="auto", help="auto (cuda where there is one, else cpu), cpu, cuda, mps")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--deterministic", action="store_true", help="the same bits in every run on a GPU too; slower")
+    group.add_argument(
+        "--rank-timeout", type=float, default=30.0, help="minutes after which a rank that waits gives up"
+    )
 
 
 def keywords(function: Callable) -> dict[str, inspect.Parameter]:
@@ -164,10 +168,11 @@ def user_errors():
         sys.exit(f"{os.path.basename(sys.argv[0])}: error{rank}: {' '.join(str(error).split())}")
 
 
-def setup(device: str, deterministic: bool = False) -> tuple[int, int, torch.device]:
+def setup(device: str, deterministic: bool = False, rank_timeout: float = 30.0) -> tuple[int, int, torch.device]:
     """(rank, world, device): torchrun's where it started us, else 0 and 1. A second call changes nothing.
 
     deterministic: the same bits in every run on a GPU too, slower; an operation that cannot says so, in a warning.
+    rank_timeout: minutes that a rank waits for the others, one of which may be downloading, before it gives up.
     """
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if device == "auto":
@@ -186,11 +191,13 @@ def setup(device: str, deterministic: bool = False) -> tuple[int, int, torch.dev
         torch.set_float32_matmul_precision("high")
     torch.set_flush_denormal(True)  # momenta of dead features decay to denormals, which made the probe 5 times slower
     if world > 1 and not dist.is_initialized():
-        join("nccl" if device == "cuda" else "gloo")
+        if rank_timeout <= 0:
+            raise ValueError(f"--rank-timeout {rank_timeout:g}: must be above 0")
+        join("nccl" if device == "cuda" else "gloo", timedelta(minutes=rank_timeout))
     return rank, world, torch.device(device, local) if device == "cuda" else torch.device(device)
 
 
-def join(backend: str) -> None:
+def join(backend: str, timeout: timedelta) -> None:
     """dist.init_process_group, but that torchrun's attempts do not meet. After --max-restarts has restarted all ranks
     they get the same store, in which the addresses of the attempt before still are, and two ranks of which one reads
     its peer's old one wait for each other without end (seen in torch 2.14). So an attempt has its own part of the
@@ -198,7 +205,8 @@ def join(backend: str) -> None:
     store, rank, world = next(rendezvous("env://"))
     one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
-    dist.init_process_group(backend, store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=world)
+    store = dist.PrefixStore(f"attempt {attempt}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
@@ -238,6 +246,28 @@ def from_main(value: object) -> object:
     told = [value]
     dist.broadcast_object_list(told)
     return told[0]
+
+
+def run(main: Callable, parser: Parser) -> None:
+    """A script: main() with the command line's flags. A rank that has lost the others ends with one line; under NCCL
+    torch's own watchdog may end it first, with more."""
+    args = parser.parse_args()
+    try:
+        main(args)
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):  # gloo's have no class of their own
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(
+            f"{parser.prog}: error on rank {rank}: it has lost the other ranks: one of them has ended, or could not be "
+            f"reached for {args.rank_timeout:g} minutes (--rank-timeout). If no other message says why, look at the "
+            f"network. The same command on all machines goes on from the last checkpoint. ({error})",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # to leave the group would be to wait for the others again
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # ---- console --------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ neighbours-<data>.png and map-<data>.png, for which no labels are needed.
 Shapes: N training images and M test images, F features, C classes, b rows of a chunk or batch.
 """
 
-import launch  # noqa: F401  # ahead of torch: it says how threads wait
+import launch  # ahead of torch: it says how threads wait
 
 # isort: split
 
@@ -35,7 +35,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
@@ -618,7 +617,7 @@ def main(args: argparse.Namespace) -> list[dict]:
     """The table's rows: {"data", "network", "labels", "knn", "linear", ...}"""
     with user_errors():
         check(args)
-        _, _, device = setup(args.device, args.deterministic)
+        _, _, device = setup(args.device, args.deterministic, args.rank_timeout)
         backbone, facts = load_backbone(args.weights, args.arch, args.width, args.stem)
         args.image_size = args.image_size or facts.get("resized_to")
         sources = args.data or ([facts["data"]] if "data" in facts else [])
@@ -675,6 +674,4 @@ def main(args: argparse.Namespace) -> list[dict]:
 
 
 if __name__ == "__main__":
-    main(get_parser().parse_args())
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    launch.run(main, get_parser())

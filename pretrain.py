@@ -124,6 +124,7 @@ FREE_FLAGS = {
     "data_root",
     "cache",
     "device",
+    "rank_timeout",
 }
 FREE_FLAGS |= {"tensorboard", "bench", "bench_json", "profile"}
 
@@ -165,7 +166,7 @@ def check(args: argparse.Namespace) -> None:
 def start(args: argparse.Namespace) -> tuple[argparse.Namespace, torch.device]:
     """(args, device): checked, with what depends on the machine decided."""
     check(args)
-    _, world, device = launch.setup(args.device, args.deterministic)
+    _, world, device = launch.setup(args.device, args.deterministic, args.rank_timeout)
     if args.batch_size % world:
         raise ValueError(
             f"--batch-size {args.batch_size} is the total over ranks and does not divide by {world} of them"
@@ -833,6 +834,4 @@ def backbone_facts(
 
 
 if __name__ == "__main__":
-    main(get_parser().parse_args())
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    launch.run(main, get_parser())

@@ -57,7 +57,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import models
@@ -1026,6 +1025,4 @@ def report(task: Task, search: Search | None, winner: Candidate, facts: dict, hi
 
 
 if __name__ == "__main__":
-    main(get_parser().parse_args())
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    launch.run(main, get_parser())

@@ -876,7 +876,7 @@ def main(args: argparse.Namespace) -> None:
     with user_errors():
         if not args.report:
             pretrain.check(args)
-            _, _, device = launch.setup(args.device, args.deterministic)
+            _, _, device = launch.setup(args.device, args.deterministic, args.rank_timeout)
             args.knn_every = args.epochs  # the monitor looks at the end alone
             runs, study = prepare(args, device)
             say(f"{len(runs)} runs, {len(study.measured)} data sets to measure on: {args.output_dir}")
@@ -896,4 +896,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(get_parser().parse_args())
+    launch.run(main, get_parser())

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -400,6 +401,25 @@ def test_ranks_that_torchrun_restarts_do_not_take_each_other_for_those_of_before
 
 
 # ---- threads --------------------------------------------------------------------------------------------------------
+
+
+def left_alone(rank, port, folder):
+    """Rank 1 hangs before its first step, as after a network's cut."""
+    as_rank(rank, 2, port)
+    if rank:
+        pretrain.train = lambda *_: time.sleep(60)
+    sys.argv = ["pretrain.py", *TINY, "--rank-timeout", "0.05", "--output-dir", str(folder)]
+    with open(folder.with_name(f"{rank}.err"), "w") as sys.stderr:
+        launch.run(pretrain.main, pretrain.get_parser())
+
+
+def test_a_rank_that_has_lost_the_others_ends_in_time_with_one_line(tmp_path):
+    begun = time.time()
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="exit code 1"):
+        spawn(left_alone, (free_port(), tmp_path / "run"), nprocs=2)
+    message = (tmp_path / "0.err").read_text()
+    assert time.time() - begun < 50 and message.count("\n") == 1, message
+    assert message.startswith("pretrain.py: error on rank 0: it has lost the other ranks") and "0.05 minutes" in message
 
 
 def spins(command, **more):
