@@ -47,28 +47,28 @@ def test_the_handcrafted_network_scaled_is_itself_at_its_own_cost_and_the_neares
         assert distance(choice) <= distance(other) + 1e-9
 
 
+def macs_as_time(modules, inputs, device):
+    """Of a device whose time is a block's MACs of all images, and half as much again where it is part of a network."""
+    times = []
+    for module, x in zip(modules, inputs):
+        counted = []
+
+        def count(m, _, y, counted=counted):
+            counted.append(m.weight[0].numel() * y.numel())
+
+        hooks = [m.register_forward_hook(count) for m in module.modules() if isinstance(m, nn.Conv2d)]
+        with torch.no_grad():
+            module.eval()(x)
+        for hook in hooks:
+            hook.remove()
+        times.append(sum(counted) * (1.5 if x.shape[1] == 3 else 1.0))
+    return times
+
+
 @pytest.mark.parametrize("space", ["resnetk1", "mobilenet"])
-def test_predicted_times_add_up(space, tmp_path, monkeypatch):
-    """On a device whose time is a block's MACs, and half as much again where it is part of a network."""
+def test_predicted_times_add_up(space, monkeypatch):
     space = SPACES[space]
-
-    def fake(modules, inputs, device):
-        times = []
-        for module, x in zip(modules, inputs):
-            counted = []
-
-            def count(m, _, y, counted=counted):
-                counted.append(m.weight[0].numel() * y[0].numel())
-
-            hooks = [m.register_forward_hook(count) for m in module.modules() if isinstance(m, nn.Conv2d)]
-            with torch.no_grad():
-                module.eval()(x)
-            for hook in hooks:
-                hook.remove()
-            times.append(sum(counted) * (1.5 if x.shape[1] == 3 else 1.0))
-        return times
-
-    monkeypatch.setattr(candidates, "milliseconds", fake)
+    monkeypatch.setattr(candidates, "milliseconds", macs_as_time)
     base, table = candidates.latencies(space, 0.125, "small", 16, 1, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
     for choice in torch.randint(len(space.options), (20, len(space.stages)), generator=generator).tolist():
@@ -90,6 +90,16 @@ def test_a_target_in_milliseconds_is_met_by_the_prediction(tmp_path):
     flags.target_ms = None
     cost = cost_of(SPACES["resnetk1"], flags, "small", 16, torch.device("cpu"))
     assert cost.unit == "MACs" and cost.base == cost.of([0] * 4)
+
+
+def test_a_network_of_a_time_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(candidates, "milliseconds", macs_as_time)
+    target = 2 * 1.5 * 0.5 * macs(BACKBONES["resnet18"], 0.0625, "small", 16)
+    flags = ["--space", "resnetk1", *HALVING, "--candidates", 2, "--target-ms", target, "--latency-batch", 2]
+    found = run(search, tmp_path, *flags, "--method", "simclr")["backbone"]
+    assert 0.95 * target <= found["predicted_ms"] <= target and found["target_ms"] == target
+    assert found["ms"] == pytest.approx(found["predicted_ms"], rel=1e-6)
+    assert found["ms"] == pytest.approx(2 * 1.5 * macs(found["arch"], 0.0625, "small", 16), rel=1e-6)
 
 
 def test_batch_statistics_are_the_batchs_own_in_eval_mode_too():

@@ -19,11 +19,13 @@ from torch import nn
 from torch.distributed.run import get_args_parser
 from torch.utils.flop_counter import FlopCounterMode
 
+import detect_eval
 import launch
 import linear_eval
 import optim
 import pretrain
 import search
+import study
 from data import make_shapes
 from linear_eval import extract
 from losses import METHODS
@@ -436,6 +438,59 @@ def test_threads_spin_shortly_however_a_script_is_started():
     assert spins([*python, "linear_eval.py", "--help"], GOMP_SPINCOUNT="77") == ["77"]
     two = spins([*python, "-m", "torch.distributed.run", "--nproc-per-node", "2", "pretrain.py", "--help"])
     assert two.count(short) == 2  # and torchrun itself
+
+
+# ---- flags ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_last_layer_that_is_frozen_for_an_epoch_stays(tmp_path):
+    def moved(*flags):
+        built = build(pretrain, tmp_path / "built", "--method", "dino", "--seed", 3)
+        start = [p.clone() for p in built.method.last_layer.parameters()]
+        folder = tmp_path / "-".join(map(str, flags))
+        pretrain.main(arguments(pretrain, folder, "--method", "dino", "--seed", 3, *flags), until=1)
+        state = load(folder / "checkpoint.pth")["states"]["method"]
+        names = [name for name, _ in built.method.last_layer.named_parameters()]
+        return any(not torch.equal(state[f"last_layer.{name}"], p) for name, p in zip(names, start))
+
+    assert not moved("--freeze-last-layer", 1) and moved("--freeze-last-layer", 0)
+
+
+def test_flags_reach_what_they_are_for(tmp_path, monkeypatch):
+    known = {}
+
+    def notes(name, value=None):
+        return lambda *args, **more: known.setdefault(name, (args, more)) and value
+
+    monkeypatch.setattr(pretrain, "knn_accuracy", notes("knn", 0.5))
+    built = build(pretrain, tmp_path, "--knn-t", 0.5, "--knn-k", 7)
+    built.monitor.knn(built.method)
+    assert known["knn"][0][-2:] == (7, 0.5)
+    monkeypatch.setattr(torch.nn.Module, "compile", notes("compiled"))
+    build(pretrain, tmp_path, "--compile", "--compile-mode", "reduce-overhead")
+    assert known["compiled"][1] == {"mode": "reduce-overhead"}
+    monkeypatch.setattr(launch, "synced", lambda method, _: known.update(synced=method) or method)
+    known.pop("synced", None)
+    assert build(pretrain, tmp_path, "--no-sync-bn") and "synced" not in known
+    assert build(pretrain, tmp_path, "--sync-bn").method is known["synced"]
+    assert build(pretrain, tmp_path, "--method", "swav", "--epsilon", 0.2).method.epsilon == 0.2
+    monkeypatch.setattr(pretrain, "load_data", lambda args, *_: known.setdefault("root", args.data_root) and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        build(pretrain, tmp_path, "--data", "cifar10", "--data-root", tmp_path / "elsewhere")
+    assert known["root"] == str(tmp_path / "elsewhere")
+    monkeypatch.undo()
+    searched = make_search(tmp_path / "search", "--arch-weight-decay", 0.3)
+    assert [group["weight_decay"] for group in searched.alpha_optimizer.param_groups] == [0.3]
+
+
+def test_every_flag_is_used_by_a_test_or_a_command_of_the_readme():
+    """As such, or as the keyword that becomes it."""
+    text = "\n".join(file.read_text() for file in [*ROOT.glob("tests/*.py"), ROOT / "README.md"])
+    used = set(re.findall(r"--[a-z0-9-]+", text))
+    used |= {launch.dashed(keyword) for keyword in re.findall(r"[(, ](\w+)=", text)}
+    for script in (search, pretrain, linear_eval, detect_eval, study):
+        flags = [action.option_strings for action in script.get_parser()._actions]
+        assert [names for names in flags if not used & set(names)] == []
 
 
 # ---- what a wrong command is told -----------------------------------------------------------------------------------
