@@ -102,10 +102,6 @@ def segmentation_mask(segmentation: list | dict, height: int, width: int) -> np.
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-class Broken(ValueError):
-    """What an image's annotation cannot be."""
-
-
 def read(folder: str, masks: bool = False) -> tuple[dict[str, list[Annotated]], list[str]]:
     """({"train": images, "test": images}, classes) of a folder in one of three layouts:
 
@@ -190,7 +186,7 @@ def annotated(file: Path, size: tuple[int, int], objects: list[dict]) -> tuple[A
     """(image, names of the classes) of objects {"box", "name", and perhaps "area", "crowd", "ignored", "mask"}."""
     boxes = np.array([o["box"] for o in objects], float).reshape(-1, 4)
     if not np.isfinite(boxes).all():
-        raise Broken("a box is not of numbers")
+        raise ValueError("a box is not of numbers")
     sides = boxes[:, 2:] - boxes[:, :2]
     areas = np.array([o.get("area", side.prod()) for o, side in zip(objects, sides)], float)
     crowd, ignored = (np.array([bool(o.get(k)) for o in objects], bool) for k in ("crowd", "ignored"))
@@ -214,9 +210,9 @@ def read_coco(root: Path, split: str, masks: bool) -> list[tuple[Annotated, list
         images = [(folder / str(i["file_name"]), sizes[i["id"]], objects[i["id"]]) for i in table["images"]]
         return [annotated(*image) for image in images]
     except KeyError as error:
-        raise Broken(f"'{files[0]}': there is no {error} where it is needed") from error
+        raise ValueError(f"'{files[0]}': there is no {error} where it is needed") from error
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise Broken(f"'{files[0]}' is not as COCO's are: {error}") from error
+        raise ValueError(f"'{files[0]}' is not as COCO's are: {error}") from error
 
 
 def coco_object(a: dict, names: dict, masks: bool, width: int, height: int) -> dict:
@@ -228,7 +224,7 @@ def coco_object(a: dict, names: dict, masks: bool, width: int, height: int) -> d
         if isinstance(segmentation, dict):
             segmentation_mask(segmentation, height, width)  # what is wrong is said now, not in mid-training
         elif not all(len(p) % 2 == 0 and len(p) >= 6 and np.isfinite(np.array(p, float)).all() for p in segmentation):
-            raise Broken("a polygon needs three corners, x, y, x, y, ...")
+            raise ValueError("a polygon needs three corners, x, y, x, y, ...")
         found["mask"] = partial(segmentation_mask, segmentation, height, width)
     return found
 
@@ -263,12 +259,12 @@ def voc_image(year: Path, name: str) -> tuple[Annotated, list[str]]:
             difficult = int(o.findtext("difficult") or 0)
             label = o.findtext("name")
             if not label:
-                raise Broken("an object has no name")
+                raise ValueError("an object has no name")
             objects.append({"box": (x0 - 1, y0 - 1, x1, y1), "name": label, "ignored": difficult})
         files = [year / "JPEGImages" / (name + ending) for ending in IMG_EXTENSIONS]
         return annotated(next((file for file in files if file.exists()), files[0]), size, objects)
     except (ElementTree.ParseError, ValueError, TypeError, OverflowError) as error:
-        raise Broken(f"'{path}' is not as VOC's are: {error}") from error
+        raise ValueError(f"'{path}' is not as VOC's are: {error}") from error
 
 
 def read_masks(folder: Path) -> list[tuple[Annotated, list[str]]]:
@@ -281,12 +277,12 @@ def masked_image(file: Path, masks: Path) -> tuple[Annotated, list[str]]:
     one = masks.with_suffix(".png")
     paths = sorted(masks.glob("*.png")) if masks.is_dir() else [one]
     if not masks.is_dir() and not one.exists():
-        raise Broken(f"'{file}' has no masks: '{one}' or a folder '{masks}' is needed")
+        raise ValueError(f"'{file}' has no masks: '{one}' or a folder '{masks}' is needed")
     objects, size = [], None
     for path in paths:
         values = label_image(path)
         if size not in (None, values.shape):
-            raise Broken(f"'{path}' is of another size than the masks beside it")
+            raise ValueError(f"'{path}' is of another size than the masks beside it")
         size = values.shape
         for value in [None] if masks.is_dir() else np.unique(values[values > 0]).tolist():
             mask = values > 0 if value is None else values == value
@@ -307,9 +303,9 @@ def label_image(path: Path) -> np.ndarray:
         with Image.open(path) as file:
             values = np.array(file)
     except Exception as error:  # PIL's formats fail in their own ways
-        raise Broken(f"'{path}' is no image that can be read") from error
+        raise ValueError(f"'{path}' is no image that can be read") from error
     if values.ndim != 2:
-        raise Broken(f"'{path}' has {values.shape[-1]} channels: a label PNG has one")
+        raise ValueError(f"'{path}' has {values.shape[-1]} channels: a label PNG has one")
     return values
 
 
@@ -327,9 +323,8 @@ RECALLS = np.linspace(0, 1, 101)
 
 def box_overlaps(boxes: np.ndarray, truth: np.ndarray, crowd: np.ndarray) -> np.ndarray:
     """IoU (d, n) of boxes (d, 4) and (n, 4); with a crowd the share of the detection that lies in it."""
-    corner, end = (
-        f(boxes[:, None, s], truth[None, :, s]) for f, s in ((np.maximum, np.s_[:2]), (np.minimum, np.s_[2:]))
-    )
+    corner = np.maximum(boxes[:, None, :2], truth[:, :2])  # (d, n, 2)
+    end = np.minimum(boxes[:, None, 2:], truth[:, 2:])
     both = (end - corner).clip(0).prod(2)
     return overlaps(both, *((b[:, 2:] - b[:, :2]).prod(1) for b in (boxes, truth)), crowd)
 
@@ -396,19 +391,19 @@ class Precision:
         the image's place in the split."""
         drawn = np.array([draw() for draw in truth.masks], bool) if masks is not None else None
         for k in range(self.classes):
-            mine, its = (labels == k).nonzero()[0], truth.labels == k
-            mine = mine[np.argsort(-scores[mine], kind="stable")][: self.most]
-            if not len(mine) and not its.any():
+            found, wanted = (labels == k).nonzero()[0], truth.labels == k  # detections and objects of class k
+            found = found[np.argsort(-scores[found], kind="stable")][: self.most]
+            if not len(found) and not wanted.any():
                 continue
-            crowd = truth.crowd[its]
+            crowd = truth.crowd[wanted]
             if masks is None:
-                overlap, sizes = box_overlaps(boxes[mine], truth.boxes[its], crowd), boxes[mine]
-                sizes = (sizes[:, 2:] - sizes[:, :2]).prod(1)
+                overlap = box_overlaps(boxes[found], truth.boxes[wanted], crowd)
+                sizes = (boxes[found, 2:] - boxes[found, :2]).prod(1)
             else:
-                overlap = mask_overlaps(masks[mine], drawn.reshape(-1, *masks.shape[1:])[its], crowd)
-                sizes = masks[mine].sum((1, 2))
-            found = match(overlap, scores[mine], sizes, truth.areas[its], truth.ignored[its], crowd)
-            self.matches[k, number] = found
+                overlap = mask_overlaps(masks[found], drawn.reshape(-1, *masks.shape[1:])[wanted], crowd)
+                sizes = masks[found].sum((1, 2))
+            areas, ignored = truth.areas[wanted], truth.ignored[wanted]
+            self.matches[k, number] = match(overlap, scores[found], sizes, areas, ignored, crowd)
 
     def curves(self) -> tuple[np.ndarray, np.ndarray]:
         """Precision at 101 recalls (10 IoUs, 4 ranges, C, 101), nan of classes without objects; VOC2007's AP of eleven

@@ -70,9 +70,10 @@ def write_atomic(text: str, path: Path, sync: bool = True) -> None:
 
 
 def lock(path: Path, wait: bool = False) -> int | None:
-    """A handle on a file, made where it is missing, that one process can have at a time, on any of the machines that
-    see it; close it to let go. Gone with the process, however that ends. None where another process has it; with `wait`
-    we wait for that. Where a file system has no locks, which stderr then says, everyone gets a handle."""
+    """Takes an exclusive lock on a file (created if missing), across all machines that see it; returns its descriptor.
+
+    Closing that, or the end of the process, releases the lock. None if another process holds it; with `wait`, waits
+    instead. A file system without locks is reported on stderr, and then every process gets a descriptor."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         import fcntl  # which Windows has not
@@ -255,14 +256,10 @@ def load_weights(backbone: nn.Module, weights: str, name: str) -> None:
     if broken:
         raise ValueError(f"'{weights}' holds numbers that are not finite, the first in {broken[0]}")
     expected = backbone.state_dict()
-    wrong = [f"{k} is missing" for k in expected if k not in state] + [
-        f"{k} is unknown" for k in state if k not in expected
-    ]
-    wrong += [
-        f"{k} is {tuple(state[k].shape)}, not {tuple(expected[k].shape)}"
-        for k in expected
-        if k in state and state[k].shape != expected[k].shape
-    ]
+    wrong = [f"{k} is missing" for k in expected if k not in state]
+    wrong += [f"{k} is unknown" for k in state if k not in expected]
+    shapes = [(k, tuple(state[k].shape), tuple(x.shape)) for k, x in expected.items() if k in state]
+    wrong += [f"{k} is {have}, not {want}" for k, have, want in shapes if have != want]
     if wrong:
         raise ValueError(
             f"'{weights}' is no {name}: {wrong[0]}" + (f", and {len(wrong) - 1} more keys differ" if wrong[1:] else "")
@@ -281,11 +278,10 @@ def start_facts(command: str, device: torch.device) -> dict:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    versions = {"python": platform.python_version(), "numpy": np.__version__}
-    versions |= {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    packages = {"python": platform.python_version(), "numpy": np.__version__, **versions()}
     what = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     where = {"host": platform.node(), "device": what, "ranks": dist.get_world_size() if dist.is_initialized() else 1}
-    return {"command": command, "commit": commit, "versions": versions, **where, "time": time.strftime("%F %T%z")}
+    return {"command": command, "commit": commit, "versions": packages, **where, "time": time.strftime("%F %T%z")}
 
 
 def tensors(state: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -320,11 +316,11 @@ class Checkpoint:
     """Where a run is, and its checkpoint.pth: read at the start, written every `minutes`, after the last step, and when
     a signal asks the run to stop. log.txt is written by `log`, a JSON line an epoch.
 
-    things: by name what has a state dict, which with the step is all that the rest of the run depends on. facts: what
-    the run is, plain data by the words of a message; a checkpoint with another value is refused. total: steps; until:
-    those after which it saves and its loop ends for now; tensorboard: the log's numbers go there too. All
-    ranks call every method, and rank 0 writes; state dicts are whole, so a run may go on with another number of ranks.
-    Raises ValueError for a checkpoint of another run, or a damaged one, and touches nothing then.
+    things: {name: object with a state dict}; they and the step are all that the rest of the run depends on. facts: what
+    defines the run, {the name that an error message uses: plain data}; a checkpoint with other facts is refused.
+    total: steps of the run; until: the step at which to save and stop for now; tensorboard: log the numbers there too.
+    All ranks call every method, rank 0 writes. State dicts are of all ranks, so their number may change between starts.
+    Raises ValueError for a checkpoint of another run or a damaged one, and leaves it untouched.
     """
 
     def __init__(
@@ -452,8 +448,8 @@ class Checkpoint:
             if not all(finite):
                 raise ValueError(
                     f"after {self.step:,} steps {list(floats)[finite.index(False)]} is not finite any more: stopped "
-                    "without saving, so a checkpoint is from before. Try a lower --lr, longer --warmup-epochs or "
-                    "--clip-grad"
+                    "without saving; any checkpoint is from an earlier step. Try a lower --lr, longer "
+                    "--warmup-epochs or --clip-grad"
                 )
             told = {"facts": self.facts, "step": self.step, "history": self.history, "starts": self.starts}
             text = json.dumps(told)

@@ -135,7 +135,7 @@ def load_data(args: argparse.Namespace, source: str, split: str) -> Images:
     return images
 
 
-CACHED = 2000  # files from which on decoded pixels are kept: fewer take no time
+CACHED = 2000  # from this many files on, decoded pixels are cached: fewer are decoded in no time
 
 
 def read_cached(stream: "Stream", source: str, names: list[str], what: str, folder: Path) -> tuple[Tensor, list[int]]:
@@ -276,8 +276,8 @@ def to_pixels(image: Image.Image, size: int | None) -> np.ndarray:
 class Stream:
     """Images that are decoded when they are asked for; reads by rows like a uint8 tensor (N, 3, H, W).
 
-    In the place of a file that cannot be decoded, which is named on stderr once, stands another of the same rows, or
-    a grey square where there is none. `broken` has the rows of these files, as far as they are known.
+    A file that cannot be decoded is named on stderr once and replaced by another image of the same request, or by a
+    grey square if there is none. `broken` holds the rows of such files found so far.
     """
 
     files: Sequence  # paths, or a torchvision data set of (image, label)
@@ -428,7 +428,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
-# All that is drawn comes from default_rng((seed, what for, step)): a run goes on from its step alone.
+# All random numbers come from default_rng((seed, purpose, step)), so a run can resume from its step number alone.
 WEIGHTS, ALPHAS, GATES, HELD_OUT, RECALIBRATION, ORDER = range(6)
 
 
@@ -529,7 +529,7 @@ def make_shapes(n: int, size: int = 32, seed: int = 0) -> Images:
         return torch.rand(n, *shape, generator=rng) * (high - low) + low
 
     grid = 4  # cells a side, one copy in each
-    labels = torch.arange(n)[torch.randperm(n, generator=rng)] % len(SHAPES)
+    labels = torch.randperm(n, generator=rng) % len(SHAPES)
     axis = (torch.arange(size) + 0.5) / size * grid
     y0, x0 = axis.view(-1, 1), axis.view(1, -1)
     slope_y, slope_x = uniform(-0.03, 0.03, 2, 1, 1, 1).unbind(1)

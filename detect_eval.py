@@ -24,7 +24,6 @@ import copy
 import math
 import statistics
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -91,13 +90,13 @@ class Pyramid(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         maps = self.body.stages(x.contiguous(memory_format=memory_format(x.device)))
-        levels = list(self.fpn(OrderedDict((str(n), maps[k]) for n, k in enumerate(self.taps))).values())
+        levels = list(self.fpn({str(n): maps[k] for n, k in enumerate(self.taps)}).values())
         strides = list(self.strides)
         while strides[-1] < COARSEST:
             levels.append(F.max_pool2d(levels[-1], 1, 2))
             strides.append(2 * strides[-1])
         kept = [level for level, stride in zip(levels, strides) if stride >= self.finest]
-        return OrderedDict((str(n), level) for n, level in enumerate(kept))
+        return {str(n): level for n, level in enumerate(kept)}
 
 
 class SimplePyramid(nn.Module):
@@ -124,12 +123,12 @@ class SimplePyramid(nn.Module):
             self.levels.append(nn.Sequential(scale, lateral, LayerNorm2d(channels), out, LayerNorm2d(channels)))
 
     def forward(self, maps: dict[str, Tensor]) -> dict[str, Tensor]:
-        return OrderedDict((name, level(x)) for level, (name, x) in zip(self.levels, maps.items()))
+        return {name: level(x) for level, (name, x) in zip(self.levels, maps.items())}
 
 
 class AsGiven(GeneralizedRCNNTransform):
-    """Images come at their size, shrunk with antialiasing, which torchvision's own resize has not; what is found is
-    told in pixels of the images on disk, whose (height, width) are `shown`."""
+    """No resizing: images are resized when loaded, with antialiasing, which torchvision's own resize lacks. Detections
+    are scaled to the images on disk, whose (height, width) are in `shown`."""
 
     shown: list[tuple[int, int]] | None = None
 
@@ -141,7 +140,7 @@ class AsGiven(GeneralizedRCNNTransform):
 
 
 class SeededSampler(BalancedPositiveNegativeSampler):
-    """Which anchors or proposals of an image a loss is of depends on the image's own seed, not on those beside it."""
+    """Samples anchors or proposals for the losses with a seed of each image's own, whatever else is in the batch."""
 
     seeds: Sequence[int] = ()
 
@@ -177,13 +176,6 @@ def build_detector(args: argparse.Namespace, body: nn.Module, facts: dict, class
         sampler = part.fg_bg_sampler
         part.fg_bg_sampler = SeededSampler(sampler.batch_size_per_image, sampler.positive_fraction)
     return detector
-
-
-def freeze_bn(body: nn.Module) -> None:
-    """Its BN by the statistics that it has come with, and with its own scales."""
-    for module in body.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval().requires_grad_(False)
 
 
 # ---- images ---------------------------------------------------------------------------------------------------------
@@ -237,29 +229,23 @@ class DetectionBatches:
         """(row, size, flip, seed) of each image of this rank."""
         rng = np.random.default_rng((self.seed, step))
         sizes, flips = rng.choice(self.args.image_size, self.batch_size), rng.random(self.batch_size) < 0.5
-        drawn = list(
-            zip(self.rows_of(step).tolist(), sizes.tolist(), flips.tolist(), rng.integers(2**31, size=len(sizes)))
-        )
+        seeds = rng.integers(2**31, size=self.batch_size)
+        drawn = list(zip(self.rows_of(step).tolist(), sizes.tolist(), flips.tolist(), seeds.tolist()))
         rank, world = ranks()
         share = self.batch_size // world
         return drawn[rank * share : (rank + 1) * share]
 
-    def begin(self, step: int) -> list[Future]:
-        if step not in self.ahead:
-            args = self.args
-            examples = (
-                (self.images[row], size, args.longest, flip, args.masks) for row, size, flip, _ in self.draw(step)
-            )
-            self.ahead[step] = [self.pool.submit(load_example, *example) for example in examples]
-        return self.ahead[step]
-
     def __call__(self, step: int) -> tuple[list[Tensor], list[dict[str, Tensor]], list[int]]:
         for later in (step, step + 1, step + 2):
-            self.begin(later)
+            if later not in self.ahead:
+                self.ahead[later] = [
+                    self.pool.submit(load_example, self.images[row], size, self.args.longest, flip, self.args.masks)
+                    for row, size, flip, _ in self.draw(later)
+                ]
         examples = [task.result() for task in self.ahead.pop(step)]
         images = [to_device(x, self.device).float().div_(255) for x, _ in examples]
         targets = [{name: to_device(x, self.device) for name, x in target.items()} for _, target in examples]
-        return images, targets, [int(seed) for *_, seed in self.draw(step)]
+        return images, targets, [seed for *_, seed in self.draw(step)]
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -269,14 +255,15 @@ PARTS = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg
 
 def optimizer_of(args: argparse.Namespace, detector: nn.Module) -> torch.optim.Optimizer:
     """SGD with momentum .9 and a decay of 1e-4, but of norms and biases none; for a ViT AdamW with ViTDet's .1."""
-    named = [p for p in detector.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in named if (kind_of(p) == "vector") == vectors]} for vectors in (False, True)]
+    params = [p for p in detector.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in params if kind_of(p) != "vector"]},
+        {"params": [p for p in params if kind_of(p) == "vector"], "weight_decay": 0.0},
+    ]
     lr = args.lr * args.batch_size / 16
     if isinstance(detector.backbone.body, ViT):
-        groups[0]["weight_decay"], groups[1]["weight_decay"] = 0.1, 0.0
-        return torch.optim.AdamW(groups, lr)
-    groups[0]["weight_decay"], groups[1]["weight_decay"] = 1e-4, 0.0
-    return torch.optim.SGD(groups, lr, momentum=0.9)
+        return torch.optim.AdamW(groups, lr, weight_decay=0.1)
+    return torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=1e-4)
 
 
 def lr_of(args: argparse.Namespace, step: int) -> float:
@@ -304,8 +291,10 @@ def train(
 ) -> None:
     """The loop. It goes on from the checkpoint's step."""
     detector.train()
-    if args.freeze_bn:
-        freeze_bn(detector.backbone.body)
+    if args.freeze_bn:  # the backbone's: its statistics, scales and shifts stay as loaded
+        for module in detector.backbone.body.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval().requires_grad_(False)
     model = DistributedDataParallel(detector) if dist.is_initialized() else detector
     with checkpoint:
         for step in range(checkpoint.step, checkpoint.total):
@@ -354,9 +343,8 @@ def evaluate(
     share the images out. One image at a time: others beside it would pad it, and change what is found."""
     detector.eval()
     rank, world = ranks()
-    kinds = {"box": Precision(classes, args.max_detections)}
-    if args.masks:
-        kinds["mask"] = Precision(classes, args.max_detections)
+    names = ("box", "mask") if args.masks else ("box",)
+    kinds = {name: Precision(classes, args.max_detections) for name in names}
     pictured, pool = {}, ThreadPoolExecutor(args.workers or cores())
     numbers = range(rank, len(images), world)
     tasks = {n: pool.submit(load_example, images[n], args.image_size[-1], args.longest) for n in numbers[:8]}
@@ -522,7 +510,7 @@ def get_parser() -> Parser:
     add("--lr", type=float, help="at batch size 16, scaled with it; a ViT's, by AdamW, 1e-4")
     add("--warmup", type=int, help="steps of linear warm-up")
     add("--clip-grad", type=float, help="largest norm of all gradients; 0: any")
-    add("--freeze-bn", action="store_true", help="the backbone's BN stays as it is; not of the untrained one")
+    add("--freeze-bn", action="store_true", help="keep the pre-trained backbone's BN fixed (not the untrained one's)")
     add("--image-size", type=int, nargs="+", help="of the short side; of several one is drawn, the last is tested with")
     add("--longest", type=int, default=1333, help="that the long side may be")
     add("--fpn-channels", type=int, help="of the pyramid, and of the heads")
@@ -545,7 +533,7 @@ FREE_FLAGS |= {"untrained", "weights", "tensorboard", "rank_timeout"}  # a run's
 
 
 def settle(args: argparse.Namespace, images: int, body: nn.Module, device: torch.device) -> argparse.Namespace:
-    """With what the flags leave open decided. images: for training. Raises ValueError for flags that cannot be."""
+    """A copy of args, completed from the schedule. images: their number for training. Raises ValueError if invalid."""
     args = argparse.Namespace(**vars(args))
     args.schedule = args.schedule or ("small" if images < FEW else "1x")
     schedule = SCHEDULES[args.schedule] | ({"lr": 1e-4} if isinstance(body, ViT) else {})
@@ -554,9 +542,8 @@ def settle(args: argparse.Namespace, images: int, body: nn.Module, device: torch
             setattr(args, name, value)
     args.amp = bf16_pays(device) if args.amp is None else args.amp
     least = dict.fromkeys(("iterations", "batch_size", "fpn_channels", "rois", "max_detections", "seeds", "longest"), 1)
-    for name, low in (
-        least | {"seed": 0, "warmup": 0, "clip_grad": 0, "checkpoint_minutes": 0, "print_every": 1}
-    ).items():
+    least |= {"seed": 0, "warmup": 0, "clip_grad": 0, "checkpoint_minutes": 0, "print_every": 1}
+    for name, low in least.items():
         if getattr(args, name) < low:
             raise ValueError(f"{launch.dashed(name)} {getattr(args, name)}: must be {low} or above")
     if args.lr <= 0 or args.anchor_scale <= 0:
@@ -675,7 +662,7 @@ def main(args: argparse.Namespace) -> dict[str, list[dict[str, dict]]]:
     """By network, of each seed, by "box" and "mask": Precision.summary()."""
     command = launch.command_line(Path(__file__).name, get_parser(), args)
     with user_errors():
-        _, _, device = launch.setup(args.device, args.deterministic, args.rank_timeout)
+        device = launch.setup(args.device, args.deterministic, args.rank_timeout)
         backbone, facts = load_backbone(args.weights, args.arch, args.width, args.stem)
         splits, classes = read(args.data, args.masks)
         args = settle(args, len(splits["train"]), backbone, device)
@@ -692,14 +679,13 @@ def main(args: argparse.Namespace) -> dict[str, list[dict[str, dict]]]:
     for network in ("pre-trained", "untrained") if args.untrained else ("pre-trained",):
         drawn = {}
         for seed in range(args.seed, args.seed + args.seeds):
-            trained = network == "pre-trained"
-            how = {"seed": seed, "freeze_bn": args.freeze_bn and trained}
-            its = argparse.Namespace(**{**vars(args), **how})
-            torch.manual_seed(seed)
-            fresh, _ = build_backbone(facts["arch"], facts["stem"], facts["width"])
-            body = copy.deepcopy(backbone) if trained else fresh
-            place = folder / f"{network}-seed{seed}"
-            found = run(its, body, facts, splits, classes, place, command, device)
+            own = argparse.Namespace(**{**vars(args), "seed": seed})
+            body = copy.deepcopy(backbone)
+            if network == "untrained":
+                own.freeze_bn = False
+                torch.manual_seed(seed)
+                body, _ = build_backbone(facts["arch"], facts["stem"], facts["width"])
+            found = run(own, body, facts, splits, classes, folder / f"{network}-seed{seed}", command, device)
             if args.bench:
                 return found
             kinds, pictures = found

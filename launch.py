@@ -66,11 +66,7 @@ def dashed(name: str) -> str:
 def data_flags(parser: Parser) -> None:
     group = parser.add_argument_group("data and machine")
     group.add_argument("--data-root", default="data", help="where torchvision's data sets are downloaded to")
-    group.add_argument(
-        "--cache",
-        default="auto",
-        help="folder for decoded images, which later starts map; auto: decoded/ below --data-root; none",
-    )
+    group.add_argument("--cache", default="auto", help="folder for decoded images, or none; auto: DATA_ROOT/decoded")
     group.add_argument("--image-size", type=int, help="edge in pixels; left out, the images keep their own")
     group.add_argument("--max-images", type=int, help="so many training images, always the same ones")
     group.add_argument("--resident-gb", type=float, default=16.0, help="for a split's pixels; larger ones are streamed")
@@ -79,12 +75,11 @@ def data_flags(parser: Parser) -> None:
 
 def machine_flags(group) -> None:
     group.add_argument("--workers", type=int, help="threads that decode; left out, one a core, over a machine's ranks")
-    group.add_argument("--device", default="auto", help="auto (cuda where there is one, else cpu), cpu, cuda, mps")
+    devices = ["auto", "cpu", "cuda", "mps"]
+    group.add_argument("--device", choices=devices, default="auto", help="auto: cuda where there is one, else cpu")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--deterministic", action="store_true", help="the same bits in every run on a GPU too; slower")
-    group.add_argument(
-        "--rank-timeout", type=float, default=30.0, help="minutes after which a rank that waits gives up"
-    )
+    group.add_argument("--rank-timeout", type=float, default=30.0, help="minutes that a rank waits for the others")
 
 
 def keywords(function: Callable) -> dict[str, inspect.Parameter]:
@@ -128,8 +123,7 @@ def argument_type(kind: type) -> dict:
 def given(args: argparse.Namespace, function: Callable) -> dict:
     """The keywords of a function that the command line gives."""
     values = {name: getattr(args, name) for name in keywords(function)}
-    values = {name: value for name, value in values.items() if value is not None}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if v is not None}
 
 
 def refuse_others(args: argparse.Namespace, functions: dict[str, Callable], name: str) -> None:
@@ -168,19 +162,15 @@ def user_errors():
         sys.exit(f"{os.path.basename(sys.argv[0])}: error{rank}: {' '.join(str(error).split())}")
 
 
-def setup(device: str, deterministic: bool = False, rank_timeout: float = 30.0) -> tuple[int, int, torch.device]:
-    """(rank, world, device): torchrun's where it started us, else 0 and 1. A second call changes nothing.
+def setup(device: str, deterministic: bool = False, rank_timeout: float = 30.0) -> torch.device:
+    """The device, this rank's GPU under torchrun; joins the other ranks. A second call changes nothing.
 
     deterministic: the same bits in every run on a GPU too, slower; an operation that cannot says so, in a warning.
     rank_timeout: minutes that a rank waits for the others, one of which may be downloading, before it gives up.
     """
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"--device {device} is none that torch knows: use auto, cpu, cuda or mps") from error
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is asked for
@@ -194,7 +184,7 @@ def setup(device: str, deterministic: bool = False, rank_timeout: float = 30.0) 
         if rank_timeout <= 0:
             raise ValueError(f"--rank-timeout {rank_timeout:g}: must be above 0")
         join("nccl" if device == "cuda" else "gloo", timedelta(minutes=rank_timeout))
-    return rank, world, torch.device(device, local) if device == "cuda" else torch.device(device)
+    return torch.device(device, local) if device == "cuda" else torch.device(device)
 
 
 def join(backend: str, timeout: timedelta) -> None:
@@ -215,7 +205,7 @@ def memory_format(device: torch.device) -> torch.memory_format:
 
 
 def synced(module: nn.Module, device: torch.device) -> nn.Module:
-    """The same with BN over all ranks, on several GPUs; torch has it for CUDA alone."""
+    """The module with SyncBatchNorm in place of BN on several GPUs; else as it is, since torch has it for CUDA only."""
     several = dist.is_initialized() and dist.get_world_size() > 1
     return nn.SyncBatchNorm.convert_sync_batchnorm(module) if several and device.type == "cuda" else module
 
@@ -240,7 +230,7 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
 
 def from_main(value: object) -> object:
-    """Rank 0's, on all ranks: what is decided by it is decided alike."""
+    """Rank 0's value, broadcast to all ranks, so that decisions that depend on it are the same everywhere."""
     if not dist.is_initialized():
         return value
     told = [value]
@@ -334,8 +324,8 @@ class Meter:
             barrier()
             raise ValueError(
                 f"the {name.replace('_', ' ')} is {loss} at epoch {epoch + 1}, step {step_of_epoch + 1} (lr {lr:.3g}, "
-                f"the last finite one {last}): stopped; a checkpoint is from before, the batch is in '{path}'. Try a "
-                "lower --lr, longer --warmup-epochs or --clip-grad"
+                f"last finite value {last}): stopped. The batch is listed in '{path}'; any checkpoint is from an "
+                "earlier step. Try a lower --lr, longer --warmup-epochs or --clip-grad"
             )
 
     def print(self, step: int) -> None:
@@ -362,9 +352,7 @@ class Meter:
         return f"  lr {self.lr:.4f}  step {1e3 * seconds:.0f} ms  {rate:,.0f} images/s  ETA {eta}"
 
     def state_dict(self) -> dict[str, Tensor]:
-        lists = {name: torch.tensor(losses, dtype=torch.float64) for name, losses in self.read().items()}
-        return {**lists, "lr": torch.tensor(self.lr, dtype=torch.float64)}
+        return {name: torch.tensor(losses, dtype=torch.float64) for name, losses in self.read().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.lr = state["lr"].item()
-        self.known = {name: losses.tolist() for name, losses in state.items() if name != "lr"}
+        self.known = {name: losses.tolist() for name, losses in state.items() if name != "lr"}  # older ones have it

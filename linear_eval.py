@@ -193,8 +193,8 @@ def rows_by_class(labels: Tensor) -> list[Tensor]:
 
 
 def balanced_rows(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
-    """Rows of a share of the labels (N,), as many of every class, to one, and at least one; of a class that has fewer
-    all. The same ones for the same seed."""
+    """Rows of a class-balanced random share of the labels (N,): class sizes differ by one at most, each class has at
+    least one row, and a class that is too small gives all of its rows. The same rows for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     by_class = rows_by_class(labels)
     n = max(len(by_class), round(fraction * len(labels)))
@@ -291,7 +291,7 @@ def classifier(backbone, facts, images: Images, rows: Tensor, lr, epochs, device
 
 
 def network_accuracy(network: nn.Module, facts: dict, images: Images, rows: Tensor, device: torch.device) -> float:
-    """Of a `classifier`, on some rows of the images; files that could not be decoded do not count."""
+    """Accuracy of a fine-tuned `classifier` on these rows of the images, files that cannot be decoded left out."""
     logits = extract(network[0], images.pixels, facts["mean"], facts["std"], device, rows=rows, forward=network)
     right = logits.argmax(1).cpu() == images.labels[rows]
     return right[decoded(images.pixels, rows)].double().mean().item()
@@ -345,15 +345,15 @@ def measure(
     compiled: bool | None = None,
     seed: int = 0,
 ) -> list[dict]:
-    """For each of some sets of rows of the training images (None is all): what a network with the labels of these
-    scores on the test images. The backbone itself stays as it is.
+    """Test accuracies of a backbone, a dict for each entry of `labelled`: the rows of the training images whose labels
+    may be used (None: all). The backbone is not changed.
 
-    A row: {"labels", "images" (how many there are), "knn", "linear", "held_out", "weight_decay", "seconds"}; with
-    shots "<n>-shot", (mean, half interval), or None where a class has too few labels; with finetune_lr, one or several
-    to choose from, "finetuned" and "finetune_lr". facts: "mean" and "std" of the channels, as load_backbone gives them.
-    The probe of a ViT sees the class tokens of its last vit_blocks blocks, as in 2104.14294; all else the last alone.
-    With augment it sees so many random crops and flips of each training image in place of the image.
-    compiled: None is True on CUDA alone.
+    A dict has "labels" and "images" (how many of each), "knn", "linear", "held_out", "weight_decay" and "seconds"; for
+    each n of shots "<n>-shot": (mean, half of the 95 % interval), None if a class has fewer labels; with finetune_lr
+    (one or more to choose from) "finetuned" and "finetune_lr". facts: "mean" and "std" of the channels.
+    vit_blocks: a ViT's probe takes the class tokens of so many last blocks (2104.14294), everything else only the last.
+    augment: the probe is trained on so many random crops and flips of each image instead of the image itself.
+    compiled: None means on CUDA only.
     """
     training = backbone.training
     backbone = backbone.to(device, memory_format=memory_format(device)).eval()
@@ -404,9 +404,9 @@ def thumbnail(pixels: Tensor, size: int) -> Image.Image:
     return Image.fromarray(pixels.cpu().permute(1, 2, 0).numpy()).resize((size, size), Image.Resampling.LANCZOS)
 
 
-def page(width: int, height: int, headings: dict[str, int], top: int = 30) -> Image.Image:
+def page(width: int, height: int, headings: dict[str, int]) -> Image.Image:
     """White, with headings at their columns."""
-    image = Image.new("RGB", (width, top + height), "white")
+    image = Image.new("RGB", (width, 30 + height), "white")
     for text, x in headings.items():
         ImageDraw.Draw(image).text((x, 8), text, "black", font_size=15)
     return image
@@ -434,9 +434,7 @@ def save_map(pixels: Tensor, features: dict[str, Tensor], path: Path) -> None:
     """Images (uint8 (N, 3, H, W)) at the ranks of their features' first two principal components, a map a network: of
     ranks, since a few far ones would push the others together."""
     size, side = 22, 560
-    headings = {}
-    for k, name in enumerate(features):
-        headings[name] = 8 + k * (side + 20)
+    headings = {name: 8 + k * (side + 20) for k, name in enumerate(features)}
     image = page(len(features) * (side + 20), side + 12, headings)
     for name, h in features.items():
         centred = h.double().cpu() - h.double().cpu().mean(0)
@@ -546,12 +544,12 @@ def get_parser() -> Parser:
     add("--export", metavar="FILE", help="write the network as a program: .pt2 or .onnx")
     add("--knn-k", type=int, help="neighbours that vote; lower it where classes are small")
     add("--knn-t", type=float, help="temperature of the votes; the lower, the more the nearest neighbours decide")
-    add("--augment", type=int, help="random crops that the probe sees of each image, in its place; 10, say; slow")
+    add("--augment", type=int, help="train the probe on so many random crops of each image instead, such as 10; slow")
     add("--vit-blocks", type=int, help="the probe sees a ViT's class tokens after so many of its last blocks")
     add("--batch-size", type=int, help="images a forward pass; lower it where memory is short")
     add("--compile", dest="compiled", action=on_off, help="torch.compile; left out, on CUDA alone")
     add = parser.add_argument_group("few labels").add_argument
-    add("--label-fraction", type=float, nargs="+", default=[1.0], help="shares of the labels to do with, a row each")
+    add("--label-fraction", type=float, nargs="+", default=[1.0], help="shares of the labels to use, a table row each")
     add("--label-list", help="a file that names the labelled training images, one a line, as published splits do")
     add("--shots", type=int, nargs="+", default=[], help="images a class, for the nearest class mean")
     add("--draws", type=int, help="of the --shots images; more draws narrow the interval")
@@ -617,7 +615,7 @@ def main(args: argparse.Namespace) -> list[dict]:
     """The table's rows: {"data", "network", "labels", "knn", "linear", ...}"""
     with user_errors():
         check(args)
-        _, _, device = setup(args.device, args.deterministic, args.rank_timeout)
+        device = setup(args.device, args.deterministic, args.rank_timeout)
         backbone, facts = load_backbone(args.weights, args.arch, args.width, args.stem)
         args.image_size = args.image_size or facts.get("resized_to")
         sources = args.data or ([facts["data"]] if "data" in facts else [])
@@ -635,12 +633,8 @@ def main(args: argparse.Namespace) -> list[dict]:
         settings["finetune_lr"] = args.finetune_lr if args.finetune else None
 
         if args.export:
-            export(
-                copy.deepcopy(backbone),
-                facts,
-                args.image_size or (32 if facts["stem"] == "small" else 224),
-                Path(args.export),
-            )
+            size = args.image_size or (32 if facts["stem"] == "small" else 224)
+            export(copy.deepcopy(backbone), facts, size, Path(args.export))
         if args.embed:
             embed(backbone, facts, args.embed, args, folder, device)
         if not sources:

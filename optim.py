@@ -5,11 +5,10 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from losses import own_rows, reduced, whole_rows
+from losses import own_rows, ranks, reduced, whole_rows
 from models import ViT
 
 
@@ -112,24 +111,25 @@ def optimizer_of(
     lr, device = settings.lr * scale, named[0][1].device.type
     if settings.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, lr, momentum=0.9, fused=device == "cuda" or None)
-        zeros = ("momentum_buffer",)  # fused SGD fails where some have one and others do not; .9 x 0 + g is g
     elif settings.optimizer == "adamw":
         # fused on a CPU too: else DIET's classifier would need its size in temporaries, twice
         optimizer = torch.optim.AdamW(groups, lr, fused=device != "mps")
-        zeros = ("exp_avg", "exp_avg_sq")
     else:
         optimizer = LARS(groups, lr)
-        zeros = ("momentum",)
-    return with_state(optimizer, zeros, method)
+    return with_state(optimizer, method)
 
 
-def with_state(optimizer: torch.optim.Optimizer, zeros: tuple[str, ...], method: nn.Module) -> torch.optim.Optimizer:
+# Fused SGD fails where some parameters have a buffer and others do not; .9 x 0 + g is g
+STATE = {torch.optim.SGD: ("momentum_buffer",), torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), LARS: ("momentum",)}
+
+
+def with_state(optimizer: torch.optim.Optimizer, method: nn.Module) -> torch.optim.Optimizer:
     """The optimiser with its state at zero. What it saves is whole, though of some of the method's parameters every
     rank has its own rows; what it loads must be of the same shapes (ValueError), which torch does not look at."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for group in optimizer.param_groups:
         for p in group["params"]:
-            state = {name: torch.zeros_like(p) for name in zeros}
+            state = {name: torch.zeros_like(p) for name in STATE[type(optimizer)]}
             if isinstance(optimizer, torch.optim.AdamW):
                 state["step"] = torch.zeros((), device=p.device if group["fused"] else "cpu")
             optimizer.state[p] = state
@@ -143,10 +143,10 @@ def with_state(optimizer: torch.optim.Optimizer, zeros: tuple[str, ...], method:
         return {**state, "state": changed}
 
     def save(_, state: dict) -> dict:
-        return change(state, whole_rows) if own else state
+        return change(state, whole_rows)
 
     def load(_, state: dict) -> dict:
-        state = change(state, own_rows) if own else state
+        state = change(state, own_rows)
         for i, p in enumerate(params):
             want = {name: x.shape for name, x in optimizer.state[p].items()}
             if {name: x.shape for name, x in state["state"][i].items()} != want:
@@ -162,8 +162,8 @@ def with_state(optimizer: torch.optim.Optimizer, zeros: tuple[str, ...], method:
 
 
 def distributed(method: nn.Module, **options) -> nn.Module:
-    """DDP where there are several ranks; it leaves the parameters alone of which every rank has its own rows."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    """The method in DDP if there are several ranks; parameters that are sharded over ranks by rows are not averaged."""
+    if ranks()[1] == 1:
         return method
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(method, list(method.sharded))
     return DistributedDataParallel(method, **options)

@@ -11,11 +11,12 @@ from models import OPS, plan, stage_macs, true_name
 COLOURS = dict(zip(OPS, cycle(["#000000", "#999999", "#CC79A7", "#D55E00", "#0072B2", "#009E73", "#E69F00"])))
 
 
-def _svg(width: float, height: float, parts: list[str]) -> str:
+def _svg(width: float, height: float, title: str, parts: list[str]) -> str:
+    title = f'<text x="20" y="26" font-size="15">{escape(title)}</text>'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
         'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>'
-        + "\n".join(parts)
+        + "\n".join([title, *parts])
         + "</svg>\n"
     )
 
@@ -25,7 +26,7 @@ def draw_heads(history: list[dict], dims: dict[str, list[int]], title: str) -> s
     cell, plot, row = 150, (126, 84), 168
     heads = history[-1]["ops"]
     width = 40 + cell * max(map(len, heads.values()))
-    svg = [f'<text x="20" y="26" font-size="15">{escape(title)}</text>']
+    svg = []
     for k, (op, colour) in enumerate(COLOURS.items()):
         x, y = 20 + 150 * (k % (width // 150)), 50 + 18 * (k // (width // 150))
         svg.append(f'<line x1="{x}" x2="{x + 16}" y1="{y - 4}" y2="{y - 4}" stroke="{colour}" stroke-width="3"/>')
@@ -62,7 +63,7 @@ def draw_heads(history: list[dict], dims: dict[str, list[int]], title: str) -> s
                     f'<path d="M{x1} {y1 + 12} h{cell - plot[0] - 7} m-5 -4 l5 4 l-5 4" fill="none" stroke="#666"/>'
                 )
         top += row
-    return _svg(width, top - 12, svg)
+    return _svg(width, top - 12, title, svg)
 
 
 KERNEL_COLOURS = {1: "#999999", 3: "#0072B2", 5: "#E69F00", 7: "#D55E00"}
@@ -81,7 +82,7 @@ def draw_backbone(networks: dict[str, tuple[dict, int]], width: float, stem: str
     widest = max(spec.inner for blocks, *_ in plans.values() for spec in blocks)
     box, gap, tall = 20, 5, 96
     room = [max(d * (box + gap) + 22, 118) for d in deepest]
-    svg = [f'<text x="20" y="26" font-size="15">{escape(title)}</text>']
+    svg = []
     x = 20
     for kernel in sorted({spec.kernel for blocks, *_ in plans.values() for spec in blocks}):
         colour = KERNEL_COLOURS.get(kernel, "#555555")
@@ -114,7 +115,7 @@ def draw_backbone(networks: dict[str, tuple[dict, int]], width: float, stem: str
             svg.append(f'<text x="{x}" y="{floor + 64}" fill="#666">{macs[1 + s] / 1e6:,.3g} MMACs</text>')
             x += room[s]
         top += tall + 116
-    return _svg(max(sum(room), 8 * len(title)) + 40, top - 24, svg)
+    return _svg(max(sum(room), 8 * len(title)) + 40, top - 24, title, svg)
 
 
 def draw_scores(scores: dict[str, dict[str, list[float]]], title: str) -> str:
@@ -123,7 +124,7 @@ def draw_scores(scores: dict[str, dict[str, list[float]]], title: str) -> str:
     rows = list(next(iter(scores.values())))
     left = 30 + 6.6 * max(map(len, rows))
     tall = 64 + line * len(rows)
-    svg = [f'<text x="20" y="26" font-size="15">{escape(title)}</text>']
+    svg = []
     for p, (data, values) in enumerate(scores.items()):
         x0, y0 = left + p % across * (panel + 60), 52 + p // across * tall
         bottom = y0 + 12 + line * len(rows)
@@ -151,14 +152,14 @@ def draw_scores(scores: dict[str, dict[str, list[float]]], title: str) -> str:
             if values[row]:
                 mean = sum(values[row]) / len(values[row])
                 svg.append(f'<path d="M{at(mean):.1f} {y - 9} v18" stroke="black" stroke-width="2"/>')
-    return _svg(left + min(across, len(scores)) * (panel + 60) + 10, 40 + -(-len(scores) // across) * tall, svg)
+    return _svg(left + min(across, len(scores)) * (panel + 60) + 10, 40 + -(-len(scores) // across) * tall, title, svg)
 
 
 def draw_matrices(panels: dict[str, tuple], title: str, scale: tuple[float, float] | None, digits: int) -> str:
-    """SVG: tables of numbers, each in a square of its colour: {panel: (rows' names, columns' names, numbers)}. scale:
-    the number that is white or, where below 0, orange; the one that is blue. None: a table's largest and its least."""
+    """SVG: tables of numbers on coloured squares, {panel: (row names, column names, numbers)}. scale: (low, high): high
+    is blue; white is low, or 0 if low is negative, with orange below. None: each table's own (largest, smallest)."""
     cell, y0, width = 34, 50, 8 * len(title)
-    svg = [f'<text x="20" y="26" font-size="15">{escape(title)}</text>']
+    svg = []
     for panel, (rows, columns, values) in panels.items():
         left = 30 + 6.6 * max(map(len, rows))
         top = y0 + 14 + 5.2 * max(map(len, columns))
@@ -179,7 +180,7 @@ def draw_matrices(panels: dict[str, tuple], title: str, scale: tuple[float, floa
                 )
         y0 = top + cell * len(rows) + 40
         width = max(width, left + cell * len(columns) + 4 * max(map(len, columns)))
-    return _svg(width, y0 - 20, svg)
+    return _svg(width, y0 - 20, title, svg)
 
 
 def shade(value: float, scale: tuple[float, float]) -> tuple[str, str]:
@@ -209,8 +210,7 @@ def draw_costs(series: dict[str, list[tuple[float, float]]], title: str) -> str:
         across = (math.log2(x) - x_low) / (x_high - x_low)
         return left + width * across, top + height * (1 - (y - y_low) / (y_high - y_low))
 
-    svg = [f'<text x="20" y="26" font-size="15">{escape(title)}</text>']
-    svg.append(f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#bbb"/>')
+    svg = [f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#bbb"/>']
     step = next(s for s in (1, 2, 5, 10, 20, 50, 100) if (y_high - y_low) / s <= 8)
     for y in range(-(-y_low // step) * step, y_high + 1, step):
         _, row = at(1, y)
@@ -234,7 +234,7 @@ def draw_costs(series: dict[str, list[tuple[float, float]]], title: str) -> str:
         svg.append(
             f'<circle cx="{x + 5}" cy="46" r="5" fill="{colour}"/><text x="{x + 16}" y="50">{escape(name)}</text>'
         )
-    return _svg(max(left + width, 8 * len(title)) + 30, top + height + 50, svg)
+    return _svg(max(left + width, 8 * len(title)) + 30, top + height + 50, title, svg)
 
 
 def draw_curves(
@@ -248,7 +248,7 @@ def draw_curves(
     wide, tall, left, top, across = 240, 170, 66, 76, 3
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     colours = dict(zip(names, cycle(SERIES_COLOURS)))
-    svg = [f'<text x="20" y="26" font-size="15">{escape(title)}</text>']
+    svg = []
     x = 20
     for name, colour in colours.items():
         svg.append(f'<path d="M{x} 46 h18" stroke="{colour}" stroke-width="3"/><text x="{x + 24}" y="50">{name}</text>')
@@ -277,7 +277,7 @@ def draw_curves(
             svg.append(f'<polyline points="{path}" fill="none" stroke="{colours[name]}" stroke-width="2"/>')
             if len(places) == 1:
                 svg.append('<circle cx="{}" cy="{}" r="4" fill="{}"/>'.format(*places[0], colours[name]))
-    return _svg(width + 30, top + -(-len(panels) // across) * (tall + 76) - 30, svg)
+    return _svg(width + 30, top + -(-len(panels) // across) * (tall + 76) - 30, title, svg)
 
 
 def draw_surrogate(worth: dict[str, tuple[float, float]], title: str) -> str:
@@ -289,7 +289,7 @@ def draw_surrogate(worth: dict[str, tuple[float, float]], title: str) -> str:
         _, stage, choice, option = label.split()
         stages.setdefault(stage, {}).setdefault(choice, []).append((option, value, error))
     most = max(abs(value) + 2 * error for value, error in worth.values()) or 1.0
-    svg, x = [f'<text x="20" y="26" font-size="15">{escape(title)}</text>'], 64
+    svg, x = [], 64
 
     def row(value: float) -> float:
         return top + tall / 2 * (1 - value / most)
@@ -313,7 +313,7 @@ def draw_surrogate(worth: dict[str, tuple[float, float]], title: str) -> str:
             x += 12
         svg.append(f'<path d="M{begin - 6} {row(0):.1f} H{x - 8}" stroke="#999"/>')
         x += 24
-    return _svg(max(x, 60 + 7.5 * len(title)), top + tall + 50, svg)
+    return _svg(max(x, 60 + 7.5 * len(title)), top + tall + 50, title, svg)
 
 
 def draw_halving(shares: list[float], rounds: dict[str, list[list[float]]], best: str, title: str) -> str:
@@ -327,7 +327,7 @@ def draw_halving(shares: list[float], rounds: dict[str, list[list[float]]], best
     def at(share: float, score: float) -> tuple[float, float]:
         return left + width * share, top + tall * (high - score) / (high - low)
 
-    svg = [f'<text x="20" y="26" font-size="15">{escape(title)}</text>']
+    svg = []
     svg.append(f'<rect x="{left}" y="{top - 8}" width="{width + 8}" height="{tall + 16}" fill="none" stroke="#bbb"/>')
     for score in (low, (low + high) / 2, high):
         svg.append(
@@ -354,4 +354,4 @@ def draw_halving(shares: list[float], rounds: dict[str, list[list[float]]], best
         svg.append(f'<text x="{left + 12}" y="{y}"{bold}>{escape(name)}</text>')
         y += 18
     longest = max(map(len, rounds))
-    return _svg(max(left + width + 30, left + 30 + 6.4 * longest, 7.5 * len(title) + 40), y, svg)
+    return _svg(max(left + width + 30, left + 30 + 6.4 * longest, 7.5 * len(title) + 40), y, title, svg)

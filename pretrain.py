@@ -166,7 +166,8 @@ def check(args: argparse.Namespace) -> None:
 def start(args: argparse.Namespace) -> tuple[argparse.Namespace, torch.device]:
     """(args, device): checked, with what depends on the machine decided."""
     check(args)
-    _, world, device = launch.setup(args.device, args.deterministic, args.rank_timeout)
+    device = launch.setup(args.device, args.deterministic, args.rank_timeout)
+    world = ranks()[1]
     if args.batch_size % world:
         raise ValueError(
             f"--batch-size {args.batch_size} is the total over ranks and does not divide by {world} of them"

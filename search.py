@@ -451,7 +451,7 @@ def alpha_optimizer_of(search: Search) -> torch.optim.Optimizer:
         groups.append({"params": alphas, "lr": lr, "weight_decay": 0.0, "betas": (0.5, 0.999)})
     for group in groups:
         group["fused"] = False
-    return with_state(torch.optim.AdamW(groups), ("exp_avg", "exp_avg_sq"), search.method)
+    return with_state(torch.optim.AdamW(groups), search.method)
 
 
 def train(search: Search, monitor: Monitor, meter: Meter, checkpoint: Checkpoint) -> None:

@@ -43,7 +43,7 @@ import linear_eval
 import models
 import pretrain
 from candidates import parse_target, spreads
-from checkpoint import load_arch, load_backbone, load_heads, load_json, lock, versions, write_atomic
+from checkpoint import load_arch, load_backbone, load_heads, load_json, lock, versions, write_atomic, write_json
 from data import Images, load_data
 from launch import Parser, say, user_errors
 from losses import METHODS
@@ -56,16 +56,16 @@ from pictures import draw_costs, draw_matrices, draw_scores
 class Network(NamedTuple):
     """What is trained with each seed."""
 
-    family: str  # that it is compared within
+    family: str  # the group in which it is compared: a grid, "handcrafted", "random resnet", ...
     arch: str | dict
-    width: float = 1.0  # times --width
+    width: float = 1.0  # factor on top of --width
     heads: dict | None = None
-    weights: str | None = None  # that it starts from
-    trained: bool = True  # False: measured with these weights as they are
+    weights: str | None = None  # path of the weights to start from; None: random initialisation
+    trained: bool = True  # False: measured with `weights` as they are
 
     @property
     def name(self) -> str:
-        """Says all that the network is, so that no two share a folder."""
+        """Unique: it names the folder of a run, so different networks must not share one."""
         handcrafted = [name for name, arch in BACKBONES.items() if arch == self.arch]
         text = describe(self.arch)
         if handcrafted:
@@ -142,7 +142,7 @@ def networks_of(word: str, args: argparse.Namespace, stem: str, size: int) -> li
 
 
 def of_grids(grids: dict[str, list[tuple[dict, float]]], number: int | None) -> list[Network]:
-    """All of them, or so many, in turn from each grid, those of a grid in an order that is always the same."""
+    """All networks of the grids; or `number` of them, from each grid in turn, in an order that is random but fixed."""
     queues = [[Network(family, *entry) for entry in entries] for family, entries in grids.items()]
     if number is None:
         return [network for queue in queues for network in queue]
@@ -227,12 +227,12 @@ class Run(NamedTuple):
     folder: Path
 
     def row(self) -> dict:
-        """{} where nothing is known yet."""
+        """What row.json holds; {} before the run is trained."""
         path = self.folder / "row.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
     def missing(self, sources: list[str]) -> list[str]:
-        """Of these data sets those that it is not measured on; a broken run is not measured."""
+        """The `sources` that still have to be measured; none of them for a run that failed."""
         row = self.row()
         return [] if "error" in row else [s for s in sources if dataset(s) not in row.get("scores", {})]
 
@@ -258,55 +258,48 @@ def runs_of(networks: list[Network], seeds: int, folder: Path) -> list[Run]:
     return runs
 
 
-def plain(arch: str | dict) -> str | dict:
-    """A handcrafted architecture's name as plain data; a ViT keeps its name."""
-    return BACKBONES.get(arch, arch) if isinstance(arch, str) else arch
-
-
-def train(run: Run, args: argparse.Namespace, images: Images) -> dict:
-    """The last line of the log of a run of pretrain.py; {} of a network that is not trained."""
-    network = run.network
-    if not network.trained:
-        return {}
-    flags = {"width": args.width * network.width, "weights": network.weights, "seed": run.seed}
-    return pretrain.run_in(run.folder, args, images, network.arch, network.heads, **flags)
-
-
 def facts_of(run: Run, args: argparse.Namespace) -> dict:
-    """What the run is."""
-    network = run.network
-    facts = {"network": network.name, "family": network.family, "arch": plain(network.arch), "heads": network.heads}
+    """The row's description of the run: architectures as plain data, but a ViT by its name."""
+    network, arch = run.network, run.network.arch
+    arch = BACKBONES.get(arch, arch) if isinstance(arch, str) else arch
+    facts = {"network": network.name, "family": network.family, "arch": arch, "heads": network.heads}
     return {**facts, "width": args.width * network.width, "seed": run.seed}
 
 
-LABEL_FREE = ("loss", "held_out_loss", "infonce", "rankme", "z_std")  # what a run's log ends with, without labels
+PREDICTORS = {  # of accuracy, from the last line of a run's log: (name in the report, sign: larger is better)
+    "loss": ("training loss", -1),
+    "held_out_loss": ("held-out loss", -1),
+    "infonce": ("InfoNCE of h", -1),
+    "rankme": ("RankMe", 1),
+    "z_std": ("std of z", 1),
+    "knn": ("held-out kNN (needs labels)", 1),
+}
 
 
 def carry_out(run: Run, args: argparse.Namespace, study: "Study") -> None:
-    """Trains and measures what of the run is not done. A broken run gets a row that says so."""
+    """Trains the network and measures it on each data set, unless that is done. A failure is recorded in row.json."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    path, row = run.folder / "row.json", run.row()
-
-    def keep() -> None:
-        write_atomic(json.dumps(row, indent=2) + "\n", path)
-
+    network, path, row = run.network, run.folder / "row.json", run.row()
     if not row:
         row = facts_of(run, args)
         begun = time.time()
         try:
             row["macs"], row["parameters"] = models.size_of(row["arch"], row["width"], study.stem, study.size)
-            last = train(run, args, study.images)
+            last = {}  # of the log
+            if network.trained:
+                flags = {"width": row["width"], "weights": network.weights, "seed": run.seed}
+                last = pretrain.run_in(run.folder, args, study.images, network.arch, network.heads, **flags)
         except ValueError as error:
             last = {"error": str(error)}
         if "error" in last:
             row["error"] = last["error"]
-            keep()
+            write_json(row, path)
             return
-        row |= {name: last[name] for name in (*LABEL_FREE, "knn") if name in last}
+        row |= {name: last[name] for name in PREDICTORS if name in last}
         row |= {"scores": {}, "seconds": {"train": time.time() - begun}, "versions": versions()}
-        keep()
+        write_json(row, path)
         (run.folder / "checkpoint.pth").unlink(missing_ok=True)  # most of the folder, and of no more use
-    weights = run.folder / "backbone.pth" if run.network.trained else run.network.weights
+    weights = run.folder / "backbone.pth" if network.trained else network.weights
     for source in run.missing(list(study.measured)):
         backbone, facts = load_backbone(str(weights))
         begun = time.time()
@@ -315,11 +308,11 @@ def carry_out(run: Run, args: argparse.Namespace, study: "Study") -> None:
             scores = linear_eval.measure(backbone, facts, *study.measured[source], study.device, **how)[0]
         except RuntimeError as error:
             row["error"] = f"measured on {source}: {error}"
-            keep()
+            write_json(row, path)
             return
         row["scores"][dataset(source)] = {name: scores[name] for name in ("knn", "linear")}
         row["seconds"][dataset(source)] = time.time() - begun
-        keep()
+        write_json(row, path)
 
 
 # ---- workers --------------------------------------------------------------------------------------------------------
@@ -337,23 +330,21 @@ POLL = 10  # seconds until a worker that finds all runs taken looks again
 
 
 def work(runs: list[Run], args: argparse.Namespace, study: Study) -> None:
-    """Until all runs are done: carries out one that nobody else has."""
-    sources, begun, before = list(study.measured), time.time(), None
+    """A worker's loop: takes a run that no other worker has locked, carries it out, and so on until all are done."""
+    sources, begun = list(study.measured), time.time()
+    before = sum(run.done(sources) for run in runs)
     while pending := [run for run in runs if not run.done(sources)]:
-        before = len(runs) - len(pending) if before is None else before
         idle = True
         for run in pending:
             run.folder.mkdir(parents=True, exist_ok=True)
             claim = lock(run.folder / ".claim")
             if claim is None:
                 continue
-            try:
+            with os.fdopen(claim):  # held until the block ends
                 if not run.done(sources):  # another may have done it meanwhile
                     idle = False
                     carry_out(run, args, study)
                     progress(run, runs, sources, begun, before)
-            finally:
-                os.close(claim)
         if idle:
             time.sleep(POLL)
 
@@ -389,7 +380,7 @@ def write_table(folder: Path) -> Path:
     for row in sorted(rows, key=lambda row: (row["family"], row["network"], row["seed"])):
         seconds = dict(row.get("seconds", {}))
         line = {name: row.get(name) for name in ("network", "family", "arch", "width", "heads", "parameters", "macs")}
-        line |= {name: row.get(name) for name in ("seed", *LABEL_FREE, "knn", "error")}
+        line |= {name: row.get(name) for name in ("seed", *PREDICTORS, "error")}
         line |= {name: json.dumps(line[name]) for name in ("arch", "heads")}
         line |= {"train s": seconds.pop("train", None), "measure s": sum(seconds.values())}
         line |= {"torch": row.get("versions", {}).get("torch")}
@@ -479,9 +470,10 @@ def kendall(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
 
 
 def improvement(found: np.ndarray, random: np.ndarray) -> tuple[float, float, float]:
-    """Relative improvement in % of a network's accuracies (S seeds,) over the mean of random ones' (K, S), and its 95 %
-    interval for other seeds and other random networks: within^2 / S + between^2 / K + within^2 / (K S). For the same
-    seeds on both sides: of others, or fewer, what they have in common is not in it."""
+    """Relative improvement in % of a network's accuracies (S,) over the mean of K random networks' (K, S), with a 95 %
+    interval over seeds and random networks; variance: within^2 / S + between^2 / K + within^2 / (K S).
+
+    Both sides must have the same seeds: the interval leaves out the variation that all networks of a seed share."""
     between, within = spreads(random)
     networks, seeds = random.shape
     variance = within**2 / len(found) + between**2 / networks + within**2 / (networks * seeds)
@@ -585,7 +577,7 @@ def populations(table: list[dict], scenarios: list[str], measure: str) -> dict[s
         if len(whole) < 8 or seeds < 2:
             continue
         accuracy = np.array([[[line[c] for c in columns] for line in of] for of in whole])
-        known = [f for f in (*LABEL_FREE, "knn") if all(line.get(f) is not None for of in whole for line in of)]
+        known = [f for f in PREDICTORS if all(line.get(f) is not None for of in whole for line in of)]
         label_free = {f: np.array([np.mean([line[f] for line in of]) for of in whole]) for f in known}
         found[name] = Population([of[0] for of in whole], accuracy, label_free)
     return found
@@ -594,8 +586,7 @@ def populations(table: list[dict], scenarios: list[str], measure: str) -> dict[s
 def population_of(line: dict) -> str:
     if line["family"].startswith(("random", "found", "handcrafted")):
         return line["family"]
-    arch = plain(line["arch"])
-    block = arch["block"] if isinstance(arch, dict) else line["arch"]
+    block = line["arch"] if isinstance(line["arch"], str) else line["arch"]["block"]
     return {"basic": "ResNets", "bottleneck": "ResNets", "inverted": "MobileNets"}.get(block, block)
 
 
@@ -636,26 +627,15 @@ def in_short(p: Population, scenarios: list[str]) -> str:
     if len(scenarios) > 1:
         regret, _, drawn = regrets(p.accuracy)
         text += (
-            f" On the others than {scenarios[0]}, choosing by {scenarios[0]} costs {regret[0, 1:].mean():.2f} points "
-            f"beside choosing by the scenario itself, and drawing a network at random {drawn[1:].mean():.2f}."
+            f" On the other scenarios, choosing a network by {scenarios[0]} costs {regret[0, 1:].mean():.2f} points "
+            f"compared with choosing by the scenario itself; drawing one at random costs {drawn[1:].mean():.2f}."
         )
     return text
 
 
-# name: what of a run's log tells, with the sign with which more is better
-PREDICTORS = {
-    "training loss": ("loss", -1),
-    "held-out loss": ("held_out_loss", -1),
-    "InfoNCE of h": ("infonce", -1),
-    "RankMe": ("rankme", 1),
-    "std of z": ("z_std", 1),
-    "held-out kNN (needs labels)": ("knn", 1),
-}
-
-
 def predictors(p: Population) -> dict[str, np.ndarray]:
-    """Of accuracy: numbers (K,) by name."""
-    values = {name: sign * p.label_free[key] for name, (key, sign) in PREDICTORS.items() if key in p.label_free}
+    """What may predict accuracy, {name: (K,)}, larger being better; what is the same for all networks is left out."""
+    values = {name: sign * p.label_free[key] for key, (name, sign) in PREDICTORS.items() if key in p.label_free}
     values |= {"parameters": p.facts("parameters"), "MACs": p.facts("macs")}
     if choices := p.choices():
         values["blocks"] = sum(x for name, x in choices.items() if name.startswith("depth"))
@@ -735,8 +715,6 @@ def report(folder: Path, measure: str = "linear") -> None:
     facts = load_json(str(folder / "study.json")) if (folder / "study.json").exists() else {}
     scenarios = [name.removesuffix(f" {measure}") for name in table[0] if name.endswith(f" {measure}")]
     scenarios.sort(key=lambda name: name != dataset(facts.get("--data", "")))  # what all are trained on is the first
-    for line in table:
-        line["arch"] = plain(line["arch"])
     groups = populations(table, scenarios, measure)
     broken = [line for line in table if line["error"]]
     said = ("--data", "--method", "--epochs", "--max-images", "--image-size", "--width", "--batch-size", "--lr")
@@ -746,7 +724,7 @@ def report(folder: Path, measure: str = "linear") -> None:
         "",
         f"{len({line['network'] for line in table})} networks, {len(table)} runs (`{setting}`), {len(scenarios)} data "
         f"sets; {measure} accuracy on test images in %, means over seeds. In brackets 95 % intervals, after ± standard "
-        "errors. What learns fast is not always what ends well: all of this is said of runs of this length.",
+        "errors. All of this holds for runs of this length: networks that learn fast need not be the best in the end.",
     ]
     if broken:
         said = (f"{line['network']} seed {line['seed']:.0f}: {line['error']}" for line in broken)
@@ -761,7 +739,8 @@ def report(folder: Path, measure: str = "linear") -> None:
         lines += predictor_table(groups, scenarios)
     found, dots = found_table(table, scenarios, measure)
     if found:
-        lines += ["", "## Found and random networks", "", "Behind the semicolon: relative improvement over random.", ""]
+        lines += ["", "## Found and random networks", ""]
+        lines += ["After the semicolon: relative improvement over the random networks' mean, 95 % interval.", ""]
         lines += found
         write_atomic(draw_scores(dots, f"{measure} accuracy: each run, and the mean"), folder / "study-found.svg")
     for name, picture in pictures_of(groups, scenarios).items():
@@ -811,24 +790,15 @@ def get_parser() -> Parser:
     )
     group.add_argument("--search", nargs="+", default=[], metavar="FOLDER", help="of search.py: what it found")
     group.add_argument("--seeds", type=int, default=2, help="runs of each network")
-    group.add_argument(
-        "--target-macs", help="of random backbones: 40e6, resnet18 or 0.5xresnet18; left out, the handcrafted's"
-    )
+    group.add_argument("--target-macs", help="of random backbones: 40e6 or 0.5xresnet18; left out, the handcrafted's")
     group.add_argument("--measure-on", nargs="+", help="data sets with labels; left out, --data")
     group.add_argument("--report", action="store_true", help="only the table and pictures of what is there")
     parser.add_argument("--output-dir", default="runs/study")
     return parser
 
 
-FREE_FLAGS = pretrain.FREE_FLAGS | {  # of what is asked for, not of how it is trained
-    "networks",
-    "search",
-    "seeds",
-    "seed",
-    "target_macs",
-    "measure_on",
-    "report",
-}
+# flags that may change from call to call: they choose what is run, not how it is trained
+FREE_FLAGS = pretrain.FREE_FLAGS | {"networks", "search", "seeds", "seed", "target_macs", "measure_on", "report"}
 
 
 def prepare(args: argparse.Namespace, device: torch.device) -> tuple[list[Run], Study]:
@@ -853,8 +823,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple[list[Run], 
         measured[source] = [load_data(args, source, split) for split in ("train", "test")]
         if not measured[source][0].labelled:
             raise ValueError(f"--measure-on {source}: there are no labels to measure with")
-    handle = lock(folder / ".lock", wait=True)
-    try:
+    with os.fdopen(lock(folder / ".lock", wait=True)):
         heads = None if args.heads == "default" else load_heads(args.heads, list(head_spaces(args, args.arch)))
         facts = pretrain.facts_of(Path(__file__).name, args, args.arch, heads, images, FREE_FLAGS)
         facts = {what: fact for what, fact in json.loads(json.dumps(facts)).items() if fact is not None}
@@ -864,35 +833,26 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple[list[Run], 
             if known.get(what) != facts.get(what):
                 was = f"{what} {known.get(what)}, not {facts.get(what)}"
                 raise ValueError(f"'{path}' says that this study has {was}: choose another --output-dir")
-        write_atomic(json.dumps(facts, indent=2) + "\n", path)
-    finally:
-        os.close(handle)
+        write_json(facts, path)
     return runs_of(networks, args.seeds, folder), Study(images, measured, stem, size, device)
 
 
 def main(args: argparse.Namespace) -> None:
     for name in ("RANK", "WORLD_SIZE"):  # each of torchrun's ranks is a worker of its own, on the GPU of LOCAL_RANK
         os.environ.pop(name, None)
-    with user_errors():
-        if not args.report:
-            pretrain.check(args)
-            _, _, device = launch.setup(args.device, args.deterministic, args.rank_timeout)
-            args.knn_every = args.epochs  # the monitor looks at the end alone
-            runs, study = prepare(args, device)
-            say(f"{len(runs)} runs, {len(study.measured)} data sets to measure on: {args.output_dir}")
     if not args.report:
         try:
-            with user_errors():  # a full disk
+            with user_errors():
+                pretrain.check(args)
+                device = launch.setup(args.device, args.deterministic, args.rank_timeout)
+                args.knn_every = args.epochs  # the monitor looks at the end alone
+                runs, study = prepare(args, device)
+                say(f"{len(runs)} runs, {len(study.measured)} data sets to measure on: {args.output_dir}")
                 work(runs, args, study)
         except KeyboardInterrupt:
             sys.exit(130)
-    with user_errors():
-        folder = Path(args.output_dir)
-        handle = lock(folder / ".lock", wait=True)  # several workers end at once
-        try:
-            report(folder)
-        finally:
-            os.close(handle)
+    with user_errors(), os.fdopen(lock(Path(args.output_dir) / ".lock", wait=True)):  # several workers end at once
+        report(Path(args.output_dir))
 
 
 if __name__ == "__main__":
