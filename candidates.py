@@ -25,8 +25,8 @@ import pretrain
 from checkpoint import load_arch, load_json, write_json
 from data import Images
 from launch import from_main, is_main, say
-from losses import METHODS
-from models import BACKBONES, BAND, BLOCKS, SPACES, VITS, Choices, Space, build_backbone
+from losses import METHODS, HeadSpace
+from models import BACKBONES, BAND, BLOCKS, SPACES, Choices, Space, build_backbone
 from pretrain import SCORES, clock
 from views import VIEW_SPACE
 
@@ -65,10 +65,6 @@ class Cost:
         """The network with the highest total score (S, O) among those whose cost is in BAND of the target."""
         return models.derive(scores, self.base, self.table, self.target, self.text)
 
-    def scaled(self, space: Space) -> list[int]:
-        """The one nearest to the handcrafted network."""
-        return models.scaled(space, self.base, self.table, self.target)
-
     def random(self, generator: torch.Generator, band: tuple[float, float] = BAND) -> list[int]:
         return models.random_choice(self.base, self.table, self.target, generator, band)
 
@@ -92,14 +88,14 @@ def cost_of(space: Space, args: argparse.Namespace, stem: str, size: int, device
 def milliseconds(
     modules: list[nn.Module], inputs: list[Tensor], device: torch.device, rounds: int = 21, warm_up: int = 3
 ) -> list[float]:
-    """Medians of the forward pass of each in eval mode; they take turns, so that a noisy machine bears on all alike."""
-    calls = 10 if device.type == "cuda" else 2  # a GPU is waited for after ten, as it is not within a network
+    """Each module's median forward time in eval mode. They take turns, so that other load affects all alike."""
+    calls = 10 if device.type == "cuda" else 2  # ten per synchronisation: inside a network a block has none of its own
     times: list[list[float]] = [[] for _ in modules]
     for module in modules:
-        module.eval()
+        module.to(device, memory_format=launch.memory_format(device)).eval()
     for turn in range(warm_up + rounds):
         for module, x, of_module in zip(modules, inputs, times):
-            module(x)  # what it works on is in the caches, as it is within a network
+            module(x)  # warms the caches: inside a network a block finds its inputs there
             begun = clock(device)
             for _ in range(calls):
                 module(x)
@@ -113,34 +109,30 @@ def latencies(
 ) -> tuple[float, Tensor]:
     """(base, table (S, O)) as Space.costs gives them, in ms on this device: each option's first block and the others
     are timed alone, which costs add up from; a few whole networks say by how much more or less these take together."""
-
-    def ready(module: nn.Module) -> nn.Module:
-        return module.to(device, memory_format=launch.memory_format(device))
-
-    n_options, jobs = len(space.options), {}
+    n_options, jobs, blocks_of = len(space.options), {}, {}
     for row, stage in enumerate(space.stages):
         for option in range(n_options):
             arch = space.arch([option] * len(space.stages))
             plan = models.plan(arch, width, stem)
             side = math.ceil(math.ceil(size / plan.stride) / plan.pool)
+            blocks_of[row, option] = []
             for spec in plan.blocks:
-                key = row, spec._replace(index=min(spec.index, 1))
-                if spec.stage == stage and key not in jobs:
-                    jobs[key] = ready(BLOCKS[arch["block"]](spec)), noise(batch, spec.c_in, side, device)
+                if spec.stage == stage:
+                    key = row, spec._replace(index=min(spec.index, 1))
+                    blocks_of[row, option].append(key)
+                    if key not in jobs:
+                        jobs[key] = BLOCKS[arch["block"]](spec), noise(batch, spec.c_in, side, device)
                 side = spec.strided(side)
     times = dict(zip(jobs, milliseconds(*zip(*jobs.values()), device)))
     table = torch.zeros(len(space.stages), n_options, dtype=torch.float64)
-    for row, stage in enumerate(space.stages):
-        for option in range(n_options):
-            blocks = models.plan(space.arch([option] * len(space.stages)), width, stem).blocks
-            specs = [spec._replace(index=min(spec.index, 1)) for spec in blocks if spec.stage == stage]
-            table[row, option] = sum(times[row, spec] for spec in specs)
+    for (row, option), blocks in blocks_of.items():
+        table[row, option] = sum(times[key] for key in blocks)
     table -= table[:, :1].clone()
 
     generator = torch.Generator().manual_seed(0)
     sample = torch.randint(n_options, (8, len(space.stages)), generator=generator).tolist()
     choices = [[0] * len(space.stages), *sample]
-    networks = [ready(build_backbone(space.arch(choice), stem, width)[0]) for choice in choices]
+    networks = [build_backbone(space.arch(choice), stem, width)[0] for choice in choices]
     base, *measured = milliseconds(networks, [noise(batch, 3, size, device)] * len(networks), device)
     sums = [sum(table[s, o].item() for s, o in enumerate(choice)) for choice in sample]
     slope = sum(s * (m - base) for s, m in zip(sums, measured)) / sum(s * s for s in sums)
@@ -177,7 +169,7 @@ class Task(NamedTuple):
     space: Space | None  # of backbones
     arch: str | dict  # the handcrafted, or that of --arch
     cost: Cost | None
-    asked: argparse.Namespace  # args before pretrain.start has decided what depends on the machine
+    asked: argparse.Namespace  # the flags as given, before check_flags and pretrain.start fill in what was left out
 
 
 def task_of(args: argparse.Namespace, device: torch.device, asked: argparse.Namespace | None = None) -> Task:
@@ -196,8 +188,8 @@ def task_of(args: argparse.Namespace, device: torch.device, asked: argparse.Name
         if args.score == "held_out_loss" and len(held_out) // 2 < args.batch_size:
             raise ValueError("--score held_out_loss: halves of the held-out images do not fill a batch: see --held-out")
     for path in args.join:
-        joined = load_arch(path)
-        if joined in VITS or (cost.unit == "MACs" and models.size_of(joined, args.width, stem, size)[0] > cost.target):
+        macs = models.size_of(load_arch(path), args.width, stem, size)[0]  # None: a ViT's
+        if macs is None or (cost.unit == "MACs" and macs > cost.target):
             raise ValueError(f"--join {path}: not a network of at most {cost.text(cost.target)}")
     return Task(args, device, images, stem, size, space, arch, cost, asked or args)
 
@@ -228,13 +220,21 @@ class Candidate(NamedTuple):
         return f"{self.name}{': ' * bool(parts)}{', '.join(parts)}"
 
 
+def head_spaces(args: argparse.Namespace, arch: str | dict) -> dict[str, HeadSpace]:
+    """The method's heads on this backbone. Raises ValueError where it has none."""
+    with torch.device("meta"):
+        feature_dim = build_backbone(arch, width=args.width)[1]
+    spaces = METHODS[args.method].heads(feature_dim, args.out_dim)
+    if not spaces:
+        raise ValueError(f"--method {args.method} has no heads to choose")
+    return spaces
+
+
 def random_rest(task: Task, arch: str | dict, rng: random.Random) -> tuple[dict | None, dict | None]:
-    """(heads, views), each drawn evenly by name where it is searched."""
+    """(heads, views): uniform random draws of what --space searches, None for what it does not."""
     heads = views = None
     if "heads" in task.args.space:
-        with torch.device("meta"):
-            feature_dim = build_backbone(arch, task.stem, task.args.width)[1]
-        spaces = METHODS[task.args.method].heads(feature_dim, task.args.out_dim)
+        spaces = head_spaces(task.args, arch)
         heads = {name: models.random_head(head.layers, rng) for name, head in spaces.items()}
     if "views" in task.args.space:
         views = {name: rng.choice(values) for name, values in VIEW_SPACE.items()}
@@ -244,24 +244,23 @@ def random_rest(task: Task, arch: str | dict, rng: random.Random) -> tuple[dict 
 def measured_ms(task: Task, arch: dict) -> float:
     """Of a forward pass of --latency-batch images, as `latencies` predicts it."""
     network, _ = build_backbone(arch, task.stem, task.args.width)
-    network = network.to(task.device, memory_format=launch.memory_format(task.device))
     return milliseconds([network], [noise(task.args.latency_batch, 3, task.size, task.device)], task.device)[0]
 
 
 def fits(task: Task, arch: dict) -> bool:
-    """Whether it takes no longer than --target-ms, measured; MACs are as counted."""
+    """Whether its measured time is within --target-ms; always True for a target in MACs, which are exact."""
     if task.cost.unit == "MACs":
         return True
     measured = from_main(measured_ms(task, arch))
     if measured > task.cost.target:
-        say(f"left out: {models.describe(arch)} takes {measured:.4g} ms")
+        say(f"too slow, {measured:.4g} ms measured: {models.describe(arch)}")
     return measured <= task.cost.target
 
 
-def fitting(task: Task, choose: Callable[[Cost], list[int]]) -> dict:
-    """The architecture that is chosen with a cost; of time with a target lowered by 3 % until what is chosen fits."""
+def fitting(task: Task, scores: Tensor) -> dict:
+    """The best architecture by scores (S, O). A target in ms is lowered by 3 % until the measured time meets it."""
     for k in range(6):
-        arch = task.space.arch(choose(task.cost.of_target(task.cost.target * 0.97**k)))
+        arch = task.space.arch(task.cost.of_target(task.cost.target * 0.97**k).derive(scores))
         if fits(task, arch):
             return arch
     raise ValueError(
@@ -272,7 +271,7 @@ def fitting(task: Task, choose: Callable[[Cost], list[int]]) -> dict:
 
 def handcrafted(task: Task) -> Candidate:
     """As the flags have it; a backbone scaled to the band of the target."""
-    arch = fitting(task, lambda cost: cost.scaled(task.space)) if task.space else task.arch
+    arch = fitting(task, models.handcrafted_scores(task.space)) if task.space else task.arch
     return Candidate("handcrafted", arch)
 
 
@@ -312,7 +311,8 @@ def view_cost(task: Task, views: dict | None) -> float:
 
 
 def remembered(folder: Path, draw: Callable[[], list[Candidate]]) -> list[Candidate]:
-    """The candidates of before where a search goes on, since times are not measured twice alike; else new ones."""
+    """The candidates that an earlier start of this search saved, else draw()'s, saved. (A second measurement of times
+    could admit other candidates.)"""
     path = folder / "finalists" / "candidates.json"
     known = from_main(load_json(str(path))["candidates"] if path.exists() else None)
     if known is not None:
@@ -336,7 +336,7 @@ def halving(task: Task, candidates: list[Candidate], folder: Path) -> tuple[Cand
             own = train_alone(task, candidate, candidates.index(candidate), share, folder)
             text = f"{k + 1} of {len(alive)} at {100 * share:.0f} %: {candidate.text()}"
             if isinstance(own, str):
-                say(f"{text}: left out, it broke: {own}")
+                say(f"{text}: left out, training failed: {own}")
                 continue
             scores[candidate.name] = own
             seen[candidate.name].append(own)
@@ -344,7 +344,7 @@ def halving(task: Task, candidates: list[Candidate], folder: Path) -> tuple[Cand
             say(f"{text}: {args.score} {SCORES[args.score] * statistics.mean(own):.4g}; best so far: {best}")
         alive = [candidate for candidate in alive if candidate.name in scores]
         if not alive:
-            raise ValueError("all candidates broke, as is said above: where it is their loss, try a lower --lr")
+            raise ValueError("all candidates failed (see above): if their loss was not finite, try a lower --lr")
         alive.sort(key=lambda candidate: -statistics.mean(scores[candidate.name]))
         if len(alive) > 1:
             between, within = spreads(np.array(list(scores.values())))
@@ -357,11 +357,10 @@ def halving(task: Task, candidates: list[Candidate], folder: Path) -> tuple[Cand
     winner = alive[0]
     if ratio is not None and ratio < 0.5:
         say("warning: candidates differ less than seeds do: there may be nothing to find here")
-    if winner.name != "handcrafted" and not leads(seen[winner.name], seen["handcrafted"], noise):
-        first = next(candidate for candidate in candidates if candidate.name == "handcrafted")
-        if not isinstance(train_alone(task, first, candidates.index(first), 1.0, folder), str):
-            say(f"{winner.name} is within noise of the handcrafted one: it stays with that")
-            winner = first
+    within_noise = winner.name != "handcrafted" and not leads(seen[winner.name], seen["handcrafted"], noise)
+    if within_noise and not isinstance(train_alone(task, candidates[0], 0, 1.0, folder), str):
+        say(f"{winner.name} is within noise of the handcrafted one: keeping the handcrafted one")
+        winner = candidates[0]  # the handcrafted one
     facts = {"score": args.score, "ratio": ratio, "shares": [share for _, share in rungs(len(candidates))]}
     facts["rounds"] = {c.text(): [[SCORES[args.score] * x for x in own] for own in seen[c.name]] for c in candidates}
     run = folder / "finalists" / f"{candidates.index(winner)}-seed{args.seed}"
@@ -385,12 +384,10 @@ def train_alone(task: Task, candidate: Candidate, k: int, share: float, folder: 
     flags |= {name: getattr(task.asked, name) for name in ("amp", "compile", "sync_bn")}  # as a later machine wants it
     if args.warmup_epochs is not None:
         flags["warmup_epochs"] = args.warmup_epochs * epochs / args.epochs
+    what = args, task.images, candidate.arch, candidate.heads, max(1, round(share * epochs))
     for seed in range(args.seed, args.seed + SEEDS):
         run = folder / "finalists" / f"{k}-seed{seed}"
-        until = max(1, round(share * epochs))
-        last = pretrain.run_in(
-            run, args, task.images, candidate.arch, candidate.heads, until, seed=seed, profile=False, **flags
-        )
+        last = pretrain.run_in(run, *what, seed=seed, profile=False, **flags)
         value = from_main(SCORES[args.score] * last.get(args.score, math.nan))
         if "error" in last or not math.isfinite(value):
             return last.get("error", f"its {args.score} is not finite")
@@ -399,9 +396,9 @@ def train_alone(task: Task, candidate: Candidate, k: int, share: float, folder: 
 
 
 def spreads(y: np.ndarray) -> tuple[float, float]:
-    """Standard deviations (between networks, residual) of accuracies (K networks, S seeds), by two-way analysis of
-    variance: what the seeds have in common is taken out, as is from the former what the residual adds to it. Where
-    the former is near 0, or far below the latter, no search can find a better network than chance does."""
+    """Standard deviations (between networks, residual) of accuracies (K networks, S seeds), by two-way ANOVA. What
+    a seed adds to all networks alike is removed, and the residual's share is subtracted from the variance between
+    networks. If the first is near 0 or far below the second, no search can beat random choice."""
     networks, seeds = y.shape
     means = y.mean(1)
     residual = y - means[:, None] - y.mean(0) + y.mean()

@@ -227,7 +227,7 @@ BACKBONE_FACTS = {  # what is read of a backbone.json: whether it can be, and wh
     "arch": (lambda x: isinstance(x, (str, dict)), "a name or an architecture"),
     "width": (lambda x: is_number(x, 1e-9, 64), "above 0, up to 64"),
     "stem": (lambda x: x in ("small", "imagenet"), "small or imagenet"),
-    "resized_to": (lambda x: x is None or (is_number(x, 8, 4096) and x % 1 == 0), "8 to 4096 pixels"),
+    "resized_to": (lambda x: x is None or (isinstance(x, int) and is_number(x, 8, 4096)), "8 to 4096 pixels"),
     "mean": (lambda x: are_numbers(x, 0), "3 numbers of 0 to 1"),
     "std": (lambda x: are_numbers(x, 1e-6), "3 numbers above 0, up to 1"),
     "data": (lambda x: isinstance(x, str), "a name or a folder"),

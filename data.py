@@ -124,6 +124,9 @@ def load_images(
 def load_data(args: argparse.Namespace, source: str, split: str) -> Images:
     """load_images by the flags. Rank 0 goes first, so that a download happens once, then the first rank of each other
     machine, which decodes what the others map."""
+    for flag, value, least in ("--max-images", args.max_images, 1), ("--image-size", args.image_size, 1):
+        if value is not None and value < least:
+            raise ValueError(f"{flag} {value}: must be {least} or above")
     limit = args.max_images if split == "train" else None
     cache = {"auto": os.path.join(args.data_root, "decoded"), "none": None}.get(args.cache, args.cache)
     where = {"root": args.data_root, "budget_gb": args.resident_gb, "workers": args.workers, "cache": cache}
@@ -162,11 +165,10 @@ def read_cached(stream: "Stream", source: str, names: list[str], what: str, fold
         try:
             pixels.numpy().tofile(temporary)
             os.replace(temporary, pixels_file)
+            temporary.write_text(json.dumps({**known, "kept": None if len(kept) == len(stream) else kept}))
+            os.replace(temporary, facts_file)
         finally:
             temporary.unlink(missing_ok=True)
-        facts = {**known, "kept": None if len(kept) == len(stream) else kept}
-        temporary.write_text(json.dumps(facts))
-        os.replace(temporary, facts_file)
         return mapped(pixels_file, tuple(pixels.shape)), kept
     except OSError as error:
         print(f"{stream.what}: decoded pixels are not kept in '{folder}': {error}", file=sys.stderr)
@@ -212,9 +214,14 @@ def _torchvision_items(name, split, root):
 
 
 def image_files(folder):
-    """Sorted paths of the images below a folder, links followed."""
-    files = []
-    for place, _, names in os.walk(folder, followlinks=True):
+    """Sorted paths of the images below a folder; links are followed, each folder once."""
+    files, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # by a link, perhaps to a folder that it is in
+            folders.clear()
+            continue
+        seen.add(real)
         files += [os.path.join(place, n) for n in names if n.lower().endswith((*IMG_EXTENSIONS, ".gif"))]
     if not files:
         raise FileNotFoundError(f"no image below '{folder}' ({' '.join(IMG_EXTENSIONS)} .gif)")

@@ -333,7 +333,7 @@ class Meter:
         done = (step + 1) % self.steps_per_epoch
         if done and done % self.print_every == 0:
             loss = self.read()["loss"]
-            epoch = f"epoch {step // self.steps_per_epoch + 1}/{self.total // self.steps_per_epoch}"
+            epoch = f"epoch {step // self.steps_per_epoch + 1}/{-(-self.total // self.steps_per_epoch)}"
             say(f"{epoch} step {done}/{self.steps_per_epoch}  loss {sum(loss) / len(loss):.4f}{self.speed(step)}")
 
     def end_epoch(self) -> dict[str, float]:
@@ -347,7 +347,7 @@ class Meter:
         if not self.steps:  # gone on from a checkpoint that was written after the epoch's last step
             return ""
         seconds = (time.time() - self.start) / self.steps
-        eta = time.strftime("%H:%M:%S", time.gmtime((self.total - step - 1) * seconds))
+        eta = timedelta(seconds=round((self.total - step - 1) * seconds))
         rate = self.batches["loss"].batch_size / seconds
         return f"  lr {self.lr:.4f}  step {1e3 * seconds:.0f} ms  {rate:,.0f} images/s  ETA {eta}"
 

@@ -632,7 +632,7 @@ def main(args: argparse.Namespace) -> list[dict]:
         settings = {name: value for name, value in vars(args).items() if name in measure.__kwdefaults__}
         settings["finetune_lr"] = args.finetune_lr if args.finetune else None
 
-        if args.export:
+        if args.export and is_main():
             size = args.image_size or (32 if facts["stem"] == "small" else 224)
             export(copy.deepcopy(backbone), facts, size, Path(args.export))
         if args.embed:

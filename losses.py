@@ -296,11 +296,13 @@ class _DietLoss(torch.autograd.Function):
 
 # Keywords of several methods: type and help. Each keyword of a method's __init__ is a flag of the scripts.
 OutDim = Annotated[int | None, "dimensions of z, of dino outputs of its last layer; left out, the method's own"]
-Projector = Annotated[Literal["none", "mlp"], "none takes the loss on features, to ask what a projector adds"]
+Projector = Annotated[
+    Literal["none", "mlp"], "none: the loss is on the features themselves, to see what a projector adds"
+]
 Teacher = Annotated[Literal["none", "ema"], "where targets come from: the network itself, or its steadier average"]
-MomentumTeacher = Annotated[float, "share of the EMA teacher that a step keeps; nearer 1 for long runs, small batches"]
+MomentumTeacher = Annotated[float, "EMA momentum of the teacher; closer to 1 for long runs and small batches"]
 Temperature = Annotated[float, "divides similarities or scores ahead of the softmax; lower makes hard cases count more"]
-QueueSize = Annotated[int | None, "embeddings kept of past batches; more for small batches; left out, it fits the data"]
+QueueSize = Annotated[int | None, "past embeddings to keep; more for small batches; default: by the number of images"]
 
 Heads = dict[str, nn.Module] | None
 
@@ -326,8 +328,8 @@ def mlp(*dims: int, bn: bool = True, activation: type[nn.Module] = nn.ReLU) -> n
 
 
 def head_width(feature_dim: int, published: int) -> int:
-    """Hidden units of a published head; in a network narrower than ViT-Ti's 192 features four times these, not to
-    have more head than network."""
+    """Hidden units of a head: the published number, but 4 x feature_dim for encoders with fewer features than ViT-Ti's
+    192, so that the head does not outgrow the encoder."""
     return published if feature_dim >= 192 else 4 * feature_dim
 
 
@@ -435,8 +437,9 @@ class Method(nn.Module):
         return embed(self.encoder, self.projector, views, self.separate(views)).chunk(len(views))
 
     def separate(self, views: list[Tensor]) -> bool:
-        """Whether each view is a batch of its own to BN: two views are, as in SimSiam's and MoCo's own code and in
-        lightly's. Of more, those of one resolution are one to the encoder, and all to a head, as in 2210.02808."""
+        """Whether each view is a separate batch, with BN statistics of its own: yes for two views, as in SimSiam's,
+        MoCo's and lightly's code. With more, the encoder takes all views of one resolution as one batch, and the head
+        takes all views as one, as in 2210.02808."""
         return len(views) == 2
 
     def add_teacher(self, *names: str) -> None:
@@ -453,8 +456,7 @@ class Method(nn.Module):
     def drop_last_layer_grad(self) -> None:
         """Called after backward in the first epochs: the last_layer, where a method has one, takes no step."""
         if hasattr(self, "last_layer"):
-            for p in self.last_layer.parameters():
-                p.grad = None
+            self.last_layer.zero_grad()
 
     def after_step(self, progress: float) -> None:
         """After the optimiser's step; progress in 0..1 of the run."""
@@ -761,7 +763,7 @@ class DINO(Method):
         teacher_warmup: Annotated[
             float | None, "share of the run in which the teacher's temperature rises; left out: .25, without BN .15"
         ] = None,
-        center_momentum: Annotated[float, "share of the centre that a step keeps; more for small batches"] = 0.9,
+        center_momentum: Annotated[float, "EMA momentum of the centre; higher for small batches"] = 0.9,
         head_bn: Annotated[bool | None, "BN in the projector; left out, as in the encoder, so a ViT's has none"] = None,
     ):
         super().__init__(encoder)

@@ -8,8 +8,8 @@ PRESETS                             the seven genotypes that NASiam's authors pu
 
 To add a backbone of known blocks, add an entry to BACKBONES; an operation, to OPS; a space, to SPACES. A new kind of
 choice (squeeze-excite, say) is a field of BlockSpec, an entry in FIELDS, a value in each of BACKBONES, a module in a
-block that does nothing where its masked weights are zero, its entries in MASKS, and a term of the block's `macs`. An
-arch.json of before then wants the new field; `derive` looks at all options of all stages, so keep them below some 50.
+block that does nothing where its masked weights are zero, its entries in MASKS, and a term of the block's `macs`. Older
+arch.json files lack the new field and are refused. `derive` enumerates, so keep a stage's options below about 50.
 """
 
 import copy
@@ -52,7 +52,7 @@ class BlockSpec(NamedTuple):
         return -(-side // self.stride)
 
 
-# What an architecture says of each stage, and of what numbers: types (not bool, an int), least, most, whether odd.
+# The fields of a stage and their legal values: types (exact, so no bool for an int), minimum, maximum, whether odd.
 FIELDS = {
     "depth": ([int], 1, 64, False),
     "inner": ([int, float], 1 / 64, 64, False),  # a share of the planes; of inverted blocks: a multiple of c_in
@@ -424,6 +424,8 @@ def build_backbone(
             size = sum(p.numel() for p in network(spec, width, stem).parameters())
         if size > MAX_PARAMETERS:
             raise ValueError(f"{describe(arch)} x{width:g} has {size:,} parameters, more than {MAX_PARAMETERS:,}")
+    if not all(block.c_out for block in plan(spec, width, stem).blocks):
+        raise ValueError(f"{describe(arch)} x{width:g} has no channels left: a larger width is needed")
     module = network(spec, width, stem)
     return module, module.feature_dim
 
@@ -526,7 +528,7 @@ class Choices(nn.Module):
 
     def set(self, choice: Sequence[int]) -> None:
         """Gates of one option a stage; copies nothing to a GPU."""
-        self.gates = {name: torch.zeros_like(alpha, requires_grad=False) for name, alpha in self.alphas().items()}
+        self.gates = {name: torch.zeros_like(alpha) for name, alpha in self.alphas().items()}
         values = np.unravel_index(choice, [gate.shape[1] for gate in self.gates.values()])
         for gate, value_of_stage in zip(self.gates.values(), values):
             for row, value in enumerate(value_of_stage.tolist()):
@@ -689,7 +691,6 @@ def derive(
     With scores = log probabilities the likeliest network that meets the target; each stage's own argmax would miss it.
     """
     scores = scores.detach().double().cpu()
-    table = table.cpu()
     stages, options = table.shape
     # all combinations of all stages but the first: with that one too they would take O times the memory
     rest_score, rest_cost = (_sums(of_options[1:]) for of_options in (scores, table))
@@ -720,7 +721,6 @@ def random_choice(
     base: int, table: Tensor, target: float, generator: torch.Generator, band: tuple[float, float] = BAND
 ) -> list[int]:
     """A choice drawn evenly from those whose MACs lie in a band, no narrower than BAND, of the target."""
-    table = table.cpu()
     stages, options = table.shape
     while True:
         choices = torch.randint(options, (4096, stages), generator=generator)
@@ -731,15 +731,15 @@ def random_choice(
         derive(table, base, table, target)  # raises
 
 
-def scaled(space: Space, base: int, table: Tensor, target: float) -> list[int]:
-    """The choice in BAND of the target that is nearest to the handcrafted network: the one with the least sum, over
-    stages and choices, of the squared logarithm of how many times the handcrafted's value it has."""
+def handcrafted_scores(space: Space) -> Tensor:
+    """(S, O), with which `derive` finds the network nearest to the handcrafted one: minus the sum, over the choices, of
+    the squared logarithm of how many times the handcrafted's value an option has."""
     arch = BACKBONES[space.handcrafted]
     distances = torch.zeros(len(space.stages), len(space.options))
     for s, stage in enumerate(space.stages):
         for o, option in enumerate(space.options):
             distances[s, o] = sum(math.log(v / arch[name][stage]) ** 2 for name, v in zip(space.choices, option))
-    return derive(-distances, base, table, target)
+    return -distances
 
 
 def use_batch_statistics(module: nn.Module) -> nn.Module:
@@ -850,7 +850,6 @@ class SearchHead(nn.Module):
 
     def __init__(self, dims: Sequence[int]):
         super().__init__()
-        self.dims = list(dims)
         self.alpha = nn.Parameter(torch.zeros(len(dims) - 1, len(OPS)))
         self.layers = nn.ModuleList(nn.ModuleList(op(*layer) for op in OPS.values()) for layer in pairwise(dims))
 

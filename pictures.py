@@ -121,7 +121,7 @@ def draw_backbone(networks: dict[str, tuple[dict, int]], width: float, stem: str
 def draw_scores(scores: dict[str, dict[str, list[float]]], title: str) -> str:
     """SVG: accuracies in % as dots, a panel for each data set, a line for each row: {data: {row: [accuracy, ...]}}."""
     panel, line, across = 300, 24, 3
-    rows = list(next(iter(scores.values())))
+    rows = list(dict.fromkeys(row for values in scores.values() for row in values))
     left = 30 + 6.6 * max(map(len, rows))
     tall = 64 + line * len(rows)
     svg = []
@@ -145,11 +145,11 @@ def draw_scores(scores: dict[str, dict[str, list[float]]], title: str) -> str:
             if p % across == 0:
                 svg.append(f'<text x="{left - 12}" y="{y + 4}" text-anchor="end">{escape(row)}</text>')
             colour = "#999999" if row.startswith("random") else "#0072B2"
-            for v in values[row]:
+            for v in values.get(row, []):
                 svg.append(
                     f'<circle cx="{at(v):.1f}" cy="{y}" r="4" fill="{colour}" fill-opacity="0.6" stroke="white"/>'
                 )
-            if values[row]:
+            if values.get(row):
                 mean = sum(values[row]) / len(values[row])
                 svg.append(f'<path d="M{at(mean):.1f} {y - 9} v18" stroke="black" stroke-width="2"/>')
     return _svg(left + min(across, len(scores)) * (panel + 60) + 10, 40 + -(-len(scores) // across) * tall, title, svg)

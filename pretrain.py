@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import save_image
 
 from checkpoint import (
     UNKNOWN,
@@ -51,7 +51,7 @@ from data import HELD_OUT, Batches, Images, Stream, channel_stats, decoded, fing
 from launch import Meter, Parser, barrier, dashed, given, is_main, memory_format, say, user_errors
 from linear_eval import extract, knn_accuracy
 from losses import METHODS, Method, ranks
-from models import ARCHS, VITS, build_backbone, build_head, describe, head_dims
+from models import ARCHS, VITS, ViT, build_backbone, build_head, describe, head_dims
 from optim import clip_gradients, distributed, optimizer_of, set_lr, warmup_steps
 from pictures import draw_curves
 from views import RECIPES, MultiCrop, adjust
@@ -114,19 +114,8 @@ def training_flags(parser: Parser) -> None:
 
 
 # flags that change nothing in the result, so a resumed run may have others
-FREE_FLAGS = {
-    "output_dir",
-    "print_every",
-    "workers",
-    "resume",
-    "checkpoint_minutes",
-    "resident_gb",
-    "data_root",
-    "cache",
-    "device",
-    "rank_timeout",
-}
-FREE_FLAGS |= {"tensorboard", "bench", "bench_json", "profile"}
+FREE_FLAGS = {"output_dir", "data_root", "cache", "resident_gb", "workers", "device", "rank_timeout", "resume"}
+FREE_FLAGS |= {"checkpoint_minutes", "print_every", "tensorboard", "bench", "bench_json", "profile"}
 
 
 def get_parser() -> Parser:
@@ -138,8 +127,8 @@ def get_parser() -> Parser:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError or OSError for flags that cannot be."""
-    for name in ("epochs", "batch_size", "width", "print_every"):
+    """Raises ValueError or OSError for invalid flags."""
+    for name in ("epochs", "batch_size", "width", "print_every", "knn_k", "knn_t"):
         if getattr(args, name) <= 0:
             raise ValueError(f"{dashed(name)} {getattr(args, name)}: must be above 0")
     if args.seed < 0:
@@ -149,7 +138,7 @@ def check(args: argparse.Namespace) -> None:
     if args.clip_grad is not None and args.clip_grad <= 0:
         raise ValueError(f"--clip-grad {args.clip_grad}: must be above 0")
     if args.checkpoint_minutes < 0:
-        raise ValueError(f"--checkpoint-minutes {args.checkpoint_minutes}: must be above 0, or 0 for never")
+        raise ValueError(f"--checkpoint-minutes {args.checkpoint_minutes}: must be above 0, or 0: at the end alone")
     if args.bench_json and not args.bench:
         raise ValueError("--bench-json says where the figures of --bench go: give both")
     if args.bench_json and not Path(args.bench_json).parent.is_dir():
@@ -245,6 +234,11 @@ def build_method(
 ) -> Method:
     """The method by its flags, on the device. n_images: those that are trained on."""
     launch.refuse_others(args, METHODS, args.method)
+    sizes = [view.size for view in multi_crop.views if isinstance(encoder, ViT) and view.size % encoder.patch]
+    if sizes:
+        raise ValueError(
+            f"views of {sizes[0]} px: a ViT needs multiples of its patch, {encoder.patch}: --global-size, ..."
+        )
     method = METHODS[args.method](encoder, heads, n_images, **given(args, METHODS[args.method]))
     method.balance = multi_crop.balance
     method = launch.synced(method, device) if args.sync_bn else method
@@ -267,14 +261,11 @@ def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
 
 
-def compile_options(args: argparse.Namespace) -> dict:
-    return {"mode": args.compile_mode} if args.compile_mode != "default" else {}
-
-
 def facts_of(
     script: str, args: argparse.Namespace, arch: str | dict, heads: dict | None, images: Images, free: set[str]
 ) -> dict:
-    """What a checkpoint is of: script, flags, networks and images, by the words of a message."""
+    """What identifies a run in its checkpoint: script, flags, networks, images. The keys are worded for the message
+    that refuses the checkpoint of another run."""
     facts = {"script": script}
     facts |= {dashed(k): v for k, v in vars(args).items() if k not in free and k not in ("arch", "heads")}
     facts["network (--arch)"] = {"is": arch}
@@ -288,13 +279,13 @@ def facts_of(
 # ---- what can be said of a method while it trains -------------------------------------------------------------------
 
 
-# what can be said of a network without labels (but for kNN), and the sign with which more is better
+# metrics that rank networks, all but kNN without labels, and the sign that makes higher better
 SCORES = {"infonce": -1, "rankme": 1, "held_out_loss": -1, "knn": 1}
 
 
 class Monitor:
-    """monitor(method) -> std of z, RankMe and InfoNCE of h and the loss on held-out images, and unless knn=False kNN
-    accuracy; those alone that there are images and labels for."""
+    """monitor(method) -> std of z, RankMe and InfoNCE of h, the loss on held-out images and, unless --knn-every is 0,
+    kNN accuracy. What there are no images or labels for is left out."""
 
     def __init__(
         self,
@@ -318,8 +309,8 @@ class Monitor:
         where = rows.to(self.images.pixels.device)
         return extract(encoder, self.images.pixels, *self.stats, self.device, rows=where)
 
-    def __call__(self, method: Method, knn: bool = True) -> dict[str, float]:
-        facts = self.knn(method) if knn else {}
+    def __call__(self, method: Method) -> dict[str, float]:
+        facts = self.knn(method, self.held_out) if self.args.knn_every > 0 else {}
         h = self.features(method.encoder, (self.held_out if len(self.held_out) >= 256 else self.rows)[:1024])
         method.eval()
         with torch.no_grad():
@@ -327,7 +318,7 @@ class Monitor:
         method.train()
         facts["z_std"] = (z.std(0).mean() * z.shape[1] ** 0.5).item()
         facts["rankme"] = rankme(h)
-        return {**facts, **self.infonce(method), **self.held_out_loss(method)}
+        return {**facts, **self.infonce(method, self.held_out), **self.held_out_loss(method, self.held_out)}
 
     def score(self, name: str, method: Method, rows: Tensor) -> float:
         """One of SCORES on some of the held-out images, more is better; nan where it cannot be had."""
@@ -337,9 +328,8 @@ class Monitor:
             value = getattr(self, name)(method, rows).get(name, math.nan)
         return SCORES[name] * value
 
-    def knn(self, method: Method, held_out: Tensor | None = None) -> dict[str, float]:
+    def knn(self, method: Method, held_out: Tensor) -> dict[str, float]:
         """{} without labels or held-out images."""
-        held_out = self.held_out if held_out is None else held_out
         if not self.images.labelled or not len(held_out):
             return {}
         sets = []
@@ -354,9 +344,8 @@ class Monitor:
         return Batches(self.images.pixels, rows, multi_crop, batch_size, self.device, **how)
 
     @torch.no_grad()
-    def infonce(self, method: Method, rows: Tensor | None = None) -> dict[str, float]:
+    def infonce(self, method: Method, rows: Tensor) -> dict[str, float]:
         """InfoNCE of the features of two views of held-out images, in batches of 256; {} where there are too few."""
-        rows = self.held_out if rows is None else rows
         size = min(256, len(rows))
         if size < 8:
             return {}
@@ -371,11 +360,10 @@ class Monitor:
         return {"infonce": torch.stack(losses).mean().item()}
 
     @torch.no_grad()
-    def held_out_loss(self, method: Method, rows: Tensor | None = None) -> dict[str, float]:
+    def held_out_loss(self, method: Method, rows: Tensor) -> dict[str, float]:
         """The mean over views of the held-out images, always the same ones, in eval mode; {} where these do not fill a
         batch. A method that classifies instances knows no others: there it is of views that it has not seen, of as many
         training images."""
-        rows = self.held_out if rows is None else rows
         rows = self.rows[: len(rows)] if method.classifies_instances else rows
         batches, losses = self.batches(rows, self.multi_crop, self.args.batch_size), []
         method.eval()
@@ -428,8 +416,8 @@ def plateau(loss: float, chance: float | None, steps: int) -> str | None:
     """A warning in words where the loss, after that many steps, is that of a network that tells nothing apart."""
     if steps >= 100 and chance is not None and abs(loss / chance - 1) < 0.002:
         return (
-            f"the loss is that of chance, ln K = {chance:.4f}. Where it stays there: a head with BN (--heads), another "
-            "--lr or --temperature, for moco and dino a faster teacher (--momentum-teacher 0.9), more epochs"
+            f"the loss is that of chance, ln K = {chance:.4f}. If it stays there, try a head with BN (--heads), "
+            "another --lr or --temperature, a faster teacher for moco and dino (--momentum-teacher 0.9), or more epochs"
         )
     return None
 
@@ -449,11 +437,9 @@ def announce(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: 
     """The learning rate on the console, and where it may not be the right one."""
     peak = optimizer.param_groups[0]["peak"]
     base = peak * 256 / args.batch_size
-    say(f"batch {args.batch_size} over all ranks, lr {peak:g} (as --lr {base:g} gives it, which is for a batch of 256)")
+    say(f"batch size {args.batch_size} over all ranks, lr {peak:g} (--lr {base:g}, scaled from a batch size of 256)")
     if args.lr is None and steps < 1000:
-        say(
-            f"these are {steps:,} steps, and published learning rates are for longer runs: a larger --lr may learn more"
-        )
+        say(f"only {steps:,} steps: the default learning rate is for longer runs, and a larger --lr may learn more")
 
 
 def in_words(facts: dict[str, float]) -> str:
@@ -491,8 +477,7 @@ def save_curves(history: list[dict], chance: float | None, folder: Path) -> None
         }
         panels[title] = {name: points for name, points in known.items() if points}
     if chance is not None and panels["loss"]:
-        ends = min(line["epoch"] for line in history), history[-1]["epoch"]
-        panels["loss"]["chance"] = [(epoch, chance) for epoch in ends]
+        panels["loss"]["chance"] = [(line["epoch"], chance) for line in (history[0], history[-1])]
     panels = {title: lines for title, lines in panels.items() if lines}
     if is_main():
         write_atomic(draw_curves(panels, f"Epoch {history[-1]['epoch']}", "epoch"), folder / "curves.svg", sync=False)
@@ -506,8 +491,8 @@ def save_views(views: list[Tensor], multi_crop: MultiCrop, path: Path) -> None:
         nn.functional.pad(v[:n] * multi_crop.std + multi_crop.mean, [0, side - v.shape[-1]] * 2, value=1.0)
         for v in views
     ]
-    grid = torch.stack(tiles, 0 if n >= len(views) else 1).flatten(0, 1).cpu().clamp(0, 1)
-    save_image(make_grid(grid, nrow=max(n, len(views)), pad_value=1.0), path)
+    grid = torch.stack(tiles, 0 if n >= len(views) else 1).flatten(0, 1).cpu()
+    save_image(grid, path, nrow=max(n, len(views)), pad_value=1.0)
 
 
 # ---- --bench and --profile ------------------------------------------------------------------------------------------
@@ -572,7 +557,7 @@ def bench(
     before = peak_memory(device)
     outputs, criterion = method.outputs, method.loss
     if args.compile:
-        outputs, criterion = (torch.compile(f, **compile_options(args)) for f in (outputs, criterion))
+        outputs, criterion = (torch.compile(f, mode=args.compile_mode) for f in (outputs, criterion))
     seconds: dict[str, list[float]] = {"views": [], "network": [], "loss": [], "optimiser": [], "host": []}
     for step in range(warm_up + steps):
         t0 = clock(device)
@@ -704,7 +689,7 @@ def train(
                 epoch = (step + 1) // per_epoch
                 mean_loss = meter.end_epoch()["loss"]
                 due = monitor.due(epoch) or step + 1 == checkpoint.until
-                facts = monitor(method, args.knn_every > 0) if due else {}
+                facts = monitor(method) if due else {}
                 if method.classifies_instances:
                     facts["normalised"] = method.normalised(mean_loss)
                 say(f"epoch {epoch}/{args.epochs}  loss {mean_loss:.4f}{meter.speed(step)}{in_words(facts)}")
@@ -741,7 +726,7 @@ def main(args: argparse.Namespace, images: Images | None = None, until: int | No
         operations, heads = build_heads(args, encoder.feature_dim)
         method = build_method(args, encoder, heads, len(rows), multi_crop, device)
         if args.compile:
-            method.compile(**compile_options(args))
+            method.compile(mode=args.compile_mode)
         torch.backends.cudnn.benchmark = device.type == "cuda" and not args.deterministic  # shapes are always the same
         batches = Batches(images.pixels, rows, multi_crop, args.batch_size, device, seed=args.seed)
         optimizer = optimizer_of([(n, p) for n, p in method.named_parameters() if p.requires_grad], method, args)
@@ -754,18 +739,11 @@ def main(args: argparse.Namespace, images: Images | None = None, until: int | No
         announce(args, optimizer, total)
         if args.bench:
             return write_bench(args, bench(args, method, batches, optimizer, device), device, command)
-        checkpoint = Checkpoint(
-            folder,
-            {"method": method, "optimizer": optimizer, "meter": meter},
-            facts_of(SCRIPT, asked, arch, operations, images, FREE_FLAGS),
-            command,
-            device,
-            total,
-            args.checkpoint_minutes,
-            args.resume,
-            until and until * batches.steps_per_epoch,
-            args.tensorboard,
-        )
+        things = {"method": method, "optimizer": optimizer, "meter": meter}
+        facts = facts_of(SCRIPT, asked, arch, operations, images, FREE_FLAGS)
+        until_step = until and until * batches.steps_per_epoch
+        how = command, device, total, args.checkpoint_minutes, args.resume, until_step, args.tensorboard
+        checkpoint = Checkpoint(folder, things, facts, *how)
     train(args, method, batches, optimizer, monitor, meter, checkpoint, device)
     last = checkpoint.history[until - 1 if until else -1]  # it may have gone further before
     if last["epoch"] < args.epochs:
@@ -790,8 +768,8 @@ def run_in(
     until: int | None = None,
     **flags,
 ) -> dict:
-    """main() in a folder of its own, as a part of another script: with what of args is pretrain.py's, and `flags` in
-    its place. What it says goes to console.txt there.
+    """Runs main() in a folder of its own, for another script: with those of args that are pretrain.py's flags,
+    overridden by `flags`. Its console output goes to console.txt there.
 
     Returns the last line of its log, or {"error": why} of a run that breaks: a loss that is not finite, a network that
     cannot be built or is too large for the memory. Raises SystemExit where a signal or a full disk has ended it.

@@ -10,22 +10,22 @@
 
 Three strategies:
 
-supernet, of backbones if nothing else is said. One largest network is trained for --epochs of which every step samples
-one network near the target. Some --candidates in the band of the target are scored with its weights, by the InfoNCE of
-their features on held-out images. Ridge regression on what each has in each stage (the surrogate) says what a choice is
-worth, and with it the best of all networks of the band is derived. That one, some by surrogates of resampled scores,
-random ones and the handcrafted network scaled to the band are the finalists.
+supernet, the default for backbones. The largest network of the space is trained for --epochs; every step trains one
+subnet near the target. Then --candidates subnets whose cost is in the target band are scored with its weights, by the
+InfoNCE of their features on held-out images. A ridge regression of the scores on each stage's choices (the surrogate)
+estimates what a choice is worth, and gives the best network in the band. The finalists are that network, the best ones
+by surrogates of bootstrapped scores, random ones, and the handcrafted network scaled to the band.
 
-halving: the candidates are the handcrafted network (heads, views) and random ones. As the finalists of a supernet are,
-they are trained alone, with two seeds and on the same views (unless these are searched), and at every rung the better
-half goes on until one is left (successive halving, 1502.07943). What does not lead the handcrafted one by more than
-noise gives way to it, and where candidates differ less than seeds do it says so.
+halving: the candidates are the handcrafted network (heads, views) and random ones. Like a supernet's finalists, each is
+trained alone with two seeds, all on the same views unless views are searched, and at every rung the better half goes on
+until one is left (successive halving, 1502.07943). A winner that beats the handcrafted candidate by no more than noise
+is dropped in its favour, and a warning is printed if candidates differ less than seeds do.
 
-gradient, of heads if nothing else is said (NASiam, arXiv 2302.00059): every layer mixes seven operations by its alphas.
-Of backbones (SSA, 2203.08130; the design is ours) every choice is a mask on the largest network; a step samples one
-network for all its views, alphas learn by straight-through gradients of the loss and are kept where E[MACs] meets the
-target. Either way first-order and alternating, a step of the alphas on one half of the images and one of the weights on
-the other, after a quarter of the steps on weights alone.
+gradient, the default for heads (NASiam, arXiv 2302.00059): every layer is a mixture of seven operations, weighted by
+its alphas. For backbones (SSA, 2203.08130; the design is ours) every choice is a mask on the largest network; a step
+samples one subnet for all its views, and alphas learn by straight-through gradients and are kept where E[MACs] meets
+the target. In both cases the search is first-order and alternating: after a quarter of the steps on weights alone, each
+step updates the alphas on one half of the images and the weights on the other.
 
 A contrastive method (simclr, moco) is the better judge of backbones: a loss that can collapse lets the alphas choose
 networks that help it collapse. (MoCo's queue holds keys of the networks that were sampled before.) Random networks that
@@ -51,6 +51,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -71,6 +72,7 @@ from candidates import (
     fitting,
     halving,
     handcrafted,
+    head_spaces,
     measured_ms,
     random_candidates,
     random_rest,
@@ -82,15 +84,15 @@ from checkpoint import Checkpoint, load_arch, load_json, lock, save_backbone, ve
 from data import ALPHAS, GATES, RECALIBRATION, Batches, channel_stats
 from launch import Meter, Parser, barrier, command_line, from_main, is_main, mean_over_ranks, say, user_errors
 from losses import METHODS, Method
-from models import BACKBONES, BAND, OPS, SPACES, Choices, SearchBackbone, SearchHead, Space, build_backbone
+from models import BACKBONES, BAND, OPS, SPACES, Choices, SearchBackbone, SearchHead, Space
 from optim import clip_gradients, distributed, optimizer_of, set_lr, warmup_steps, with_state
 from pictures import draw_backbone, draw_halving, draw_heads, draw_surrogate
-from pretrain import SCORES, Monitor, autocast, clock, compile_options
+from pretrain import SCORES, Monitor, autocast, clock
 from views import VIEW_SPACE
 
-# The paper steps its alphas by 1e-3 (AdamW) 4,800 times. Adam moves an alpha by about lr a step, so a shorter search
-# with the same lr decides nothing; --arch-lr's default keeps lr x steps at the paper's value, for a backbone's alphas
-# between 0.01 and 0.1.
+# NASiam takes 4,800 AdamW steps at lr 1e-3. Adam moves an alpha by about lr per step, so a shorter search at that lr
+# would leave its alphas undecided. --arch-lr therefore defaults to 4.8 / steps: at least 1e-3 for heads, and clamped to
+# 0.01 .. 0.1 for a backbone.
 TRAVEL = 4.8
 
 
@@ -99,17 +101,21 @@ def get_parser() -> Parser:
     pretrain.training_flags(parser)
     group = parser.add_argument_group("search")
     group.add_argument("--space", nargs="+", choices=["heads", "views", *SPACES], default=["heads"], help="to search")
-    group.add_argument("--strategy", choices=["supernet", "halving", "gradient"], help="left out, as above")
-    group.add_argument("--target-macs", help="40e6, resnet18 or 0.5xresnet18; left out, the handcrafted's")
-    group.add_argument("--target-ms", type=float, help="or the time of a forward pass on this device, at most")
-    group.add_argument("--latency-batch", type=int, default=1, help="images in that pass")
-    group.add_argument("--recalibrate-batches", type=int, default=50, help="for the BN statistics of what was found")
+    group.add_argument(
+        "--strategy",
+        choices=["supernet", "halving", "gradient"],
+        help="default: supernet with a backbone in --space, else halving with views, else gradient",
+    )
+    group.add_argument("--target-macs", help="40e6, resnet18 or 0.5xresnet18; default: the handcrafted network's")
+    group.add_argument("--target-ms", type=float, help="or: longest forward pass on this device, in milliseconds")
+    group.add_argument("--latency-batch", type=int, default=1, help="batch size of the pass that --target-ms limits")
+    group.add_argument("--recalibrate-batches", type=int, default=50, help="batches to recalibrate BN statistics with")
     group = parser.add_argument_group("search by supernet or halving")
     group.add_argument("--score", choices=list(SCORES), default="infonce", help="what is better; knn needs labels")
-    group.add_argument("--candidates", type=int, help="left out: 100 that are scored; of halving 16 that are trained")
-    group.add_argument("--finalists", type=int, default=8, help="of a supernet's candidates, that are trained")
-    group.add_argument("--final-epochs", type=int, help="that the last one is trained for; left out, --epochs / 3")
-    group.add_argument("--join", nargs="+", default=[], metavar="FILE", help="arch.json files: finalists too")
+    group.add_argument("--candidates", type=int, help="default: 100 subnets to score; 16 to train with halving")
+    group.add_argument("--finalists", type=int, default=8, help="networks a supernet search trains alone at the end")
+    group.add_argument("--final-epochs", type=int, help="epochs of the last network left; default: --epochs / 3")
+    group.add_argument("--join", nargs="+", default=[], metavar="FILE", help="arch.json files to add as finalists")
     group = parser.add_argument_group("search by gradient")
     group.add_argument("--arch-lr", type=float, help=f"of the alphas; left out, about {TRAVEL} / their steps")
     group.add_argument("--arch-weight-decay", type=float, default=1e-3, help="of the heads' alphas")
@@ -169,8 +175,10 @@ def check_flags(args: argparse.Namespace) -> argparse.Namespace:
             raise ValueError(f"{launch.dashed(name)} {getattr(args, name)}: must be {low} or above")
     if args.target_ms is not None and args.target_ms <= 0:
         raise ValueError(f"--target-ms {args.target_ms:g}: must be above 0")
-    if args.strategy == "halving" and args.bench:
-        raise ValueError("--bench times a supernet's steps; those of --strategy halving are pretrain.py's")
+    if args.strategy == "halving" and (args.bench or args.profile):
+        raise ValueError(
+            "--bench and --profile look at a supernet's steps; those of --strategy halving are pretrain.py's"
+        )
     return args
 
 
@@ -187,14 +195,14 @@ class AlphaGradients:
         self.steps.append(torch.cat([g.flatten() for g in gradients]))
 
     def signal(self) -> float:
-        """In units of its noise, a step: root mean square of mean / standard deviation, less what chance adds. At s,
-        some 1 / s^2 steps tell an alpha's direction; a search with fewer moves its alphas at random."""
+        """Signal-to-noise ratio of one step's gradient: RMS over alphas of mean / standard deviation, corrected for
+        chance. At a ratio of s it takes about 1 / s^2 steps to learn an alpha's direction; fewer are a random walk."""
         gradients = torch.stack(self.steps).double()
         t2 = gradients.mean(0) ** 2 / (gradients.var(0) / len(gradients)).clamp(min=1e-30)
         return math.sqrt(max(0.0, t2.mean().item() - 1) / len(gradients))
 
     def dead(self, names: list[str]) -> list[str]:
-        """Those of the alphas that no step had a gradient for, which so stay as they are."""
+        """Names of the alphas whose gradient was zero in every step of the epoch."""
         moved = torch.stack(self.steps).abs().amax(0) > 0
         return [name for name, got in zip(names, moved.tolist(), strict=True) if not got]
 
@@ -217,19 +225,20 @@ class Search:
 
     def __init__(self, task: Task):
         args, device = self.args, self.device = task.args, task.device
-        self.task, self.images, self.stem = task, task.images, task.stem
-        self.space, self.arch, self.cost = task.space, task.arch, task.cost
+        self.task, self.images, self.space, self.cost = task, task.images, task.space, task.cost
         self.by_gradient = args.strategy == "gradient"
         parts = 1 if METHODS[args.method].classifies_instances or not self.by_gradient else 2
         self.held_out, *self.rows = pretrain.split(self.images, args, parts)
         self.stats = channel_stats(self.images.pixels)
         self.multi_crop = pretrain.build_multi_crop(args, self.images, self.stats, device)
+        rows = torch.cat(self.rows)
+        self.monitor = Monitor(args, self.images, self.stats, self.held_out, rows, self.multi_crop, device)
 
         torch.manual_seed(args.seed)
         if self.space:
-            encoder = SearchBackbone(self.space, args.width, self.stem)
+            encoder = SearchBackbone(self.space, args.width, task.stem)
         else:
-            encoder = pretrain.build_encoder(args, self.arch, self.stem)
+            encoder = pretrain.build_encoder(args, task.arch, task.stem)
         if self.by_gradient and "heads" in args.space:
             spaces = METHODS[args.method].heads(encoder.feature_dim, args.out_dim)
             self.dims = {name: models.head_dims(*head) for name, head in spaces.items()}
@@ -260,15 +269,13 @@ class Search:
         torch.backends.cudnn.benchmark = device.type == "cuda" and not self.space and not args.deterministic
         self.alpha_model = self.method
         if args.compile and self.space:  # alphas see the masked network, whose shapes stay, and weights the sampled one
-            self.alpha_model = torch.compile(self.method, **compile_options(args))
+            self.alpha_model = torch.compile(self.method, mode=args.compile_mode)
         elif args.compile:
-            self.method.compile(**compile_options(args))
+            self.method.compile(mode=args.compile_mode)
 
     def batches_of(self, rows: Tensor, **options) -> Batches:
-        args = self.args
-        return Batches(
-            self.images.pixels, rows, self.multi_crop, args.batch_size, self.device, **{"seed": args.seed, **options}
-        )
+        how = {"seed": self.args.seed, **options}
+        return Batches(self.images.pixels, rows, self.multi_crop, self.args.batch_size, self.device, **how)
 
     def sample(self, step: int, alphas: bool, gate: int = 0) -> None:
         """Gates for one step, with gradients to the alphas or without; in a gradient search's warm-up every other one
@@ -289,8 +296,8 @@ class Search:
         self.choices.sample(first * (last / first) ** progress, rng)
 
     def near_target(self, step: int) -> list[int]:
-        """The network of a supernet's step: hardly any other can be chosen, so no other is trained. At first from a
-        wider band, .5 to 1.05 of the target, which narrows to BAND over half of the steps."""
+        """The subnet that a supernet's step trains. Only networks in BAND of the target can win, so sampling starts in
+        a wider band, .5 to 1.05 of the target, and narrows to BAND over the first half of the steps."""
         wide = max(0.0, 1 - 2 * step / self.total)
         band = BAND[0] - (BAND[0] - 0.5) * wide, BAND[1] + 0.05 * wide
         seed = np.random.SeedSequence((self.args.seed, GATES, step)).generate_state(1)[0]
@@ -336,9 +343,8 @@ class Search:
 
     def choice(self) -> list[int]:
         """What the alphas choose so far; of a supernet, which has none, the handcrafted network scaled to the band."""
-        if self.by_gradient:
-            return self.cost.derive(self.choices.log_probabilities())
-        return self.cost.scaled(self.space)
+        scores = self.choices.log_probabilities() if self.by_gradient else models.handcrafted_scores(self.space)
+        return self.cost.derive(scores)
 
     def alpha_names(self) -> list[str]:
         """Of all alphas' entries, in the order of their gradients."""
@@ -369,7 +375,7 @@ class Search:
         return state
 
     def subnet(self, choice: list[int]) -> Method:
-        """The method with a copy of that network's weights in place of the supernet; its BN statistics are others'."""
+        """A copy of the method with the subnet in place of the supernet; its BN statistics are not its own yet."""
         method = copy.deepcopy(self.method)
         for name, child in method.named_children():
             if isinstance(child, SearchBackbone):
@@ -377,15 +383,11 @@ class Search:
         return method
 
     def standalone(self, choice: list[int], n_batches: int) -> Method:
-        """The same, BN recalibrated."""
+        """As `subnet`, with BN statistics recalibrated on n_batches of training images."""
         method = self.subnet(choice)
         batches = self.batches_of(self.rows[0], purpose=RECALIBRATION, shuffle=False)
-
-        def forward(batch: tuple[list[Tensor], Tensor]) -> None:
-            with autocast(self.args, self.device):
-                method.outputs(*batch)
-
-        return models.recalibrate(method, (batches(i) for i in range(n_batches)), forward)
+        with autocast(self.args, self.device):
+            return models.recalibrate(method, map(batches, range(n_batches)), lambda batch: method.outputs(*batch))
 
 
 def alpha_gradients(
@@ -421,12 +423,10 @@ def meet_target(choices: Choices, cost: Cost, iterations: int) -> None:
     host waits for nothing."""
     alphas = list(choices.alphas().values())
     for _ in range(iterations):
-        for alpha in alphas:
-            alpha.requires_grad_(True)
+        choices.requires_grad_(True)
         expected = cost.expected(choices)
         gradients = torch.autograd.grad(expected, alphas)
-        for alpha in alphas:
-            alpha.requires_grad_(False)
+        choices.requires_grad_(False)
         expected = expected.detach()
         newton = (expected - statistics.mean(BAND)) / sum(g.square().sum() for g in gradients).clamp(min=1e-12)
         largest = newton.abs() * torch.stack([g.abs().max() for g in gradients]).max()
@@ -449,12 +449,10 @@ def alpha_optimizer_of(search: Search) -> torch.optim.Optimizer:
         lr = min(0.1, max(1e-2, TRAVEL / steps)) if args.arch_lr is None else args.arch_lr
         alphas = list(search.choices.alphas().values())
         groups.append({"params": alphas, "lr": lr, "weight_decay": 0.0, "betas": (0.5, 0.999)})
-    for group in groups:
-        group["fused"] = False
-    return with_state(torch.optim.AdamW(groups), search.method)
+    return with_state(torch.optim.AdamW(groups, fused=False), search.method)
 
 
-def train(search: Search, monitor: Monitor, meter: Meter, checkpoint: Checkpoint) -> None:
+def train(search: Search, meter: Meter, checkpoint: Checkpoint) -> None:
     """The loop: steps of the weights, by gradient in turn with those of the alphas. A line of checkpoint.history an
     epoch."""
     args, total, per_epoch = search.args, search.total, search.batches.steps_per_epoch
@@ -462,10 +460,9 @@ def train(search: Search, monitor: Monitor, meter: Meter, checkpoint: Checkpoint
     profiler = pretrain.profiler_of(args, checkpoint.folder)
 
     def look() -> dict:
-        knn = args.knn_every > 0
         if not search.space:
-            return monitor(search.method, knn)
-        return monitor(search.standalone(search.choice(), min(10, args.recalibrate_batches)), knn)
+            return search.monitor(search.method)
+        return search.monitor(search.standalone(search.choice(), min(10, args.recalibrate_batches)))
 
     if not checkpoint.history:
         checkpoint.history.append({"epoch": 0, **search.state(), **look()})
@@ -480,7 +477,7 @@ def train(search: Search, monitor: Monitor, meter: Meter, checkpoint: Checkpoint
             meter.print(step)
             if (step + 1) % per_epoch == 0:
                 epoch, means, state = (step + 1) // per_epoch, meter.end_epoch(), search.state()
-                facts = look() if monitor.due(epoch) else {}
+                facts = look() if search.monitor.due(epoch) else {}
                 more = alpha_facts(search, state, facts) if search.by_gradient else ""
                 more += pretrain.in_words(facts)
                 say(f"epoch {epoch}/{args.epochs}  loss {means['loss']:.4f}{meter.speed(step)}{more}")
@@ -555,7 +552,7 @@ def bench(search: Search, steps: int = 15, warm_up: int = 3) -> dict:
 # ---- scores of subnets, and what they say of choices ----------------------------------------------------------------
 
 
-def score_candidates(search: Search, monitor: Monitor, folder: Path) -> tuple[list[list[int]], np.ndarray]:
+def score_candidates(search: Search, folder: Path) -> tuple[list[list[int]], np.ndarray]:
     """(choices, scores (N, 2)) of random networks of the band that inherit from the supernet, on two halves of the
     held-out images; more is better. All ranks see all images. Goes on from scores.json; one whose score is not finite
     is left out."""
@@ -566,7 +563,7 @@ def score_candidates(search: Search, monitor: Monitor, folder: Path) -> tuple[li
     for n, choice in enumerate(choices):
         if n >= len(rows):
             method = models.use_batch_statistics(search.subnet(choice))
-            scores = from_main([monitor.score(args.score, method, half) for half in halves])
+            scores = from_main([search.monitor.score(args.score, method, half) for half in halves])
             rows.append({"choice": choice, "scores": scores if np.isfinite(scores).all() else None})
             write_json({"score": args.score, "scored": rows}, path)
             if rows[n]["scores"] is None:
@@ -575,9 +572,8 @@ def score_candidates(search: Search, monitor: Monitor, folder: Path) -> tuple[li
         if time.time() - shown > 10 or n == len(choices) - 1 >= before:
             shown = time.time()
             left = (shown - begun) / (n + 1 - before) * (len(choices) - n - 1)
-            clock_left = time.strftime("%H:%M:%S", time.gmtime(left))
-            shown_best = SCORES[args.score] * best
-            say(f"scored {n + 1} of {len(choices)}, best {args.score} {shown_best:.4g}  ETA {clock_left}")
+            shown_best, eta = SCORES[args.score] * best, timedelta(seconds=round(left))
+            say(f"scored {n + 1} of {len(choices)}, best {args.score} {shown_best:.4g}  ETA {eta}")
     good = [row for row in rows if row["scores"] is not None]
     if len(good) < 10:
         raise ValueError(
@@ -642,8 +638,8 @@ def fit(space: Space, choices: list[list[int]], y: np.ndarray) -> Surrogate:
 
 
 def knowledge(surrogate: Surrogate, scores: np.ndarray) -> tuple[str | None, str]:
-    """(why the scores are of no use, or None; all that can be said of them). Their noise is what halves of the held-out
-    images disagree by. How well scores agree with networks that are trained alone only such networks can tell."""
+    """(why the scores cannot be used, or None; a summary in words). Their noise is estimated from the difference
+    between the halves of the held-out images. That they rank networks as training them alone does is not checked."""
     noise = (scores[:, 0] - scores[:, 1]).std(ddof=1) / 2
     spread = scores.mean(1).std(ddof=1)
     ratio = spread / max(noise, 1e-30)
@@ -676,9 +672,10 @@ def finalists_of(
             found[name] = Candidate(name, arch, *rest)
 
     for path in args.join:
-        add(path, load_arch(path))
+        arch = load_arch(path)
+        add(path, BACKBONES[arch] if isinstance(arch, str) else arch)
     if knows:
-        add("surrogate", fitting(task, lambda cost: cost.derive(surrogate.option_scores())), fitted=True)
+        add("surrogate", fitting(task, surrogate.option_scores()), fitted=True)
         resample, y, x = np.random.default_rng(args.seed), scores.mean(1), values_of(task.space, choices)
         for k in range(10 * args.finalists):
             if len(found) >= args.finalists - args.finalists // 4:
@@ -699,33 +696,31 @@ def main(args: argparse.Namespace) -> dict:
     """Returns what it writes as arch.json; {} after --bench."""
     command, asked = command_line(Path(__file__).name, get_parser(), args), args
     with user_errors():
-        checked = check_flags(args)
-        args, device = pretrain.start(checked)
-        task = task_of(args, device, checked)
+        args, device = pretrain.start(check_flags(asked))
+        task = task_of(args, device, asked)
         folder, search = Path(args.output_dir), None
         if args.strategy == "halving":
             announce_task(task)
             announce_cost(task, 0)
-            checkpoint = record_of(task, asked, command)
+            checkpoint = record_of(task, command)
         else:
             search = Search(task)
             announce_search(search)
             if args.bench:
                 pretrain.write_bench(args, bench(search), device, command)
                 return {}
-            monitor = monitor_of(search)
-            checkpoint, meter = checkpoint_of(search, asked, command)
+            checkpoint, meter = checkpoint_of(search, command)
     with alone(folder):
         if len(checkpoint.starts) == 1 and is_main():  # what another run has left here
             (folder / "scores.json").unlink(missing_ok=True)
             shutil.rmtree(folder / "finalists", ignore_errors=True)
         barrier()
         if search:
-            train(search, monitor, meter, checkpoint)
+            train(search, meter, checkpoint)
         else:
             with checkpoint:
                 checkpoint.after_step(0)  # it has no steps of its own, but another command is refused from now on
-        return find(task, search, folder, asked, command, checkpoint.history)
+        return find(task, search, command, checkpoint.history)
 
 
 @contextmanager
@@ -742,11 +737,9 @@ def alone(folder: Path):
             os.close(handle)
 
 
-def find(
-    task: Task, search: Search | None, folder: Path, asked: argparse.Namespace, command: str, history: list[dict]
-) -> dict:
+def find(task: Task, search: Search | None, command: str, history: list[dict]) -> dict:
     """What comes after the steps: finalists, halving, and what is left in the folder. Returns arch.json."""
-    args = task.args
+    args, folder = task.args, Path(task.args.output_dir)
     found = {
         "space": args.space,
         "strategy": args.strategy,
@@ -757,29 +750,27 @@ def find(
         "versions": versions(),
         "backbone": {"arch": task.arch, "width": args.width, "stem": task.stem},
     }
-    surrogate, run = None, None
+    run = None
     with user_errors():
         if args.strategy == "gradient":
             winner = gradient_winner(search)
             found["alphas"] = history[-1]["alphas"]
         else:
             if search:
-                surrogate, candidates, found["supernet"] = from_supernet(search, monitor_of(search), history, folder)
+                candidates, found["supernet"] = from_supernet(search, history, folder)
             else:
                 candidates = remembered(folder, lambda: random_candidates(task, args.candidates))
             winner, run, found["halving"] = halving(task, candidates, folder)
-        facts = write_results(task, search, winner, run, found, history, surrogate)
+        facts = write_results(task, search, winner, run, found, history)
     report(task, search, winner, facts, history)
     path = folder / "arch.json"
-    say(f"wrote {path}; next:\n{next_command(task, winner, asked, path)}")
+    say(f"wrote {path}; next:\n{next_command(task, winner, path)}")
     return found
 
 
-def from_supernet(
-    search: Search, monitor: Monitor, history: list[dict], folder: Path
-) -> tuple[Surrogate, list[Candidate], dict]:
-    """(surrogate, finalists, what is known), in words too."""
-    choices, scores = score_candidates(search, monitor, folder)
+def from_supernet(search: Search, history: list[dict], folder: Path) -> tuple[list[Candidate], dict]:
+    """(finalists, what is known), in words too."""
+    choices, scores = score_candidates(search, folder)
     surrogate = fit(search.space, choices, scores.mean(1))
     unknown, said = knowledge(surrogate, scores)
     last = history[-1]
@@ -789,51 +780,39 @@ def from_supernet(
     if unknown:
         say(f"warning: {unknown}: the finalists are random networks")
     finalists = remembered(folder, lambda: finalists_of(search.task, surrogate, choices, scores, not unknown))
-    labels = value_labels(search.space)
+    values = [(name, value) for name, values in search.space.choices.items() for value in values]
+    labels = [f"stage {s + 1} {name} {value:g}" for s in search.space.stages for name, value in values]  # as values_of
     worth = {name: [w, e] for name, w, e in zip(labels, surrogate.worth.tolist(), surrogate.error.tolist())}
     facts = {"said": said, "unknown": unknown, "r2": surrogate.r2, "worth and standard error": worth}
-    return surrogate, finalists, facts
-
-
-def value_labels(space: Space) -> list[str]:
-    """Of the columns of values_of."""
-    columns = [(name, value) for name, values in space.choices.items() for value in values]
-    return [f"stage {stage + 1} {name} {value:g}" for stage in space.stages for name, value in columns]
+    return finalists, facts
 
 
 def gradient_winner(search: Search) -> Candidate:
     heads = {name: head.discretise() for name, head in search.heads.items()} or search.operations
-    arch = search.arch
+    arch = search.task.arch
     if search.space:
-        arch = fitting(search.task, lambda cost: cost.derive(search.choices.log_probabilities()))
+        arch = fitting(search.task, search.choices.log_probabilities())
     return Candidate("found", arch, heads)
 
 
-def network_steps(task: Task, supernet_steps: int) -> dict[str, float]:
-    """What each part of the search costs, in steps of the target network."""
+def announce_cost(task: Task, supernet_steps: int, step_seconds: float | None = None) -> None:
+    """On the console: what each part of the search will cost, in training steps of a network of the target size."""
     args = task.args
-    held_out, *rows = pretrain.split(task.images, args)
+    held_out, rows = pretrain.split(task.images, args)
+    per_epoch = len(rows) // args.batch_size
+    n = args.finalists if supernet_steps else args.candidates
     parts = {}
     if supernet_steps:
         parts["supernet"] = supernet_steps
-        # forward passes of two views, of which three are a step
-        parts["scores"] = args.candidates * len(held_out) / args.batch_size / 3
-    n = args.finalists if supernet_steps else args.candidates
+        parts["scores"] = args.candidates * len(held_out) / args.batch_size / 3  # forward passes: 1/3 of a step
     epochs = sum(size / len(rungs(n)) for size, _ in rungs(n)) * SEEDS * args.final_epochs
-    parts["halving"] = epochs * (len(rows[0]) // args.batch_size)
-    return parts
-
-
-def announce_cost(task: Task, supernet_steps: int, step_seconds: float | None = None) -> None:
-    """On the console: what the search will cost."""
-    parts = network_steps(task, supernet_steps)
+    parts["halving"] = epochs * per_epoch
     total = sum(parts.values())
-    per_epoch = len(pretrain.split(task.images, task.args)[1]) // task.args.batch_size
     said = ", ".join(f"{name} {steps:,.0f}" for name, steps in parts.items())
     minutes = f", about {total * step_seconds / 60:.1f} minutes" if step_seconds else ""
     say(
         f"the search costs {total:,.0f} steps of a network of the target ({said}): {total / per_epoch:.0f} epochs, "
-        f"{total / per_epoch / task.args.epochs:.1f} times --epochs{minutes}"
+        f"{total / per_epoch / args.epochs:.1f} times --epochs{minutes}"
     )
 
 
@@ -851,29 +830,27 @@ def step_seconds(search: Search) -> float:
     return statistics.median(times[1:])
 
 
-def next_command(task: Task, winner: Candidate, asked: argparse.Namespace, path: Path) -> str:
+def next_command(task: Task, winner: Candidate, path: Path) -> str:
     """That pre-trains with what was found."""
     parser = pretrain.get_parser()
-    flags = {name: getattr(asked, name, default) for name, default in vars(parser.parse_args([])).items()}
+    flags = {name: getattr(task.asked, name, default) for name, default in vars(parser.parse_args([])).items()}
     flags["output_dir"] = str(path.parent.parent / "pretrain")
     flags |= winner.views or {}
-    for flag, is_found in (("arch", task.space), ("heads", "heads" in asked.space and winner.heads)):
+    for flag, is_found in (("arch", task.space), ("heads", "heads" in task.args.space and winner.heads)):
         if is_found:
             flags[flag] = str(path)
     return command_line("pretrain.py", parser, argparse.Namespace(**flags))
 
 
 def announce_task(task: Task) -> None:
-    """On the console: what is searched, and how many of them there are."""
+    """Prints what is searched, and the size of the space."""
     args = task.args
     say(
         f"{args.method}, {' and '.join(args.space)} by {args.strategy}, x{args.width:g}, {len(task.images.pixels):,} "
         f"images of {task.size} px, {pretrain.machine(args, task.device)}"
     )
     if "heads" in args.space:
-        with torch.device("meta"):
-            feature_dim = build_backbone(task.arch, task.stem, args.width)[1]
-        dims = [models.head_dims(*head) for head in METHODS[args.method].heads(feature_dim, args.out_dim).values()]
+        dims = [models.head_dims(*head) for head in head_spaces(args, task.arch).values()]
         names, kinds, functions = (math.prod(c) for c in zip(*map(models.count_heads, dims)))
         say(f"{names:,} heads by name, {kinds:,} that differ layer by layer, {functions:,} as functions")
     if task.space:
@@ -886,7 +863,7 @@ def announce_task(task: Task) -> None:
 
 
 def announce_search(search: Search) -> None:
-    """On the console: the task, its parts, rates and cost."""
+    """Prints the task, the split of the images, learning rates and cost."""
     args = search.args
     announce_task(search.task)
     learned = " + ".join(f"{len(rows):,}" for rows in search.rows)
@@ -898,40 +875,29 @@ def announce_search(search: Search) -> None:
         announce_cost(search.task, search.total, step_seconds(search))
 
 
-def monitor_of(search: Search) -> Monitor:
-    rows = torch.cat(search.rows)
-    return Monitor(search.args, search.images, search.stats, search.held_out, rows, search.multi_crop, search.device)
+def facts_of(task: Task, heads: dict | None) -> dict:
+    return pretrain.facts_of(Path(__file__).name, task.asked, task.arch, heads, task.images, pretrain.FREE_FLAGS)
 
 
-def facts_of(task: Task, asked: argparse.Namespace, heads: dict | None) -> dict:
-    return pretrain.facts_of(Path(__file__).name, asked, task.arch, heads, task.images, pretrain.FREE_FLAGS)
-
-
-def record_of(task: Task, asked: argparse.Namespace, command: str) -> Checkpoint:
+def record_of(task: Task, command: str) -> Checkpoint:
     """The checkpoint of a search that has no steps of its own: what is asked for, and what blocks cost."""
-    args, heads = task.args, None
-    if args.heads != "default":
-        heads = pretrain.build_heads(args, build_backbone(task.arch, task.stem, args.width)[1])[0]
+    args = task.args
+    heads, _ = pretrain.build_heads(args, 1)  # the operations' names do not depend on the number of features
     things = {"cost": task.cost} if task.cost else {}
-    facts = facts_of(task, asked, heads)
+    facts = facts_of(task, heads)
     return Checkpoint(Path(args.output_dir), things, facts, command, task.device, 0, 0, args.resume)
 
 
-def checkpoint_of(search: Search, asked: argparse.Namespace, command: str) -> tuple[Checkpoint, Meter]:
-    """asked: the flags as they were given."""
+def checkpoint_of(search: Search, command: str) -> tuple[Checkpoint, Meter]:
     args, folder = search.args, Path(search.args.output_dir)
     batches = {"loss": search.batches, "alpha_loss": search.alpha_batches}
     meter = Meter(search.total, batches, search.images.names, folder, args.print_every)
-    things = {
-        "method": search.method,
-        "optimizer": search.optimizer,
-        "alpha_optimizer": search.alpha_optimizer,
-        "meter": meter,
-        "gradients": search.gradients,
-    }
-    things |= {"cost": search.cost} if search.cost else {}
+    things = {"method": search.method, "optimizer": search.optimizer, "alpha_optimizer": search.alpha_optimizer}
+    things.update(meter=meter, gradients=search.gradients)
+    if search.cost:
+        things["cost"] = search.cost
     how = command, search.device, search.total, args.checkpoint_minutes, args.resume, None, args.tensorboard
-    return Checkpoint(folder, things, facts_of(search.task, asked, search.operations), *how), meter
+    return Checkpoint(folder, things, facts_of(search.task, search.operations), *how), meter
 
 
 def describe_backbone(task: Task, arch: dict) -> dict:
@@ -953,13 +919,7 @@ def describe_backbone(task: Task, arch: dict) -> dict:
 
 
 def write_results(
-    task: Task,
-    search: Search | None,
-    winner: Candidate,
-    run: Path | None,
-    found: dict,
-    history: list[dict],
-    surrogate: Surrogate | None,
+    task: Task, search: Search | None, winner: Candidate, run: Path | None, found: dict, history: list[dict]
 ) -> dict:
     """arch.json, pictures and weights. Returns the monitor's facts of what was found."""
     args, folder, space = task.args, Path(task.args.output_dir), task.space
@@ -972,10 +932,10 @@ def write_results(
         found["backbone"] = describe_backbone(task, winner.arch)
     if search and space and (choice := space.choice(winner.arch)):
         method = search.standalone(choice, args.recalibrate_batches)
-        facts, encoder = monitor_of(search)(method, args.knn_every > 0), method.encoder
+        facts, encoder = search.monitor(method), method.encoder
     elif run:
         facts = {}
-        if is_main() and (run / "backbone.pth").exists():
+        if is_main():
             for name in ("backbone.pth", "backbone.json"):
                 shutil.copyfile(run / name, folder / name)
     found.update({k: facts[k] for k in SCORES if space and k in facts})
@@ -986,11 +946,9 @@ def write_results(
     pictures = {}
     if search and search.heads:
         pictures["search"] = draw_heads(history, search.dims, f"Heads found with {where}")
-    if surrogate:
-        worth = dict(zip(value_labels(space), zip(surrogate.worth.tolist(), surrogate.error.tolist())))
-        pictures["surrogate"] = draw_surrogate(
-            worth, f"What a choice is worth, in {args.score}, with two standard errors: {where}"
-        )
+    if "supernet" in found:
+        title = f"What a choice is worth, in {args.score}, with two standard errors: {where}"
+        pictures["surrogate"] = draw_surrogate(found["supernet"]["worth and standard error"], title)
     if "halving" in found and len(found["halving"]["rounds"]) > 1:
         seen = found["halving"]
         title = f"{args.score} of candidates that are trained alone: {where}"
@@ -1010,7 +968,7 @@ def write_results(
 
 
 def report(task: Task, search: Search | None, winner: Candidate, facts: dict, history: list[dict]) -> None:
-    """On the console: what was found, but for the backbone."""
+    """Prints the heads or views found, and kNN accuracy (describe_backbone prints the backbone)."""
     if search and search.heads:
         for name, ops in winner.heads.items():
             say(f"{name}: {' '.join(models.true_name(o, *io) for o, io in zip(ops, pairwise(search.dims[name])))}")

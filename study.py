@@ -42,12 +42,11 @@ import torch
 import linear_eval
 import models
 import pretrain
-from candidates import parse_target, spreads
+from candidates import head_spaces, parse_target, spreads
 from checkpoint import load_arch, load_backbone, load_heads, load_json, lock, versions, write_atomic, write_json
 from data import Images, load_data
 from launch import Parser, say, user_errors
-from losses import METHODS
-from models import ARCHS, BACKBONES, SPACES, build_backbone, describe, random_head
+from models import ARCHS, BACKBONES, SPACES, describe, random_head
 from pictures import draw_costs, draw_matrices, draw_scores
 
 # ---- networks -------------------------------------------------------------------------------------------------------
@@ -177,15 +176,6 @@ def random_networks(spaces: list[str], number: int, args: argparse.Namespace, st
     raise ValueError(f"--networks {'+'.join(spaces)}:{number}: there are not so many different ones in the band")
 
 
-def head_spaces(args: argparse.Namespace, arch: str | dict) -> dict:
-    with torch.device("meta"):
-        feature_dim = build_backbone(arch, width=args.width)[1]
-    spaces = METHODS[args.method].heads(feature_dim, args.out_dim)
-    if not spaces:
-        raise ValueError(f"--method {args.method} has no heads to choose")
-    return spaces
-
-
 def heads_in(path: str, args: argparse.Namespace) -> dict | None:
     """Of an arch.json, if there are any."""
     return load_heads(path, list(head_spaces(args, args.arch))) if "heads" in load_json(path) else None
@@ -276,13 +266,19 @@ PREDICTORS = {  # of accuracy, from the last line of a run's log: (name in the r
 }
 
 
+def seconds_of(folder: Path) -> float:
+    """That a run has trained for, over all of its starts, by its log."""
+    path = folder / "log.txt"
+    lines = path.read_text().splitlines()[1:] if path.exists() else []
+    return sum(json.loads(line)["seconds"] for line in lines)
+
+
 def carry_out(run: Run, args: argparse.Namespace, study: "Study") -> None:
     """Trains the network and measures it on each data set, unless that is done. A failure is recorded in row.json."""
     run.folder.mkdir(parents=True, exist_ok=True)
     network, path, row = run.network, run.folder / "row.json", run.row()
     if not row:
         row = facts_of(run, args)
-        begun = time.time()
         try:
             row["macs"], row["parameters"] = models.size_of(row["arch"], row["width"], study.stem, study.size)
             last = {}  # of the log
@@ -296,7 +292,7 @@ def carry_out(run: Run, args: argparse.Namespace, study: "Study") -> None:
             write_json(row, path)
             return
         row |= {name: last[name] for name in PREDICTORS if name in last}
-        row |= {"scores": {}, "seconds": {"train": time.time() - begun}, "versions": versions()}
+        row |= {"scores": {}, "seconds": {"train": seconds_of(run.folder)}, "versions": versions()}
         write_json(row, path)
         (run.folder / "checkpoint.pth").unlink(missing_ok=True)  # most of the folder, and of no more use
     weights = run.folder / "backbone.pth" if network.trained else network.weights
@@ -444,7 +440,7 @@ def interval(r: float, variance: float) -> tuple[float, float, float]:
     """(r, low, high) of a correlation, whose atanh has that variance: 95 %."""
     half = Z * math.sqrt(variance)
     centre = math.atanh(min(max(r, -0.999999), 0.999999))
-    return r, math.tanh(centre - half), math.tanh(centre + half)
+    return r, min(r, math.tanh(centre - half)), max(r, math.tanh(centre + half))
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
@@ -688,7 +684,11 @@ def found_table(table: list[dict], scenarios: list[str], measure: str) -> tuple[
         random = random_accuracies(families, column)
         for name, of in runs.items():
             values = np.array([line[column] for line in of], float)
-            dots.setdefault(scenario, {})[name] = values[~np.isnan(values)].tolist()
+            values = values[~np.isnan(values)]
+            row[name] = ""
+            if not len(values):  # not measured yet
+                continue
+            dots.setdefault(scenario, {})[name] = values.tolist()
             row[name] = f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else "")
             if random is not None and not name.startswith("random"):
                 row[name] += f"; {rounded(improvement(values, random), 1)} %"
@@ -703,8 +703,9 @@ def random_accuracies(families: dict[str, list[dict]], column: str) -> np.ndarra
         return None
     by_network: dict[str, list[float]] = {}
     for line in of_random[0]:
-        by_network.setdefault(line["network"], []).append(line[column])
-    seeds = max(map(len, by_network.values()))
+        if line[column] is not None:
+            by_network.setdefault(line["network"], []).append(line[column])
+    seeds = max(map(len, by_network.values()), default=0)
     whole = [values for values in by_network.values() if len(values) == seeds]
     return np.array(whole, float) if len(whole) > 1 and seeds > 1 else None
 
@@ -714,6 +715,8 @@ def report(folder: Path, measure: str = "linear") -> None:
     table = read_table(write_table(folder))
     facts = load_json(str(folder / "study.json")) if (folder / "study.json").exists() else {}
     scenarios = [name.removesuffix(f" {measure}") for name in table[0] if name.endswith(f" {measure}")]
+    if not scenarios:
+        raise ValueError(f"nothing in '{folder}' is measured yet")
     scenarios.sort(key=lambda name: name != dataset(facts.get("--data", "")))  # what all are trained on is the first
     groups = populations(table, scenarios, measure)
     broken = [line for line in table if line["error"]]
@@ -761,18 +764,23 @@ def pictures_of(groups: dict[str, Population], scenarios: list[str]) -> dict[str
     for group, p in groups.items():
         r = [[spearman(a, b)[0] for b in p.means.T] for a in p.means.T]
         correlations[f"{group} ({len(p.lines)})"] = (scenarios, scenarios, r)
-        costs[group] = [(x / 1e6, y) for x, y in zip(p.facts("macs"), p.overall)]
+        if not np.isnan(p.facts("macs")).any():  # a ViT's are not counted
+            costs[group] = [(x / 1e6, y) for x, y in zip(p.facts("macs"), p.overall)]
         order = p.ranks.mean(1).argsort(kind="stable")
         shown = sorted({*order[:3], *p.means.argmax(0), order[-1]}, key=list(order).index)
         names = [p.lines[k]["network"] for k in shown]
         ranks[f"{group} ({len(p.lines)})"] = (names, scenarios, p.ranks[shown].tolist())
-    if not groups:
-        return {}
-    return {
-        "correlations": draw_matrices(correlations, "Do scenarios agree? Spearman's correlation", (-1, 1), 2),
-        "costs": draw_costs(costs, "Accuracy against cost: means over scenarios and seeds, and the Pareto front"),
-        "ranks": draw_matrices(ranks, "The rank of the best and of the worst networks in each scenario", None, 0),
-    }
+    pictures = {}
+    if groups:
+        title = "Do scenarios agree? Spearman's correlation"
+        pictures["correlations"] = draw_matrices(correlations, title, (-1, 1), 2)
+    if costs:
+        title = "Accuracy against cost: means over scenarios and seeds, and the Pareto front"
+        pictures["costs"] = draw_costs(costs, title)
+    if groups:
+        title = "The rank of the best and of the worst networks in each scenario"
+        pictures["ranks"] = draw_matrices(ranks, title, None, 0)
+    return pictures
 
 
 # ---- the script -----------------------------------------------------------------------------------------------------
@@ -851,8 +859,12 @@ def main(args: argparse.Namespace) -> None:
                 work(runs, args, study)
         except KeyboardInterrupt:
             sys.exit(130)
-    with user_errors(), os.fdopen(lock(Path(args.output_dir) / ".lock", wait=True)):  # several workers end at once
-        report(Path(args.output_dir))
+    folder = Path(args.output_dir)
+    with user_errors():
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is nothing to report in '{folder}'")
+        with os.fdopen(lock(folder / ".lock", wait=True)):  # several workers end at once
+            report(folder)
 
 
 if __name__ == "__main__":

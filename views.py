@@ -3,10 +3,10 @@
     crop = MultiCrop("simsiam", 32)                     # a recipe, and the edge of a global view
     views = crop(pixels, np.random.default_rng(0))      # uint8 (n, 3, H, W) -> [(n, 3, S, S), ...], globals first
 
-Drawing (`sample`, in numpy) and computing (`render`) are apart: all parameters of all views are one tensor, so one copy
-to a GPU; the same ones give the same views on a CPU, on a GPU, eager or compiled, and a slice of them is one rank's
-share. The order is crop, flip, colour jitter, grey, blur, solarize, normalise, each as torchvision's functional
-operation on a float image does it.
+Sampling parameters (`sample`, in numpy) and computing views (`render`) are separate. The parameters of all views are
+one tensor, copied to a GPU at once; they determine the views, on a CPU or GPU, eager or compiled, and each rank takes
+its slice of them. The order is crop, flip, colour jitter, grey, blur, solarize, normalise, each as torchvision's
+functional operation on a float image does it.
 """
 
 import math
@@ -70,9 +70,7 @@ def multi_crop_recipe(
 
 
 _simclr = View(scale=(0.08, 1.0))
-_diet = View(
-    (0.08, 1.0), jitter=(0.4, 0.4, 0.4, 0.2), jitter_p=0.3, grey=0.2, blur=0.2, sigma=(1, 2), reach=1, erase=0.25
-)
+_diet = View((0.08, 1.0), jitter=(0.4, 0.4, 0.4, 0.2), jitter_p=0.3, blur=0.2, sigma=(1, 2), reach=1, erase=0.25)
 _diet_2 = _diet._replace(blur=0.0, erase=0.0)
 _diet_1 = _diet_2._replace(jitter_p=0.0, grey=0.0)
 _diet_0 = _diet_1._replace(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
@@ -143,9 +141,9 @@ def adjust(
         raise ValueError("views need 0 or more locals, edges of 8 pixels or more and weights of 0 or more")
 
     if local_share is not None and (local_size is not None or not 0 < local_share <= 1):
-        raise ValueError(f"a local share of {local_share:g}: it is 0 to 1, and in place of a local size")
+        raise ValueError(f"a local share of {local_share:g}: must be above 0, up to 1, and without a local size")
     if colour is not None and not 0 <= colour <= 2.5:
-        raise ValueError(f"{colour:g} times the colour jitter: 0 to 2.5 can be")
+        raise ValueError(f"{colour:g} times the colour jitter: must be 0 to 2.5")
 
     first, second = recipe.globals[0], recipe.globals[-1]
     local = recipe.locals[0] if recipe.locals else first._replace(scale=(0.05, first.scale[0]), share=96 / 224)
@@ -182,9 +180,9 @@ PARAMETERS = {
     "box": 4,  # top, left, height, width of the crop
     "flip": 1,  # 0 or 1, as are grey and solarize
     "factor": 3,  # of brightness, contrast, saturation; 1 for none
-    "order": 3,  # of the three
+    "order": 3,  # in which brightness (0), contrast (1) and saturation (2) are applied
     "hue": 1,  # a shift in turns; 0 for none
-    "hue_after": 1,  # that many of the three
+    "hue_after": 1,  # how many of those three are applied before the hue shift
     "grey": 1,
     "sigma": 1,  # of the blur, in pixels; 0 for none
     "solarize": 1,
@@ -395,7 +393,8 @@ def render_view(
 
 
 def _everywhere(x: Tensor) -> bool:
-    """Whether to compute on all images and select: on a GPU, or compiled, asking which are due stops the stream."""
+    """Whether to apply an operation to all images and then select: on a GPU, and compiled, to look up which images need
+    it would be a synchronisation."""
     return x.is_cuda or torch.compiler.is_compiling()
 
 

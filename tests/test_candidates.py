@@ -13,7 +13,7 @@ import candidates
 import pretrain
 import search
 from candidates import Candidate, cost_of, halving, handcrafted, random_candidates, rungs, task_of, view_cost
-from models import BACKBONES, OPS, SPACES, build_backbone, macs, scaled, use_batch_statistics
+from models import BACKBONES, OPS, SPACES, build_backbone, derive, handcrafted_scores, macs, use_batch_statistics
 from views import RECIPES, VIEW_SPACE, adjust
 
 HALVING = ["--strategy", "halving", "--candidates", 4, "--final-epochs", 2, "--image-size", 16]
@@ -33,8 +33,8 @@ def test_the_handcrafted_network_scaled_is_itself_at_its_own_cost_and_the_neares
     own = space.choice(space.handcrafted)
     handcrafted_macs = macs(BACKBONES[space.handcrafted], 0.25, "small", 16)
     if own:
-        assert scaled(space, base, table, handcrafted_macs) == own
-    choice = scaled(space, base, table, 0.5 * handcrafted_macs)
+        assert derive(handcrafted_scores(space), base, table, handcrafted_macs) == own
+    choice = derive(handcrafted_scores(space), base, table, 0.5 * handcrafted_macs)
     assert 0.95 <= macs(space.arch(choice), 0.25, "small", 16) / (0.5 * handcrafted_macs) <= 1
 
     def distance(choice):
@@ -170,8 +170,8 @@ def test_the_better_half_goes_on(tmp_path, monkeypatch):
 def test_broken_candidates_are_left_out_and_named(tmp_path, monkeypatch, capsys):
     scores = {name: [k * 1.0, k + 0.1] for k, name in enumerate(NAMES)} | {"g": "no memory"}
     assert halved(scores, monkeypatch, tmp_path)[0] == "f"
-    assert "g: left out, it broke: no memory" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="all candidates broke"):
+    assert "g: left out, training failed: no memory" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="all candidates failed"):
         halved(dict.fromkeys(NAMES, "no memory"), monkeypatch, tmp_path)
 
 

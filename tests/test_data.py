@@ -306,6 +306,15 @@ def test_a_stream_gives_the_bits_of_resident_images_and_is_a_step_ahead(make, tm
         assert resident.rows_of(step + 1).numpy().tobytes() in stream.pixels.asked  # over the end of an epoch too
 
 
+def test_a_linked_folder_is_read_once(tmp_path):
+    (tmp_path / "photos" / "inner").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "inner" / "a.png")
+    (tmp_path / "photos" / "inner" / "loop").symlink_to(tmp_path / "photos")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "photos").symlink_to(tmp_path / "photos")
+    assert len(data.image_files(tmp_path / "photos")) == len(data.image_files(tmp_path / "linked")) == 1
+
+
 # ---- decoded pixels that are kept -----------------------------------------------------------------------------------
 
 

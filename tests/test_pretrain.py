@@ -464,7 +464,7 @@ def test_flags_reach_what_they_are_for(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pretrain, "knn_accuracy", notes("knn", 0.5))
     built = build(pretrain, tmp_path, "--knn-t", 0.5, "--knn-k", 7)
-    built.monitor.knn(built.method)
+    built.monitor.knn(built.method, built.monitor.held_out)
     assert known["knn"][0][-2:] == (7, 0.5)
     monkeypatch.setattr(torch.nn.Module, "compile", notes("compiled"))
     build(pretrain, tmp_path, "--compile", "--compile-mode", "reduce-overhead")
@@ -522,7 +522,12 @@ def test_a_wrong_command_is_told_in_one_line(script, tmp_path, capsys):
         (["--method", "moco", "--queue-size", 10**6], "larger than the", 1),
         (["--method", "swav", "--queue-size", 10**6], "larger than the", 1),
         (["--clip-grad", 0], "--clip-grad 0.0: must be above 0", 1),
-        (["--checkpoint-minutes", -1], "--checkpoint-minutes -1.0: must be above 0, or 0 for never", 1),
+        (["--checkpoint-minutes", -1], "--checkpoint-minutes -1.0: must be above 0, or 0: at the end", 1),
+        (["--max-images", -5], "--max-images -5: must be 1 or above", 1),
+        (["--image-size", -8], "--image-size -8: must be 1 or above", 1),
+        (["--knn-k", 0], "--knn-k 0: must be above 0", 1),
+        (["--width", 0.005], "has no channels left", 1),
+        (["--device", "cuda:1"], "invalid choice: 'cuda:1'", 2),
         (["--profile", "--max-images", 150, "--held-out", 0, "--epochs", 2], "and this run has", 1),
         (["--output-dir", tmp_path / "file"], "File exists", 1),
         (["--output-dir", "/proc/run"], "/proc/run", 1),

@@ -8,12 +8,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import BOTH, TINY, build, load, make_search, refused, run
+from conftest import BOTH, TINY, arguments, build, load, make_search, refused, run
 from torchvision.ops import StochasticDepth
 
 import linear_eval
 import pretrain
 import search
+from candidates import task_of
 from checkpoint import load_backbone
 from losses import METHODS
 from models import BACKBONES, OPS, SPACES, build_backbone, derive, head_dims, macs, true_name
@@ -298,6 +299,17 @@ def test_a_supernets_search_that_is_cut_goes_on_to_the_same_network(by_supernet,
         assert torch.equal(value, load(tmp_path / "backbone.pth")[key])
 
 
+def test_networks_that_join_are_finalists_once(tmp_path):
+    small = SPACES["resnetk1"].arch([0] * 4)
+    (tmp_path / "small.json").write_text(json.dumps({"backbone": {"arch": small}}))
+    flags = [*SUPERNET[:2], "--target-macs", "resnet18", "--join", tmp_path / "small.json", "resnet18"]
+    args = arguments(search, tmp_path, *flags, "--image-size", 16)
+    task = task_of(*pretrain.start(search.check_flags(args)))
+    first, joined, *others = search.finalists_of(task, None, [], None, knows=False)
+    assert first.arch == BACKBONES["resnet18"] and joined.arch == small  # resnet18 is the handcrafted one already
+    assert all(other.name.startswith("random") for other in others)
+
+
 def test_a_candidate_whose_score_is_not_finite_is_left_out(tmp_path, monkeypatch, capsys):
     score = pretrain.Monitor.score
     calls = []
@@ -383,7 +395,7 @@ def test_wrong_searches_are_told_in_one_line(tmp_path, capsys):
         (["--space", "resnet", "--candidates", 19], "--candidates 19: must be 20 or above"),
         (["--space", "resnet", "--held-out", 0], "judges by held-out images, 0: raise --held-out"),
         (["--space", "resnet", "--score", "held_out_loss", "--batch-size", 32], "do not fill a batch"),
-        (["--space", "views", "--bench"], "--bench times a supernet's steps"),
+        (["--space", "views", "--bench"], "--bench and --profile look at a supernet's steps"),
         (["--space", "views", "--local-size", 8], "--local-size means nothing where views are searched"),
         (["--space", "views", "--score", "held_out_loss"], "--score held_out_loss compares neither views"),
         (["--space", "resnet", "--finalists", 1], "--finalists 1: must be 2 or above"),

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -58,6 +58,13 @@ def test_correlations_are_those_of_their_definitions(drawn):
     for f in (study.pearson, study.spearman, study.kendall):
         value, low, high = f(x, y)
         assert low <= value <= high and f(y, x)[0] == pytest.approx(value) and f(-x, y)[0] == pytest.approx(-value)
+
+
+def test_the_interval_of_a_perfect_correlation_holds_it():
+    x = np.arange(8.0)
+    for statistic, sign in product((study.pearson, study.spearman, study.kendall), (1, -1)):
+        value, low, high = statistic(x, sign * x)
+        assert low <= value <= high and value == pytest.approx(sign)
 
 
 def coverage(intervals, truth):
@@ -398,6 +405,26 @@ def test_a_report_says_what_the_study_shows(made_up, capsys):
     (made_up / "study.md").unlink()
     study.main(arguments(made_up, "--report"))
     assert (made_up / "study.md").read_text() == report
+
+
+def test_a_study_under_way_has_a_report(made_up, capsys):
+    with pytest.raises(SystemExit, match="there is nothing to report in"):
+        study.main(arguments(made_up / "nowhere", "--report"))
+    files = sorted((made_up / "runs").glob("*/row.json"))
+    rows = [json.loads(file.read_text()) for file in files]
+    for k, (file, row) in enumerate(zip(files, rows)):
+        if k < 3:  # of another family, which one data set is missing for
+            row["family"] = f"found {k}"
+            del row["scores"]["same"]
+        row["macs"] = None  # as of a ViT
+        file.write_text(json.dumps(row))
+    study.main(arguments(made_up, "--report"))
+    report = (made_up / "study.md").read_text()
+    assert "## Found and random networks" in report and "| nan |" not in report.split("| same |")[-1].split("\n")[0]
+    for file, row in zip(files, rows):
+        file.write_text(json.dumps({**row, "scores": {}}))
+    with pytest.raises(SystemExit, match=r"nothing in .* is measured yet"):
+        study.main(arguments(made_up, "--report"))
 
 
 def test_pictures_show_every_number_and_the_front():
