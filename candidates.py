@@ -367,6 +367,27 @@ def halving(task: Task, candidates: list[Candidate], folder: Path) -> tuple[Cand
     return winner, run, facts
 
 
+def beside_handcrafted(task: Task, found: Candidate, folder: Path) -> dict:
+    """What a gradient search has found, beside the handcrafted network or heads, each trained alone: {"score", "found",
+    "handcrafted": a score each seed, "said"}. The score is kNN accuracy where there are labels."""
+    score = "knn" if task.images.labelled else task.args.score
+    task = task._replace(args=argparse.Namespace(**{**vars(task.args), "score": score}))
+    both = [train_alone(task, c, k, 1.0, folder) for k, c in enumerate((found, handcrafted(task)))]
+    epochs = task.args.final_epochs
+    said = f"trained alone for {epochs} epoch{'s' * (epochs > 1)}, {SEEDS} seeds"
+    for name, own in zip(("what was found", "the handcrafted"), both):
+        if isinstance(own, str):
+            return {"said": f"{said}: {name} failed: {own}"}
+    verdict = "better" if min(both[0]) > max(both[1]) else "worse" if max(both[0]) < min(both[1]) else "no better"
+    scores = {name: [SCORES[score] * x for x in own] for name, own in zip(("found", "handcrafted"), both)}
+    if score == "knn":
+        shown = {name: "kNN " + " and ".join(f"{100 * x:.2f} %" for x in own) for name, own in scores.items()}
+    else:
+        shown = {name: f"{score} " + " and ".join(f"{x:.4g}" for x in own) for name, own in scores.items()}
+    said = f"{said}: {shown['found']} with what was found, {shown['handcrafted']} handcrafted: {verdict}"
+    return {"score": score, **scores, "said": said}
+
+
 def leads(one: list[list[float]], other: list[list[float]], noise: list[float]) -> bool:
     """Whether `one` is better by more than a standard error at the last rung that both were at, if there is one.
     noise: the residual deviation at each rung."""

@@ -85,7 +85,7 @@ def load_images(
     is named on stderr and skipped. Raises FileNotFoundError, ConnectionError or ValueError with what to do.
     """
     if source == "shapes":
-        n, seed = {"train": (4000, 0), "test": (1000, 1)}[split]
+        n, seed = {"train": (3000, 0), "test": (1000, 1)}[split]
         return make_shapes(min(n, limit or n), size or 32, seed)
     if source in DATASETS:
         items, labels, classes = _torchvision_items(source, split, root)

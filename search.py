@@ -67,6 +67,7 @@ from candidates import (
     Candidate,
     Cost,
     Task,
+    beside_handcrafted,
     drawn,
     fits,
     fitting,
@@ -114,7 +115,8 @@ def get_parser() -> Parser:
     group.add_argument("--score", choices=list(SCORES), default="infonce", help="what is better; knn needs labels")
     group.add_argument("--candidates", type=int, help="default: 100 subnets to score; 16 to train with halving")
     group.add_argument("--finalists", type=int, default=8, help="networks a supernet search trains alone at the end")
-    group.add_argument("--final-epochs", type=int, help="epochs of the last network left; default: --epochs / 3")
+    text = "epochs of networks that are trained alone; default: --epochs / 3, by gradient / 12 (0: no comparison)"
+    group.add_argument("--final-epochs", type=int, help=text)
     group.add_argument("--join", nargs="+", default=[], metavar="FILE", help="arch.json files to add as finalists")
     group = parser.add_argument_group("search by gradient")
     group.add_argument("--arch-lr", type=float, help=f"of the alphas; left out, about {TRAVEL} / their steps")
@@ -160,7 +162,7 @@ def check_flags(args: argparse.Namespace) -> argparse.Namespace:
     if args.candidates is None:
         args.candidates = 16 if args.strategy == "halving" else 100
     if args.final_epochs is None:
-        args.final_epochs = max(1, round(args.epochs / 3))
+        args.final_epochs = max(1, round(args.epochs / (12 if args.strategy == "gradient" else 3)))
     if backbones and args.drop_path:
         raise ValueError("--drop-path means nothing where a backbone is searched: it is for a ViT")
     if args.score == "held_out_loss" and ("views" in args.space or METHODS[args.method].classifies_instances):
@@ -170,6 +172,8 @@ def check_flags(args: argparse.Namespace) -> argparse.Namespace:
     least = {"gates": 1, "latency_batch": 1, "final_epochs": 1, "finalists": 2, "candidates": 2}
     if args.strategy == "supernet":
         least["candidates"] = 20  # or there is no regression
+    if args.strategy == "gradient":
+        least["final_epochs"] = 0  # no comparison
     for name, low in least.items():
         if getattr(args, name) < low:
             raise ValueError(f"{launch.dashed(name)} {getattr(args, name)}: must be {low} or above")
@@ -755,6 +759,8 @@ def find(task: Task, search: Search | None, command: str, history: list[dict]) -
         if args.strategy == "gradient":
             winner = gradient_winner(search)
             found["alphas"] = history[-1]["alphas"]
+            if args.final_epochs and len(search.held_out) >= 16:
+                found["alone"] = beside_handcrafted(task, winner, folder)
         else:
             if search:
                 candidates, found["supernet"] = from_supernet(search, history, folder)
@@ -762,9 +768,10 @@ def find(task: Task, search: Search | None, command: str, history: list[dict]) -
                 candidates = remembered(folder, lambda: random_candidates(task, args.candidates))
             winner, run, found["halving"] = halving(task, candidates, folder)
         facts = write_results(task, search, winner, run, found, history)
-    report(task, search, winner, facts, history)
+    report(task, search, winner, facts, history, found)
     path = folder / "arch.json"
-    say(f"wrote {path}; next:\n{next_command(task, winner, path)}")
+    pictures = ", ".join(sorted(file.name for file in folder.glob("*.svg")))
+    say(f"wrote {path}; pictures beside it: {pictures}; next:\n{next_command(task, winner, path)}")
     return found
 
 
@@ -967,7 +974,7 @@ def write_results(
     return facts
 
 
-def report(task: Task, search: Search | None, winner: Candidate, facts: dict, history: list[dict]) -> None:
+def report(task: Task, search: Search | None, winner: Candidate, facts: dict, history: list[dict], found: dict) -> None:
     """Prints the heads or views found, and kNN accuracy (describe_backbone prints the backbone)."""
     if search and search.heads:
         for name, ops in winner.heads.items():
@@ -980,6 +987,8 @@ def report(task: Task, search: Search | None, winner: Candidate, facts: dict, hi
             f"kNN on {len(search.held_out):,} held-out images: {100 * facts['knn']:.2f} % with {with_what}, "
             f"{100 * history[0]['knn']:.2f} % untrained"
         )
+    if "alone" in found:
+        say(found["alone"]["said"])
 
 
 if __name__ == "__main__":

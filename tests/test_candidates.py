@@ -175,6 +175,25 @@ def test_broken_candidates_are_left_out_and_named(tmp_path, monkeypatch, capsys)
         halved(dict.fromkeys(NAMES, "no memory"), monkeypatch, tmp_path)
 
 
+@pytest.mark.parametrize("found, verdict", [([0.3, 0.31], "better"), ([0.1, 0.15], "worse"), ([0.3, 0.2], "no better")])
+def test_what_a_gradient_search_finds_is_compared_with_the_handcrafted(found, verdict, tmp_path, monkeypatch):
+    def planted(task, candidate, k, share, folder):
+        assert task.args.score == "knn" and share == 1.0
+        return found if candidate.name == "found" else [0.25, 0.2]
+
+    monkeypatch.setattr(candidates, "train_alone", planted)
+    seen = candidates.beside_handcrafted(a_task(tmp_path), Candidate("found", "resnet18"), tmp_path)
+    assert (
+        seen["found"] == found
+        and seen["handcrafted"] == [0.25, 0.2]
+        and seen["said"].endswith(f"handcrafted: {verdict}")
+    )
+    assert f"kNN {100 * found[0]:.2f} %" in seen["said"]
+    monkeypatch.setattr(candidates, "train_alone", lambda *_: "no memory")
+    seen = candidates.beside_handcrafted(a_task(tmp_path), Candidate("found", "resnet18"), tmp_path)
+    assert seen.keys() == {"said"} and "what was found failed: no memory" in seen["said"]
+
+
 def test_where_seeds_differ_more_than_candidates_the_handcrafted_stays(tmp_path, monkeypatch, capsys):
     scores = {name: [(-1) ** k + 0.01 * k, 0.01 * k - (-1) ** k] for k, name in enumerate(NAMES)}
     winner, trained, seen, _ = halved(scores, monkeypatch, tmp_path)

@@ -26,8 +26,8 @@ def test_normalisation_centres_the_data():
 
 def test_shapes_are_seeded_balanced_and_not_told_by_colour_or_pixel():
     train, test = load_images("shapes"), load_images("shapes", "test")
-    assert train.pixels.shape == (4000, 3, 32, 32) and train.pixels.dtype == torch.uint8
-    assert train.labels.bincount().tolist() == [400] * 10 and len(train.classes) == 10
+    assert train.pixels.shape == (3000, 3, 32, 32) and train.pixels.dtype == torch.uint8
+    assert train.labels.bincount().tolist() == [300] * 10 and len(train.classes) == 10
     again, other = make_shapes.__wrapped__(50, seed=7), make_shapes(50, seed=8)
     assert torch.equal(make_shapes(50, seed=7).pixels, again.pixels) and not torch.equal(again.pixels, other.pixels)
 
