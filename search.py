@@ -25,7 +25,8 @@ gradient, the default for heads (NASiam, arXiv 2302.00059): every layer is a mix
 its alphas. For backbones (SSA, 2203.08130; the design is ours) every choice is a mask on the largest network; a step
 samples one subnet for all its views, and alphas learn by straight-through gradients and are kept where E[MACs] meets
 the target. In both cases the search is first-order and alternating: after a quarter of the steps on weights alone, each
-step updates the alphas on one half of the images and the weights on the other.
+step updates the alphas on one half of the images and the weights on the other. The result is kept in any case,
+but at the end it and the handcrafted network or heads are trained alone, and the scores of both are printed.
 
 A contrastive method (simclr, moco) is the better judge of backbones: a loss that can collapse lets the alphas choose
 networks that help it collapse. (MoCo's queue holds keys of the networks that were sampled before.) Random networks that
