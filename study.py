@@ -189,13 +189,14 @@ def found_by(folder: str, args: argparse.Namespace) -> list[Network]:
     heads = heads_in(str(path), args)
     arch = load_arch(str(path)) if "backbone" in found else None
     backbone = next((SPACES[name] for name in found.get("space", []) if name in SPACES), None)
-    if not backbone and not heads:
+    if not backbone and "heads" not in found.get("space", []):
         raise ValueError(
             f"--search {folder}: '{path}' has no heads or backbone that a search found (views are pretrain.py's flags)"
         )
     family = f"found ({Path(folder).name})"
     if not backbone:
-        return [Network(family, args.arch, heads=heads), Network("handcrafted", args.arch)]
+        own = [Network(family, args.arch, heads=heads)] if heads else []  # else the search has kept the handcrafted
+        return [*own, Network("handcrafted", args.arch)]
     if found["backbone"].get("width") != args.width:
         raise ValueError(f"--search {folder}: searched at --width {found['backbone'].get('width')}, not {args.width}")
     return [

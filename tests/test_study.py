@@ -407,6 +407,12 @@ def test_a_report_says_what_the_study_shows(made_up, capsys):
     assert (made_up / "study.md").read_text() == report
 
 
+def test_a_search_that_kept_the_handcrafted_heads_has_found_these(tmp_path):
+    (tmp_path / "arch.json").write_text(json.dumps({"space": ["heads"], "backbone": {"arch": "resnet18", "width": 1}}))
+    (network,) = study.found_by(str(tmp_path), arguments(tmp_path))
+    assert (network.family, network.arch, network.heads) == ("handcrafted", "resnet18", None)
+
+
 def test_a_study_under_way_has_a_report(made_up, capsys):
     with pytest.raises(SystemExit, match="there is nothing to report in"):
         study.main(arguments(made_up / "nowhere", "--report"))
