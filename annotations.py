@@ -1,4 +1,4 @@
-"""Objects in images: COCO JSON, Pascal VOC and label PNGs as one kind of plain data; how well detections fit, as AP.
+"""Objects in images: COCO JSON, Pascal VOC and label PNGs as one plain format; detections measured by AP.
 
     splits, classes = read("my/cells", masks=False)           # {"train": [Annotated, ...], "test": [...]}, ["RBC", ...]
     scores = Precision(len(classes))

@@ -1,7 +1,7 @@
-"""Candidates of a search: what they cost in MACs or milliseconds, how they are drawn, and successive halving, which
-trains some alone and lets the better ones go on.
+"""Candidates of a search: their cost in MACs or milliseconds, how they are drawn, and successive halving, which trains
+each of them alone and keeps the better half.
 
-    task = task_of(args, device)                     # what is searched: by search.py's flags
+    task = task_of(args, device)                     # what is searched, from search.py's flags
     task.cost.random(generator)                      # the choice of a backbone whose cost meets the target
     winner, folder, seen = halving(task, random_candidates(task, 16), Path("runs/search"))
 """

@@ -1,4 +1,4 @@
-"""What a run leaves on disk, and how it survives: whole files, backbones and architectures, checkpoints, signals.
+"""What a run writes and how it survives a kill: atomic files, backbones, architectures, checkpoints, signals.
 
     checkpoint = Checkpoint(folder, {"method": method, "optimizer": optimizer}, facts, command, device, total)
     with checkpoint:                                      # SIGTERM and SIGINT save, and then stop
@@ -6,7 +6,7 @@
             ...
             checkpoint.after_step(step + 1)
 
-A run that was stopped anywhere and goes on ends with the uninterrupted run's weights, bit for bit on a CPU.
+A run that is stopped at any point and resumed has the uninterrupted run's weights at the end, to the bit on a CPU.
 """
 
 import json

@@ -1,18 +1,18 @@
-"""Measures a backbone by what it finds: Faster R-CNN or Mask R-CNN on it, beside the same network untrained.
+"""Measures a backbone by object detection: Faster or Mask R-CNN on it, beside the same network untrained.
 
     torchrun detect_eval.py --weights runs/pretrain/backbone.pth --data my/bccd                   # boxes, small images
     torchrun detect_eval.py --weights runs/pretrain/backbone.pth --data my/nuclei --masks --image-size 256
     torchrun --nproc-per-node 8 detect_eval.py --weights resnet50.pth --arch resnet50 --data coco --masks --schedule 1x
     torchrun detect_eval.py --weights runs/pretrain/backbone.pth --data my/bccd --bench           # what a step costs
 
-The detectors are torchvision's parts with a feature pyramid (1612.03144) on the stages of any backbone of ours; of a
-ViT with ViTDet's simple pyramid (2203.16527). --data is a folder as of COCO, VOC or label PNGs (annotations.py). What
-is trained is the whole detector, for so many steps; what is printed is AP by COCO's rules on the test images, mean and
-standard deviation over --seeds. Heads, batches and flips of a seed are the same for the untrained network.
+The detectors are built from torchvision's parts, with a feature pyramid (1612.03144) on the stages of any backbone of
+ours, for a ViT ViTDet's simple pyramid (2203.16527). --data is a folder laid out as COCO, VOC or label PNGs
+(annotations.py). The whole detector is trained for --iterations steps; the result is AP by COCO's rules on the test
+images, mean and deviation over --seeds. With equal seeds the untrained network has the same heads, batches and flips.
 
-Beside the weights, in detect-<data>/, each network and seed gets a folder with log.txt, checkpoint.pth (the same
-command again goes on from it), detector.pth, a plain state dict that torchvision's own model of that kind loads, and
-detector.json; and all of them detect_eval.md, detections.png and precision.svg.
+In detect-<data>/ beside the weights, each network and seed gets a folder with log.txt, checkpoint.pth (the same command
+resumes from it), detector.pth (a plain state dict that torchvision's own model of that kind loads) and detector.json.
+detect_eval.md, detections.png and precision.svg sum up all of them.
 """
 
 import launch  # ahead of torch: it says how threads wait

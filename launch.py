@@ -1,10 +1,10 @@
-"""What happens before the first step, or on the screen: threads, ranks, flags, messages, the meter of a run.
+"""What happens before the first step or on the console: threads, ranks, flags, messages, the meter of a run.
 
     import launch  # ahead of torch, then # isort: split
 
-torch's threads on a CPU wait for each other at the end of each operation, and libgomp lets them spin meanwhile. Beside
-another busy program a spinning thread takes the core away from the one that it waits for, and a run nearly stops. A
-short spin costs an idle machine little (results/README.md). libgomp reads its settings when it is loaded.
+On a CPU, torch's threads wait for each other after every operation, and libgomp makes them spin while they wait. Beside
+another busy program, a spinning thread takes the core from the thread it waits for, and the run nearly stops. A short
+spin costs little on an idle machine (results/README.md). libgomp reads its settings when torch loads it: import first.
 """
 
 import os

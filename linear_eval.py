@@ -1,4 +1,4 @@
-"""Measures a backbone, beside the same network untrained: weighted kNN, a linear probe, few-shot, fine-tuning.
+"""Measures a backbone beside the same network untrained: weighted kNN, a linear probe, few-shot, fine-tuning.
 
     torchrun linear_eval.py --weights runs/pretrain/backbone.pth               # on the data it was trained on
     torchrun linear_eval.py --weights runs/pretrain/backbone.pth --data cifar10 cifar100 my/images       # transfer
@@ -9,10 +9,10 @@
     torchrun linear_eval.py --weights runs/pretrain/backbone.pth --export backbone.pt2             # a program; or .onnx
 
 Everything that has to be chosen (the probe's weight decay, learning rates) is chosen on held-out training images; the
-test images are looked at once. One table goes to the terminal and to linear_eval-<data>.md beside the weights, with
-neighbours-<data>.png and map-<data>.png, for which no labels are needed.
+test images are used once. One table goes to the terminal and to linear_eval-<data>.md beside the weights. The pictures
+beside it, neighbours-<data>.png and map-<data>.png, need no labels.
 
-Shapes: N training images and M test images, F features, C classes, b rows of a chunk or batch.
+Shapes: N training images and M test images, F features, C classes, b rows in a chunk or batch.
 """
 
 import launch  # ahead of torch: it says how threads wait

@@ -1,25 +1,25 @@
 """Self-supervised losses, and the methods that hold what each needs: heads, an EMA teacher, a queue.
 
-Losses are pure functions of (N, D) tensors, in fp32 whatever autocast is on. A method is a module,
+Losses are pure functions of (N, D) tensors, computed in fp32 even under autocast. A method is a module:
 
-    method(views, index) -> scalar loss          views: V of (B, 3, S, S); index (B,): which of the training images
-    method.after_step(progress)                  after the optimiser's step; progress in 0..1 of the run
+    method(views, index) -> scalar loss          views: V tensors (B, 3, S, S); index (B,): of the training images
+    method.after_step(progress)                  after the optimiser's step; progress of the run, 0..1
 
-and `forward` is the composition of two, which a benchmark or a notebook can call apart:
+`forward` consists of two calls, which a benchmark or a notebook can make separately:
 
     outputs = method.outputs(views, index)       the networks: a tuple of tensors
-    loss = method.loss(*outputs)                 the mathematics on them
+    loss = method.loss(*outputs)                 the loss computed from them
 
-Letters are the papers': h (B, F) features, z (B, D) projections, p predictions; q, k queries and keys. The first two
-views are global, the others local; only globals are ever a target. A loss is the mean over all pairs of views, or, with
-`method.balance = (lambda_gg, lambda_gl)`, weighs global-global and global-local pairs (SSLight, 2210.02808).
+Letters are as in the papers: h (B, F) features, z (B, D) projections, p predictions; q, k queries and keys. The first
+two views are global, the others local; only globals serve as targets. A loss is the mean over all pairs of views or,
+with `method.balance = (lambda_gg, lambda_gl)`, weighs global-global and global-local pairs (SSLight, 2210.02808).
 
-Under torch.distributed each rank gives its share of the batch, and losses gather what they compare with. So the mean of
-the ranks' gradients is the gradient of one process with the whole batch, but for BN, whose statistics are the rank's.
+Under torch.distributed each rank has its share of the batch, and losses gather what they compare it with. The mean of
+the ranks' gradients is then that of one process with the whole batch, except for BN, whose statistics are per rank.
 
-To add a method: a loss function, a class, a line in METHODS. Each keyword of its __init__ becomes a flag, with the
-annotation as its help. It sets `projector`, through which the monitor looks at z; `Class.heads(F, out_dim)` names the
-heads that a search may fill. tests/test_losses.py goes through METHODS and says what it wants to know of a new one.
+To add a method, write a loss function, a class and a line in METHODS. Each keyword of __init__ becomes a flag, with its
+annotation as the help. The class sets `projector`, which gives the monitor its z; `Class.heads(F, out_dim)` names the
+heads that a search may fill. tests/test_losses.py runs over METHODS and says what it needs to know of a new one.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""Backbones with torchvision's keys, MLP heads, and the searchable forms of both. Imports nothing of ours.
+"""Backbones with torchvision's keys, MLP heads, and the searchable forms of both. Imports no other file here.
 
 build_backbone(arch, stem, width)   (module, feature_dim); the module takes images (B, 3, H, W) to features h (B, F)
 SearchBackbone(space, width, stem)  the supernet of a space in SPACES, its alphas, and its subnets as slices of it
@@ -7,9 +7,9 @@ SearchHead(dims)                    the mixture of all operations in each layer,
 PRESETS                             the seven genotypes that NASiam's authors published
 
 To add a backbone of known blocks, add an entry to BACKBONES; an operation, to OPS; a space, to SPACES. A new kind of
-choice (squeeze-excite, say) is a field of BlockSpec, an entry in FIELDS, a value in each of BACKBONES, a module in a
+choice (squeeze-excite, say) needs a field of BlockSpec, an entry in FIELDS, a value in each of BACKBONES, a module in a
 block that does nothing where its masked weights are zero, its entries in MASKS, and a term of the block's `macs`. Older
-arch.json files lack the new field and are refused. `derive` enumerates, so keep a stage's options below about 50.
+arch.json files lack the new field and are refused. `derive` looks at all options: keep them below about 50 per stage.
 """
 
 import copy

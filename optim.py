@@ -1,4 +1,4 @@
-"""Optimisers, their groups of parameters and schedules."""
+"""Optimisers, parameter groups and schedules."""
 
 import argparse
 import math

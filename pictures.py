@@ -1,6 +1,5 @@
-"""Pictures as SVG text, of a search: draw_heads, draw_backbone; of a study: draw_scores, draw_matrices, draw_costs.
-
-Plain data in, a string out."""
+"""Pictures as SVG: plain data in, a string out. Of a run: draw_curves; of a search: draw_heads, draw_backbone,
+draw_surrogate, draw_halving; of a study: draw_scores, draw_matrices, draw_costs."""
 
 import math
 from itertools import cycle

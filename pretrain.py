@@ -4,14 +4,14 @@
     torchrun pretrain.py --data cifar10 --width 1 --epochs 200 --batch-size 512     # one GPU
     torchrun --nproc-per-node 8 pretrain.py --data my/images --image-size 224 --arch resnet50 --width 1
     torchrun pretrain.py --heads runs/search/arch.json                              # heads that search.py found
-    torchrun pretrain.py --arch runs/search/arch.json --weights runs/search/backbone.pth   # a found backbone, going on
+    torchrun pretrain.py --arch runs/search/arch.json --weights runs/search/backbone.pth   # train a found one further
     torchrun pretrain.py --bench                                                    # where a step's time goes
 
-The output folder gets views.png (look at it first), curves.svg and log.txt (a JSON line an epoch), checkpoint.pth (the
-same command again goes on from it, to the same weights) and at the end backbone.pth with backbone.json: a plain state
-dict that torchvision's own model loads, and what it is.
+The output folder gets views.png (look at it first), curves.svg, log.txt (one JSON line per epoch), checkpoint.pth (the
+same command resumes from it, to the same weights) and, at the end, backbone.pth, a plain state dict with torchvision's
+keys, and backbone.json, which describes it.
 
-To change something, copy this file: main() builds what a run needs, a line each, and train() is the loop.
+To change something, copy this file: main() builds what a run needs, one line each, and train() is the loop.
 """
 
 import launch  # ahead of torch: it says how threads wait

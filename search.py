@@ -1,12 +1,12 @@
-"""Searches an architecture without labels: heads, a backbone, the views of an image, or several of them together.
+"""Searches without labels for heads, a backbone, the views of an image, or several of these together.
 
     torchrun search.py                                                            # heads, made-up images, a laptop
     torchrun search.py --space resnet --target-macs 0.5xresnet18 --method simclr  # a backbone of half the MACs
-    torchrun search.py --space mobilenet --target-ms 5 --method simclr            # of 5 ms an image on this machine
+    torchrun search.py --space mobilenet --target-ms 5 --method simclr            # of 5 ms per image on this machine
     torchrun search.py --space heads mobilenet views --method simclr              # all together
     torchrun search.py --data cifar10 --width 1 --epochs 100 --batch-size 512     # one GPU
     torchrun search.py --bench                            # what an iteration costs
-    torchrun study.py --search runs/search --networks resnet:8    # what was found beside handcrafted and random ones
+    torchrun study.py --search runs/search --networks resnet:8    # the result beside handcrafted and random networks
 
 Three strategies:
 
@@ -16,25 +16,25 @@ InfoNCE of their features on held-out images. A ridge regression of the scores o
 estimates what a choice is worth, and gives the best network in the band. The finalists are that network, the best ones
 by surrogates of bootstrapped scores, random ones, and the handcrafted network scaled to the band.
 
-halving: the candidates are the handcrafted network (heads, views) and random ones. Like a supernet's finalists, each is
-trained alone with two seeds, all on the same views unless views are searched, and at every rung the better half goes on
-until one is left (successive halving, 1502.07943). A winner that beats the handcrafted candidate by no more than noise
-is dropped in its favour, and a warning is printed if candidates differ less than seeds do.
+halving, the default for views: the handcrafted candidate and random ones, like the finalists of a supernet, are trained
+alone with two seeds, all on the same views unless views are searched. At every rung the better half goes on, until one
+is left (successive halving, 1502.07943). A winner that leads the handcrafted candidate by no more than noise is dropped
+in its favour. A warning is printed if candidates differ by less than half of what seeds do.
 
 gradient, the default for heads (NASiam, arXiv 2302.00059): every layer is a mixture of seven operations, weighted by
 its alphas. For backbones (SSA, 2203.08130; the design is ours) every choice is a mask on the largest network; a step
-samples one subnet for all its views, and alphas learn by straight-through gradients and are kept where E[MACs] meets
+samples one subnet for all its views. The alphas learn by straight-through gradients and are kept where E[MACs] meets
 the target. In both cases the search is first-order and alternating: after a quarter of the steps on weights alone, each
-step updates the alphas on one half of the images and the weights on the other. The result is kept in any case,
-but at the end it and the handcrafted network or heads are trained alone, and the scores of both are printed.
+step updates the alphas on one half of the images and the weights on the other. At the end the result and the
+handcrafted network or heads are trained alone and both scores are printed; the result is kept whatever they are.
 
 A contrastive method (simclr, moco) is the better judge of backbones: a loss that can collapse lets the alphas choose
-networks that help it collapse. (MoCo's queue holds keys of the networks that were sampled before.) Random networks that
-are trained alone, as a baseline: study.py.
+networks that help it collapse. (MoCo's queue holds keys of networks sampled at earlier steps.) For a baseline of random
+networks trained alone, use study.py.
 
-The output folder gets log.txt (a JSON line an epoch), checkpoint.pth, scores.json, a folder a finalist, arch.json (what
-was found, as plain data), and pictures: search.svg (alphas of heads), surrogate.svg, halving.svg, backbone.svg; of a
-backbone also backbone.pth, with the weights that it inherits, BN recalibrated, or, by halving, that it has learned.
+The output folder gets log.txt (one JSON line per epoch), checkpoint.pth, scores.json, a folder for each finalist,
+arch.json (the result, as plain data), and search.svg (alphas of heads), surrogate.svg, halving.svg and backbone.svg.
+A found backbone is also saved as backbone.pth: with inherited weights and BN recalibrated or, by halving, as trained.
 """
 
 import launch  # ahead of torch: it says how threads wait

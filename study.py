@@ -1,19 +1,19 @@
-"""Trains many networks alike, over seeds, and measures each on many data sets: one table, its statistics, pictures.
+"""Trains many networks alike over seeds and measures each on many data sets: one table, its statistics, pictures.
 
     torchrun study.py --networks ssa --data cifar10 --method simclr --measure-on cifar10 cifar100 svhn flowers102
     torchrun study.py --networks resnet:64 --target-macs 0.25xresnet18        # 64 random ones of a space, in a band
     torchrun study.py --search runs/search --networks resnet:8 --seeds 3      # what a search found, beside chance
-    torchrun study.py --networks mobilenet_v2 a.json b.json                   # any
-    torchrun study.py --report --output-dir runs/study                        # table and pictures from what is there
+    torchrun study.py --networks mobilenet_v2 a.json b.json                   # any networks
+    torchrun study.py --report --output-dir runs/study                        # only the table and pictures
 
-The study of SSA (arXiv 2203.08130), which says that no backbone is the best everywhere; `--networks ssa` are its grids
-of ResNets and MobileNets (GRIDS), but for those of grouped convolutions, which our architectures have not.
+This is the study of SSA (arXiv 2203.08130), which claims that no backbone is the best everywhere. `--networks ssa` is
+its grids of ResNets and MobileNets (GRIDS), without those of grouped convolutions, which our architectures lack.
 
-The same command started again, on any machine that sees the folder, shares the work: a run (a network and a seed) is a
-folder that one process at a time has the lock of, and a process that dies loses it at once, or on a network drive when
-its server notices. Under torchrun each rank is such a worker: many small trainings, not one large one. More networks,
-seeds or data sets may be asked for later, and what is there is neither trained nor measured twice. All networks of a
-seed see the same batches and views.
+Start the same command again, on any machine that sees the folder, to share the work: each run (a network and a seed) is
+a folder that one process at a time has locked. If a process dies its lock is released at once, or, on a network drive,
+when the server notices. Under torchrun each rank is such a worker: many small trainings, not one large one. You can add
+networks, seeds or data sets later; nothing is trained or measured twice. All networks of a seed see the same batches
+and views.
 """
 
 import launch  # ahead of torch: it says how threads wait

@@ -4,8 +4,8 @@
     views = crop(pixels, np.random.default_rng(0))      # uint8 (n, 3, H, W) -> [(n, 3, S, S), ...], globals first
 
 Sampling parameters (`sample`, in numpy) and computing views (`render`) are separate. The parameters of all views are
-one tensor, copied to a GPU at once; they determine the views, on a CPU or GPU, eager or compiled, and each rank takes
-its slice of them. The order is crop, flip, colour jitter, grey, blur, solarize, normalise, each as torchvision's
+one tensor, which is copied to a GPU in one go and determines the views, on a CPU or GPU, eager or compiled; each rank
+takes its slice. The order is crop, flip, colour jitter, grey, blur, solarize, normalise, each as torchvision's
 functional operation on a float image does it.
 """
 
