@@ -351,7 +351,6 @@ class Checkpoint:
         self.resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
         if self.resume and self.path.exists():
             self.load()
-            say(f"goes on after {self.step:,} of {total:,} steps, as {self.path} has them")
         self.starts.append(start_facts(command, device) | {"after": self.step})
         self.saved = time.monotonic()
         self.board = board(folder) if tensorboard and is_main() else None
@@ -363,9 +362,15 @@ class Checkpoint:
             with user_errors():
                 self.handle = lock(self.folder / ".lock")
                 if self.handle is None:
-                    raise ValueError(f"another process is at work in '{self.folder}': wait, or choose another folder")
+                    who = (self.folder / ".lock").read_text()
+                    raise ValueError(f"another process is at work in '{self.folder}' ({who}): wait, or choose another")
+                os.ftruncate(self.handle, 0)
+                os.write(self.handle, f"process {os.getpid()} on {platform.node()}".encode())
                 if not self.resume:
                     self.path.unlink(missing_ok=True)
+        if self.step:
+            done = "is finished" if self.step == self.total else "goes on"
+            say(f"{done} after {self.step:,} of {self.total:,} steps, as {self.path} has them")
         self.handlers = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -464,13 +469,21 @@ class Checkpoint:
                 raise ValueError("its facts were changed")
         except Exception as error:  # a damaged file fails in zipfile, pickle, json or torch
             raise self.damaged(error) from error
+        others = []
         for what in sorted({*self.facts, *known}):
             have, want = known.get(what), self.facts.get(what)
-            if have != want and UNKNOWN not in (have, want):
-                other = f"another {what}" if isinstance(want, (list, dict)) else f"{what} {have}, not {want}"
-                raise ValueError(
-                    f"'{self.path}' was made with {other}: choose another --output-dir, or start over with --no-resume"
-                )
+            if have == want or UNKNOWN in (have, want):
+                continue
+            if isinstance(want, (list, dict)):
+                others.append(f"another {what}")
+            else:
+                have, want = ("its default" if value is None else value for value in (have, want))
+                others.append(f"{what} {have}, not {want}")
+        if others:
+            raise ValueError(
+                f"'{self.path}' was made with {'; '.join(others)}: choose another --output-dir, or start over with "
+                "--no-resume"
+            )
         try:
             if state["states"].keys() != self.things.keys():
                 raise ValueError("other things are in it")

@@ -431,8 +431,8 @@ def save_neighbours(bank: Tensor, queries: Tensor, features: dict[str, tuple[Ten
 
 
 def save_map(pixels: Tensor, features: dict[str, Tensor], path: Path) -> None:
-    """Images (uint8 (N, 3, H, W)) at the ranks of their features' first two principal components, a map a network: of
-    ranks, since a few far ones would push the others together."""
+    """Images (uint8 (N, 3, H, W)) by the order of their features in the first two principal components, a map a
+    network; by the order, since a few far ones would push the others together."""
     size, side = 22, 560
     headings = {name: 8 + k * (side + 20) for k, name in enumerate(features)}
     image = page(len(features) * (side + 20), side + 12, headings)
@@ -459,8 +459,11 @@ def save_pictures(
     for name, network in networks.items():
         network.to(device)
         how = partial(extract, network, mean=facts["mean"], std=facts["std"], device=device)
-        features[name] = how(train.pixels, rows=bank), how(of.pixels, rows=queries)
-        maps[name] = features[name][0][:600]
+        h = how(train.pixels, rows=bank)
+        spread = ((h - h.mean(0)).square().sum(1).mean().sqrt() / h.mean(0).norm()).item()  # near 0: collapsed
+        title = f"{name} (features differ by {100 * spread:.2g} %)"
+        features[title] = h, how(of.pixels, rows=queries)
+        maps[title] = h[:600]
     if is_main():
         save_neighbours(train.pixels[bank], of.pixels[queries], features, folder / f"neighbours-{data}.png")
         save_map(train.pixels[bank[:600]], maps, folder / f"map-{data}.png")
@@ -640,13 +643,14 @@ def main(args: argparse.Namespace) -> list[dict]:
         if not sources:
             return []
         text = caption(args, facts) + "\n"
-        say(text)
-        lines, table = [], []
+        lines, table, files = [], [], []
         for source in sources:
             train = load_data(args, source, "train")
             test = load_data(args, source, "test") if train.labelled else None
             if test:
                 drawn = (None if f == 1 else balanced_rows(train.labels, f, args.seed) for f in args.label_fraction)
+                if not lines:
+                    say(text)
                 settings["labelled"] = [listed_rows(args.label_list, train)] if args.label_list else list(drawn)
                 for name, network in networks.items():
                     rows = measure(network, facts, train, test, device, **settings)
@@ -661,9 +665,13 @@ def main(args: argparse.Namespace) -> list[dict]:
                 raise ValueError(f"'{source}' has no labels to measure with: {needed}")
             if args.pictures:
                 save_pictures(networks, facts, train, test, folder, Path(source).name, device)
+                files += [f"neighbours-{Path(source).name}.png", f"map-{Path(source).name}.png"]
         if is_main() and table:
             data = "-".join(dict.fromkeys(row["data"] for row in table))
             (folder / f"linear_eval-{data}.md").write_text("\n".join([text, *lines, ""]))
+            files.append(f"linear_eval-{data}.md")
+        if files:
+            say(f"wrote to {folder}: {', '.join(files)}")
     return table
 
 

@@ -236,6 +236,9 @@ def draw_costs(series: dict[str, list[tuple[float, float]]], title: str) -> str:
     return _svg(max(left + width, 8 * len(title)) + 30, top + height + 50, title, svg)
 
 
+LINES = ("training", "held out", "alphas", "chance")  # of a run: each has one colour, whatever else is drawn
+
+
 def draw_curves(
     panels: dict[str, dict[str, list[tuple[float, float]]]],
     title: str,
@@ -245,8 +248,9 @@ def draw_curves(
     """SVG: lines, panels side by side, three in a row: {panel: {line: [(x, y), ...]}}. y_limits: None: each panel's
     own."""
     wide, tall, left, top, across = 240, 170, 66, 76, 3
-    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    colours = dict(zip(names, cycle(SERIES_COLOURS)))
+    found = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    colours = dict(zip(dict.fromkeys([*LINES, *found] if set(LINES) & set(found) else found), cycle(SERIES_COLOURS)))
+    colours = {name: colour for name, colour in colours.items() if name in found}
     svg = []
     x = 20
     for name, colour in colours.items():
@@ -258,7 +262,10 @@ def draw_curves(
         points = [point for line in lines.values() for point in line if math.isfinite(point[1])] or [(0.0, 0.0)]
         (x_low, x_high), (y_low, y_high) = ((min(v), max(v)) for v in zip(*points))
         y_low, y_high = y_limits or (y_low, y_high)
-        x_high, y_high = x_high + (x_high == x_low), y_high + (y_high == y_low) * (abs(y_low) or 1.0)
+        if x_low == x_high:
+            x_low, x_high = x_low - 1, x_high + 1
+        if y_low == y_high:
+            y_low, y_high = y_low - (0.1 * abs(y_low) or 1.0), y_high + (0.1 * abs(y_high) or 1.0)
         svg.append(f'<text x="{x0}" y="{y0 - 8}" font-weight="bold">{escape(panel)}</text>')
         svg.append(f'<rect x="{x0}" y="{y0}" width="{wide}" height="{tall}" fill="none" stroke="#bbb"/>')
         for share in (0, 0.5, 1):

@@ -135,8 +135,9 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--seed {args.seed}: must be 0 or above")
     if not 0 <= args.held_out < 1:
         raise ValueError(f"--held-out {args.held_out}: must be a share, 0 up to 1")
-    if args.clip_grad is not None and args.clip_grad <= 0:
-        raise ValueError(f"--clip-grad {args.clip_grad}: must be above 0")
+    for name in ("clip_grad", "lr", "temperature"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            raise ValueError(f"{dashed(name)} {getattr(args, name)}: must be above 0")
     if args.checkpoint_minutes < 0:
         raise ValueError(f"--checkpoint-minutes {args.checkpoint_minutes}: must be above 0, or 0: at the end alone")
     if args.bench_json and not args.bench:
@@ -303,7 +304,7 @@ class Monitor:
         # InfoNCE's views are SimCLR's whatever the run's are, so that runs with other views can be compared by it
         self.judge = MultiCrop("simclr", images.pixels.shape[-1], *stats, device)
         if args.knn_every and not images.labelled:
-            say("no labels: the monitor gives std and RankMe, but no kNN")
+            say("no labels (train/ and test/ with a folder a class): the monitor gives std and RankMe, but no kNN")
 
     def features(self, encoder: nn.Module, rows: Tensor) -> Tensor:
         where = rows.to(self.images.pixels.device)
@@ -401,9 +402,11 @@ def rankme(h: Tensor) -> float:
 def collapsed(facts: dict[str, float], steps: int) -> str | None:
     """A warning in words where the embedding does not tell images apart, after that many steps.
 
-    Before some 100 of them BN's running statistics, with which the monitor sees z, still are those of the start.
+    Before some 100 of them BN's running statistics, with which the monitor sees z, still are those of the start, and
+    only what cannot be their doing counts.
     """
-    if steps >= 100 and "z_std" in facts and (facts["z_std"] < 0.05 or facts["rankme"] < 1.5):
+    std, rank = (0.05, 1.5) if steps >= 100 else (0.002, 1.05)
+    if "z_std" in facts and (facts["z_std"] < std or facts["rankme"] < rank):
         return (
             f"the embedding has collapsed: std x sqrt(D) is {facts['z_std']:.3f} (healthy: about 1), RankMe "
             f"{facts['rankme']:.1f}. Every image gets nearly the same vector, whatever the loss says; try a lower "
@@ -439,7 +442,8 @@ def announce(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: 
     base = peak * 256 / args.batch_size
     say(f"batch size {args.batch_size} over all ranks, lr {peak:g} (--lr {base:g}, scaled from a batch size of 256)")
     if args.lr is None and steps < 1000:
-        say(f"only {steps:,} steps: the default learning rate is for longer runs, and a larger --lr may learn more")
+        few = f"only {steps:,} step{'s' * (steps != 1)}"
+        say(f"{few}: the default learning rate is for longer runs, and a larger --lr may learn more")
 
 
 def in_words(facts: dict[str, float]) -> str:
@@ -477,7 +481,7 @@ def save_curves(history: list[dict], chance: float | None, folder: Path) -> None
         }
         panels[title] = {name: points for name, points in known.items() if points}
     if chance is not None and panels["loss"]:
-        panels["loss"]["chance"] = [(line["epoch"], chance) for line in (history[0], history[-1])]
+        panels["loss"]["chance"] = [(0, chance), (history[-1]["epoch"], chance)]
     panels = {title: lines for title, lines in panels.items() if lines}
     if is_main():
         write_atomic(draw_curves(panels, f"Epoch {history[-1]['epoch']}", "epoch"), folder / "curves.svg", sync=False)

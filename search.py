@@ -842,7 +842,7 @@ def next_command(task: Task, winner: Candidate, path: Path) -> str:
     """That pre-trains with what was found."""
     parser = pretrain.get_parser()
     flags = {name: getattr(task.asked, name, default) for name, default in vars(parser.parse_args([])).items()}
-    flags["output_dir"] = str(path.parent.parent / "pretrain")
+    flags["output_dir"] = str(path.parent.with_name(f"{path.parent.name}-found"))
     flags |= winner.views or {}
     for flag, is_found in (("arch", task.space), ("heads", "heads" in task.args.space and winner.heads)):
         if is_found:
@@ -874,6 +874,8 @@ def announce_search(search: Search) -> None:
     """Prints the task, the split of the images, learning rates and cost."""
     args = search.args
     announce_task(search.task)
+    if search.space and args.method not in ("simclr", "moco"):
+        say("a contrastive method (--method simclr or moco) is the better judge of backbones")
     learned = " + ".join(f"{len(rows):,}" for rows in search.rows)
     say(f"{learned} images to learn from, {len(search.held_out):,} held out")
     pretrain.announce(args, search.optimizer, search.total)
@@ -955,17 +957,20 @@ def write_results(
     if search and search.heads:
         pictures["search"] = draw_heads(history, search.dims, f"Heads found with {where}")
     if "supernet" in found:
-        title = f"What a choice is worth, in {args.score}, with two standard errors: {where}"
+        title = f"What a choice is worth, in {args.score} (up is better), with two standard errors: {where}"
+        title += "; but scores are hardly more than noise" if found["supernet"]["unknown"] else ""
         pictures["surrogate"] = draw_surrogate(found["supernet"]["worth and standard error"], title)
     if "halving" in found and len(found["halving"]["rounds"]) > 1:
         seen = found["halving"]
-        title = f"{args.score} of candidates that are trained alone: {where}"
+        title = f"{args.score} of candidates that are trained alone (less is better): {where}"
+        title = title if SCORES[args.score] < 0 else title.replace("less", "more")
         pictures["halving"] = draw_halving(seen["shares"], seen["rounds"], winner.text(), title)
     if space:
         archs = {"found": winner.arch, space.handcrafted: BACKBONES[space.handcrafted]}
         sizes = args.width, task.stem, task.size
         networks = {name: (arch, models.size_of(arch, *sizes)[1]) for name, arch in archs.items()}
-        title = f"Backbone found with {where}: {BAND[0]:g} to {BAND[1]:g} of {task.cost.text(task.cost.target)}"
+        what = "Handcrafted backbone, scaled: none better was" if winner.name == "handcrafted" else "Backbone"
+        title = f"{what} found with {where}: {BAND[0]:g} to {BAND[1]:g} of {task.cost.text(task.cost.target)}"
         pictures["backbone"] = draw_backbone(networks, *sizes, title)
     for name, picture in pictures.items():
         write_atomic(picture, folder / f"{name}.svg")

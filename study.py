@@ -661,6 +661,22 @@ def choice_table(p: Population, scenarios: list[str]) -> list[str]:
     return linear_eval.markdown(rows) if rows else []
 
 
+def network_table(table: list[dict], scenarios: list[str], measure: str) -> list[str]:
+    """Markdown: each network's mean accuracy over its seeds."""
+    networks: dict[str, list[dict]] = {}
+    for line in table:
+        if not line["error"]:
+            networks.setdefault(line["network"], []).append(line)
+    rows = []
+    for name, runs in networks.items():
+        row = {"network": name, "runs": str(len(runs))}
+        for scenario in scenarios:
+            values = [run[f"{scenario} {measure}"] for run in runs if run[f"{scenario} {measure}"] is not None]
+            row[scenario] = f"{np.mean(values):.2f}" if values else ""
+        rows.append(row)
+    return linear_eval.markdown(rows) if rows else []
+
+
 def found_table(table: list[dict], scenarios: list[str], measure: str) -> tuple[list[str], dict]:
     """(markdown, accuracies by scenario and family) of what is not of the paper's grids: what searches found, beside
     random networks, if there are any: mean, deviation over runs, relative improvement over the random ones' mean."""
@@ -741,6 +757,13 @@ def report(folder: Path, measure: str = "linear") -> None:
         lines += ["", "## Which network is good, and can one know?", ""]
         lines += ["Kendall's tau with the accuracy: 0 by chance, 1 where the order is the same.", ""]
         lines += predictor_table(groups, scenarios)
+    else:
+        lines += [
+            "",
+            "Ranks, correlations and what choices do need eight networks of a family, with two seeds each.",
+            "",
+        ]
+        lines += network_table(table, scenarios, measure)
     found, dots = found_table(table, scenarios, measure)
     if found:
         lines += ["", "## Found and random networks", ""]

@@ -173,6 +173,7 @@ def test_rankme_and_the_warnings_in_words(tmp_path, capsys):
     assert pretrain.rankme(torch.ones(64, 16)) == pytest.approx(1, abs=1e-3)
     assert pretrain.collapsed({"z_std": 0.98, "rankme": 20.0}, 500) is None
     assert pretrain.collapsed({"z_std": 0.01, "rankme": 20.0}, 10) is None
+    assert "collapsed" in pretrain.collapsed({"z_std": 1e-5, "rankme": 20.0}, 10)
     assert "collapsed" in pretrain.collapsed({"z_std": 0.98, "rankme": 1.1}, 500)
     assert "a faster teacher" in pretrain.plateau(math.log(256) * 1.001, math.log(256), 500)
     for loss, chance, steps in ((math.log(256) * 0.99, math.log(256), 500), (1.0, None, 500), (1.0, 1.0, 10)):
@@ -522,6 +523,8 @@ def test_a_wrong_command_is_told_in_one_line(script, tmp_path, capsys):
         (["--method", "moco", "--queue-size", 10**6], "larger than the", 1),
         (["--method", "swav", "--queue-size", 10**6], "larger than the", 1),
         (["--clip-grad", 0], "--clip-grad 0.0: must be above 0", 1),
+        (["--lr", -1], "--lr -1.0: must be above 0", 1),
+        (["--method", "simclr", "--temperature", 0], "--temperature 0.0: must be above 0", 1),
         (["--checkpoint-minutes", -1], "--checkpoint-minutes -1.0: must be above 0, or 0: at the end", 1),
         (["--max-images", -5], "--max-images -5: must be 1 or above", 1),
         (["--image-size", -8], "--image-size -8: must be 1 or above", 1),

@@ -251,6 +251,8 @@ def test_what_is_there_is_neither_trained_nor_measured_again(tmp_path, capsys):
     assert (place / "backbone.pth").stat().st_mtime_ns == before["backbone.pth"]
     line = study.read_table(tmp_path / "study.csv")[0]
     assert line["shapes linear"] > 0 and line["more linear"] >= 0 and line["torch"] == torch.__version__
+    shown = f"| resnet18 | 1 | {line['shapes linear']:.2f} | {line['more linear']:.2f} |"
+    assert shown in (tmp_path / "study.md").read_text()
     table = study.lookup(tmp_path / "study.csv")
     mean, deviation, seeds = table[study.key(BACKBONES["resnet18"], 0.0625)]["shapes linear"]
     assert mean == line["shapes linear"] and math.isnan(deviation) and seeds == 1
@@ -426,7 +428,11 @@ def test_a_study_under_way_has_a_report(made_up, capsys):
         file.write_text(json.dumps(row))
     study.main(arguments(made_up, "--report"))
     report = (made_up / "study.md").read_text()
-    assert "## Found and random networks" in report and "| nan |" not in report.split("| same |")[-1].split("\n")[0]
+    assert (
+        "## Found and random networks" in report
+        and "eight networks of a family" not in report
+        and "| nan |" not in report.split("| same |")[-1].split("\n")[0]
+    )
     for file, row in zip(files, rows):
         file.write_text(json.dumps({**row, "scores": {}}))
     with pytest.raises(SystemExit, match=r"nothing in .* is measured yet"):
