@@ -90,6 +90,9 @@ def milliseconds(
 ) -> list[float]:
     """Each module's median forward time in eval mode. They take turns, so that other load affects all alike."""
     calls = 10 if device.type == "cuda" else 2  # ten per synchronisation: inside a network a block has none of its own
+    # glibc gives a freed block of this size back, and from then on keeps smaller ones; else a block that is timed alone
+    # returns its memory after each pass and waits for pages at the next one, which it does not do within a network
+    torch.empty(30 * 2**20, dtype=torch.uint8)
     times: list[list[float]] = [[] for _ in modules]
     for module in modules:
         module.to(device, memory_format=launch.memory_format(device)).eval()
