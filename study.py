@@ -707,8 +707,11 @@ def found_table(table: list[dict], scenarios: list[str], measure: str) -> tuple[
                 continue
             dots.setdefault(scenario, {})[name] = values.tolist()
             row[name] = f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else "")
-            if random is not None and not name.startswith("random"):
-                row[name] += f"; {rounded(improvement(values, random), 1)} %"
+            shared = []
+            if random is not None:  # seeds are 0, 1, ...: those that the random networks have too
+                shared = [x[column] for x in of if x["seed"] < random.shape[1] and x[column] is not None]
+            if shared and not name.startswith("random"):
+                row[name] += f"; {rounded(improvement(np.array(shared), random), 1)} %"
         rows.append(row)
     return (linear_eval.markdown(rows) if runs else []), dots
 
