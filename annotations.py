@@ -351,14 +351,13 @@ class Match(NamedTuple):
 
 
 def match(overlap: np.ndarray, scores: np.ndarray, sizes: np.ndarray, areas: np.ndarray, ignored, crowd) -> Match:
-    """As pycocotools does: in the order of the scores (d,) each detection takes the object of the largest overlap
-    (d, n) that is left, the last of equals, and one that is ignored only where no other is. sizes (d,), areas (n,): of
-    detections and objects. Ignored are also objects of another range of area, and what found nothing of another."""
-    order = np.argsort(-scores, kind="stable")
-    overlap, sizes = overlap[order], sizes[order]
+    """Matches detections, highest score first, to objects as pycocotools does: each takes the free object of largest
+    overlap (d, n), the last of equals, and an ignored one only where no other is free. sizes (d,) are the areas of the
+    detections. In a range of areas, objects outside it are ignored, and so are unmatched detections outside it."""
     low, high = np.array(list(AREAS.values())).T
     outside = (areas < low[:, None]) | (areas > high[:, None]) | ignored  # (4, n)
-    d, n, shape = len(order), len(areas), (len(IOUS), len(low))
+    d, n, shape = len(scores), len(areas), (len(IOUS), len(low))
+    t, a = np.indices(shape)  # (10, 4): of the IoU, of the range of areas
     right, skipped = np.zeros((*shape, d), bool), np.zeros((*shape, d), bool)
     taken = np.zeros((*shape, n), bool)
     voc, had = np.zeros((len(IOUS), d), int), np.zeros((len(IOUS), n), bool)
@@ -366,17 +365,17 @@ def match(overlap: np.ndarray, scores: np.ndarray, sizes: np.ndarray, areas: np.
         free = (~taken | crowd) & (overlap[k] >= np.minimum(IOUS, 1 - 1e-10)[:, None, None])  # (10, 4, n)
         wanted = free & ~outside
         chosen = np.where(wanted.any(2, keepdims=True), wanted, free)
-        best = n - 1 - np.where(chosen, overlap[k], -1.0)[..., ::-1].argmax(2)  # the last of equals
+        best = n - 1 - np.where(chosen, overlap[k], -1.0)[..., ::-1].argmax(2)  # (10, 4); the last of equals
         found = chosen.any(2)
-        at = np.take_along_axis(np.broadcast_to(outside, taken.shape), best[..., None], 2)[..., 0]
-        right[..., k], skipped[..., k] = found & ~at, found & at
-        np.put_along_axis(taken, best[..., None], np.take_along_axis(taken, best[..., None], 2) | found[..., None], 2)
+        right[..., k] = found & ~outside[a, best]
+        skipped[..., k] = found & outside[a, best]
+        taken[t, a, best] |= found
         nearest = overlap[k].argmax()
         over = overlap[k, nearest] > IOUS
         voc[:, k] = np.where(over & ignored[nearest], -1, over & ~had[:, nearest])
         had[:, nearest] |= over & ~ignored[nearest]
     skipped |= ~right & ((sizes < low[:, None]) | (sizes > high[:, None]))
-    return Match(scores[order], right, skipped, (~outside).sum(1), voc)
+    return Match(scores, right, skipped, (~outside).sum(1), voc)
 
 
 class Precision:
