@@ -230,21 +230,19 @@ def coco_object(a: dict, names: dict, masks: bool, width: int, height: int) -> d
 
 
 def read_voc(years: list[Path]) -> dict[str, list[tuple[Annotated, list[str]]]]:
-    """Of one year or several, of which the first that has a test list is the one to test on."""
+    """Reads the splits of one or more years; the first year with a test list alone is tested on."""
+
+    def images(of: list[Path], kind: str) -> list[tuple[Annotated, list[str]]]:
+        found = []
+        for year in of:
+            lines = (year / "ImageSets" / "Main" / f"{kind}.txt").read_text().splitlines()
+            found += [voc_image(year, line.split()[0]) for line in lines if line.strip()]
+        return found
+
     tests = [year for year in years if (year / "ImageSets" / "Main" / "test.txt").exists()]
     if tests:
-        lists = {"train": [(year, "trainval") for year in years], "test": [(tests[0], "test")]}
-    else:
-        lists = {"train": [(year, "train") for year in years], "test": [(year, "val") for year in years]}
-    return {
-        split: [
-            voc_image(year, name.split()[0])
-            for year, kind in of
-            for name in (year / "ImageSets" / "Main" / f"{kind}.txt").read_text().splitlines()
-            if name.strip()
-        ]
-        for split, of in lists.items()
-    }
+        return {"train": images(years, "trainval"), "test": images(tests[:1], "test")}
+    return {"train": images(years, "train"), "test": images(years, "val")}
 
 
 def voc_image(year: Path, name: str) -> tuple[Annotated, list[str]]:
