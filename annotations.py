@@ -271,32 +271,30 @@ def read_masks(folder: Path) -> list[tuple[Annotated, list[str]]]:
 
 
 def masked_image(file: Path, masks: Path) -> tuple[Annotated, list[str]]:
-    """masks: a folder of PNGs, or the path of one without its ending."""
-    one = masks.with_suffix(".png")
-    paths = sorted(masks.glob("*.png")) if masks.is_dir() else [one]
-    if not masks.is_dir() and not one.exists():
-        raise ValueError(f"'{file}' has no masks: '{one}' or a folder '{masks}' is needed")
+    """masks: a folder with a PNG for each object, or the path, without .png, of one PNG with all objects."""
+    each = masks.is_dir()
+    paths = sorted(masks.glob("*.png")) if each else [masks.with_suffix(".png")]
+    if not each and not paths[0].exists():
+        raise ValueError(f"'{file}' has no masks: '{paths[0]}' or a folder '{masks}' is needed")
     objects, size = [], None
     for path in paths:
-        values = label_image(path)
+        values = label_image(path, each)
         if size not in (None, values.shape):
             raise ValueError(f"'{path}' is of another size than the masks beside it")
         size = values.shape
-        for value in [None] if masks.is_dir() else np.unique(values[values > 0]).tolist():
-            mask = values > 0 if value is None else values == value
-            if mask.any():
-                y, x = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
-                box = (x[0], y[0], x[-1] + 1, y[-1] + 1)
-                drawn = partial(object_mask, path, value)
-                objects.append({"box": box, "name": "object", "area": mask.sum(), "mask": drawn})
+        for value in np.unique(values[values > 0]).tolist():
+            y, x = (values == value).nonzero()
+            box = (x.min(), y.min(), x.max() + 1, y.max() + 1)
+            mask = partial(object_mask, path, each, value)
+            objects.append({"box": box, "name": "object", "area": len(x), "mask": mask})
     if size is None:  # an empty folder
         with Image.open(file) as image:
             size = image.size[::-1]
     return annotated(file, size[::-1], objects)
 
 
-def label_image(path: Path) -> np.ndarray:
-    """(height, width) of a PNG of one channel, of palette or of 16 bits."""
+def label_image(path: Path, one_object: bool) -> np.ndarray:
+    """(height, width) of a PNG with one channel, a palette or 16 bits; with one_object, True where it is above 0."""
     try:
         with Image.open(path) as file:
             values = np.array(file)
@@ -304,12 +302,11 @@ def label_image(path: Path) -> np.ndarray:
         raise ValueError(f"'{path}' is no image that can be read") from error
     if values.ndim != 2:
         raise ValueError(f"'{path}' has {values.shape[-1]} channels: a label PNG has one")
-    return values
+    return values > 0 if one_object else values
 
 
-def object_mask(path: Path, value: int | None) -> np.ndarray:
-    values = label_image(path)
-    return values > 0 if value is None else values == value
+def object_mask(path: Path, one_object: bool, value: int) -> np.ndarray:
+    return label_image(path, one_object) == value
 
 
 # ---- how well detections fit ----------------------------------------------------------------------------------------
