@@ -279,22 +279,19 @@ def to_pixels(image: Image.Image, size: int | None) -> np.ndarray:
     return np.array(image)
 
 
-@dataclass(eq=False)
 class Stream:
-    """Images that are decoded when they are asked for; reads by rows like a uint8 tensor (N, 3, H, W).
+    """Images that are decoded on access, indexed by rows like a uint8 tensor (N, 3, H, W).
 
-    A file that cannot be decoded is named on stderr once and replaced by another image of the same request, or by a
-    grey square if there is none. `broken` holds the rows of such files found so far.
+    files: paths, or a torchvision data set of (image, label). size: as in load_images; H and W are those of the first
+    image that can be decoded. workers: decoding threads (PIL releases the GIL), by default one per core. A file that
+    cannot be decoded is reported on stderr once and replaced by another image of the same request, or a grey square if
+    there is none. `broken` holds the rows of such files found so far.
     """
-
-    files: Sequence  # paths, or a torchvision data set of (image, label)
-    size: int | None = None  # as in load_images; the shape is that of the first image that can be decoded
-    workers: InitVar[int | None] = None  # threads, as PIL lets go of Python's lock while it decodes; None is one a core
-    what: str = "images"  # names them in messages
 
     device = torch.device("cpu")
 
-    def __post_init__(self, workers):
+    def __init__(self, files: Sequence, size: int | None = None, workers: int | None = None, what: str = "images"):
+        self.files, self.size, self.what = files, size, what
         self.pool = ThreadPoolExecutor(workers or cores())
         self.labels: dict[int, int] = {}  # row: label, of a torchvision data set's images, once they are decoded
         self.broken: set[int] = set()
