@@ -73,10 +73,8 @@ class Pyramid(nn.Module):
     def __init__(self, body: nn.Module, channels: int, finest: int):
         super().__init__()
         self.body, self.finest, self.out_channels = body, finest, channels
-        training = body.training
-        with torch.no_grad():
-            maps = body.eval().stages(torch.zeros(1, 3, COARSEST, COARSEST))
-        body.train(training)
+        shapes_only = copy.deepcopy(body).eval().to("meta")
+        maps = shapes_only.stages(torch.zeros(1, 3, COARSEST, COARSEST, device="meta"))
         if isinstance(body, ViT):
             if body.patch != 16:
                 raise ValueError("a ViT's detector is for patches of 16 px, the imagenet stem: these are of 4")
