@@ -341,35 +341,33 @@ def evaluate(
     share the images out. One image at a time: others beside it would pad it, and change what is found."""
     detector.eval()
     rank, world = ranks()
-    names = ("box", "mask") if args.masks else ("box",)
-    kinds = {name: Precision(classes, args.max_detections) for name in names}
-    pictured, pool = {}, ThreadPoolExecutor(args.workers or cores())
-    numbers = range(rank, len(images), world)
-    tasks = {n: pool.submit(load_example, images[n], args.image_size[-1], args.longest) for n in numbers[:8]}
-    for n in numbers:
+    kinds = ("box", "mask") if args.masks else ("box",)
+    precisions = {kind: Precision(classes, args.max_detections) for kind in kinds}
+    own, tasks, pictured = range(rank, len(images), world), {}, {}
+    pool = ThreadPoolExecutor(args.workers or cores())
+    for k, n in enumerate(own):
+        for later in own[k : k + 8]:
+            if later not in tasks:
+                tasks[later] = pool.submit(load_example, images[later], args.image_size[-1], args.longest)
         with user_errors():
             pixels, _ = tasks.pop(n).result()
-        if (later := n + 8 * world) < len(images):
-            tasks[later] = pool.submit(load_example, images[later], args.image_size[-1], args.longest)
         detector.transform.shown = [(images[n].height, images[n].width)]
         (found,) = detector([to_device(pixels, device).float().div_(255)])  # in fp32: bf16 would round boxes and scores
         found = {name: x.cpu().numpy() for name, x in found.items()}
-        boxes, labels = found["boxes"].astype(float), found["labels"] - 1
+        boxes, labels, scores = found["boxes"].astype(float), found["labels"] - 1, found["scores"]
         masks = found["masks"][:, 0] > 0.5 if args.masks else None
-        kinds["box"].add(n, images[n], boxes, labels, found["scores"])
-        if args.masks:
-            kinds["mask"].add(n, images[n], boxes, labels, found["scores"], masks)
+        for kind, precision in precisions.items():
+            precision.add(n, images[n], boxes, labels, scores, masks if kind == "mask" else None)
         if n < PICTURED:
-            pictured[n] = {"boxes": boxes, "labels": labels, "scores": found["scores"], "masks": masks}
+            pictured[n] = {"boxes": boxes, "labels": labels, "scores": scores, "masks": masks}
     if dist.is_initialized():
-        everyone = [None] * world
-        dist.all_gather_object(everyone, ({name: p.matches for name, p in kinds.items()}, pictured))
-        for matches, pictures in everyone:
-            pictured |= pictures
-            for name, precision in kinds.items():
-                precision.matches |= matches[name]
-    detector.transform.shown = None
-    return kinds, pictured
+        gathered = [None] * world
+        dist.all_gather_object(gathered, ({kind: p.matches for kind, p in precisions.items()}, pictured))
+        for matches, pictures in gathered:
+            pictured.update(pictures)
+            for kind, precision in precisions.items():
+                precision.matches.update(matches[kind])
+    return precisions, pictured
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
