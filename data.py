@@ -37,7 +37,7 @@ class Images(NamedTuple):
     pixels: "Tensor | Stream"  # uint8 (N, 3, H, W)
     labels: Tensor  # int64 (N,), -1 where there is none
     classes: list[str]  # empty where there are no labels
-    names: list[str]  # of a folder's images the path below it, else the number in the data set
+    names: list[str]  # paths relative to the folder, or indices in the data set
 
     @property
     def labelled(self) -> bool:
@@ -68,21 +68,19 @@ BY_HAND = ("cars", "imagenet")  # torchvision does not download these
 def load_images(
     source: str,
     split: str = "train",  # or "test"
-    size: int | None = None,  # edge in pixels; None keeps the images as they are, which then must all have one size
+    size: int | None = None,  # edge in pixels; None: as stored, if all images have the same size
     *,
     root: str = "data",
-    limit: int | None = None,  # that many images of a fixed shuffle (the same ones whatever the seed of the run)
-    budget_gb: float = 16.0,  # that the pixels may take in memory; files beyond it become a Stream, if there is a size
-    workers: int | None = None,  # threads that decode; None is one a core, shared among a machine's ranks
-    cache: str | None = None,  # a folder for decoded pixels, which later starts map; None: they are decoded each time
+    limit: int | None = None,  # so many images of a fixed shuffle, which does not depend on the seed
+    budget_gb: float = 16.0,  # memory for the pixels; beyond it, images with a `size` are decoded on access (Stream)
+    workers: int | None = None,  # decoding threads; None: a machine's cores, shared among its ranks
+    cache: str | None = None,  # folder in which decoded pixels are kept for later starts
 ) -> Images:
-    """Loads one split, whole into memory where it fits.
+    """Loads one split as 8-bit RGB, into memory if it fits.
 
-    source: `shapes` (made in memory), a name in DATASETS (downloaded to `root`), or a folder: train/ and test/ or val/
-    with a sub-folder a class; or images in any nesting, which are then a training split without labels.
-
-    Everything becomes 8-bit RGB: grey is repeated, alpha dropped, 16 bits scaled to 8. A file that cannot be decoded
-    is named on stderr and skipped. Raises FileNotFoundError, ConnectionError or ValueError with what to do.
+    source: `shapes` (synthetic), a name in DATASETS (downloaded to `root`), or a folder. With train/ and test/ or val/
+    in it, their sub-folders are the classes; without, all images below it are a training split without labels. A file
+    that cannot be decoded is reported on stderr and skipped. Raises FileNotFoundError, ConnectionError or ValueError.
     """
     if source == "shapes":
         n, seed = {"train": (3000, 0), "test": (1000, 1)}[split]
@@ -122,11 +120,11 @@ def load_images(
 
 
 def load_data(args: argparse.Namespace, source: str, split: str) -> Images:
-    """load_images by the flags. Rank 0 goes first, so that a download happens once, then the first rank of each other
-    machine, which decodes what the others map."""
-    for flag, value, least in ("--max-images", args.max_images, 1), ("--image-size", args.image_size, 1):
-        if value is not None and value < least:
-            raise ValueError(f"{flag} {value}: must be {least} or above")
+    """Calls load_images with the flags. Rank 0 goes first and downloads, then the first rank of each other machine,
+    which decodes and caches; then the rest, which map the cache."""
+    for flag, value in ("--max-images", args.max_images), ("--image-size", args.image_size):
+        if value is not None and value < 1:
+            raise ValueError(f"{flag} {value}: must be 1 or above")
     limit = args.max_images if split == "train" else None
     cache = {"auto": os.path.join(args.data_root, "decoded"), "none": None}.get(args.cache, args.cache)
     where = {"root": args.data_root, "budget_gb": args.resident_gb, "workers": args.workers, "cache": cache}
@@ -138,13 +136,12 @@ def load_data(args: argparse.Namespace, source: str, split: str) -> Images:
     return images
 
 
-CACHED = 2000  # from this many files on, decoded pixels are cached: fewer are decoded in no time
+CACHED = 2000  # fewer files than this are decoded so fast that they are not cached
 
 
 def read_cached(stream: "Stream", source: str, names: list[str], what: str, folder: Path) -> tuple[Tensor, list[int]]:
-    """Stream.read_all, from a file of raw pixels that an earlier start has left, mapped: all processes of a machine
-    share its pages. It is made anew where a file's name, size or time has changed, or where it is not whole; where it
-    cannot be written we say so and go on without."""
+    """Stream.read_all with a cache: a file of raw pixels that is memory-mapped, so processes share its pages. It is
+    rewritten if it is incomplete or an image has changed. If it cannot be written, a warning is printed."""
     stamps = np.array([stamp(file) for file in stream.files], np.int64)
     known = {"names": zlib.crc32("\n".join(names).encode()), "stamps": zlib.crc32(stamps), "shape": list(stream.shape)}
     name = f"{os.path.basename(source)}-{what}-{zlib.crc32(source.encode()):08x}"
@@ -176,7 +173,7 @@ def read_cached(stream: "Stream", source: str, names: list[str], what: str, fold
 
 
 def stamp(file: str) -> tuple[int, int]:
-    """(size, time) of a file; of a link that leads nowhere, which is skipped as a broken image is, (-1, -1)."""
+    """(size, modification time) of a file; (-1, -1) for a broken link, which decoding will skip."""
     try:
         stat = os.stat(file)
     except OSError:
@@ -185,19 +182,19 @@ def stamp(file: str) -> tuple[int, int]:
 
 
 def mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """uint8 of that shape; what is written to it does not reach the file."""
+    """The file as uint8, copy-on-write."""
     return torch.from_numpy(np.memmap(path, np.uint8, "c", shape=shape))
 
 
 def _torchvision_items(name, split, root):
-    """(data set of (PIL image, label), None, class names), or as of a folder: (paths, labels, class names)."""
+    """(data set of (PIL image, label), None, class names), or (paths, labels, class names) as from a folder."""
     class_name, train, test = DATASETS[name]
     download = {} if name in BY_HAND else {"download": True}
     try:
         dataset = getattr(datasets, class_name)(root, **download, **(train if split == "train" else test))
     except ImportError as error:
         raise ValueError(f"torchvision's {class_name} needs another package: pip install {error.name}") from error
-    except Exception as error:  # urllib, tarfile, hashing: every data set fails in its own way
+    except Exception as error:  # from urllib, tarfile, hashing, ...
         if name in BY_HAND:
             raise FileNotFoundError(
                 f"{name} cannot be downloaded: put its files into '{root}' as torchvision.datasets.{class_name} says "
@@ -214,11 +211,11 @@ def _torchvision_items(name, split, root):
 
 
 def image_files(folder):
-    """Sorted paths of the images below a folder; links are followed, each folder once."""
+    """Sorted paths of all images below a folder. Links are followed, but no folder is visited twice."""
     files, seen = [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
-        if real in seen:  # by a link, perhaps to a folder that it is in
+        if real in seen:  # through a link, which may be a cycle
             folders.clear()
             continue
         seen.add(real)
@@ -229,7 +226,7 @@ def image_files(folder):
 
 
 def _folder_items(source, split):
-    """(paths, labels, class names); labels of -1 and no names where the folder has no train/ inside."""
+    """(paths, labels, class names). Without a train/ inside, labels are -1 and there are no class names."""
     if not os.path.isdir(source):
         known = ", ".join(["shapes", *DATASETS])
         raise FileNotFoundError(f"'{source}' is neither a folder nor a data set's name; known names: {known}")
@@ -253,27 +250,27 @@ def _folder_items(source, split):
 
 
 def cores() -> int:
-    """Those that this process may use, shared out among the ranks that torchrun has started on the machine."""
+    """The cores that this process may use, divided by the number of ranks on the machine."""
     mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, mine // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def to_pixels(image: Image.Image, size: int | None) -> np.ndarray:
-    """A PIL image as uint8 RGB (H, W, 3); with a size, its centre square resized to it, antialiased."""
+    """uint8 RGB (H, W, 3) of a PIL image. With a size, its centre square is resized to that, antialiased."""
     w, h = image.size
     if min(w, h) < 8:
         raise ValueError(f"{w} x {h} pixels: an edge of fewer than 8 pixels shows nothing")
-    if w * h > Image.MAX_IMAGE_PIXELS:  # PIL itself refuses what is twice as large
+    if w * h > Image.MAX_IMAGE_PIXELS:  # PIL raises only from twice this on
         raise ValueError(f"{w} x {h} pixels, more than {Image.MAX_IMAGE_PIXELS:,}: a decompression bomb?")
     if size is not None:
-        image.draft(None, (size, size))  # a JPEG is decoded at 1/2, 1/4 or 1/8 where that still covers the size
-    if image.mode.startswith("I"):  # 16 bits a sample; PIL's own conversion would clip at 255
+        image.draft(None, (size, size))  # decodes a JPEG at 1/2, 1/4 or 1/8 if that still covers the size
+    if image.mode.startswith("I"):  # 16 bits; PIL's own conversion would clip at 255
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("floating-point pixels have no known range")
     image.load()  # the mode of a few formats may change here
     if image.mode != "RGB":
-        image = image.convert("RGB")  # of what is RGB it would make a copy
+        image = image.convert("RGB")  # would copy an RGB image
     if size is not None and image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     return np.array(image)
@@ -305,11 +302,11 @@ class Stream:
         return len(self.files)
 
     def ahead(self, rows: Tensor) -> None:
-        """Begins to decode rows that will be asked for next, in the same order."""
+        """Starts to decode rows that will be requested next, in this order."""
         key = rows.numpy().tobytes()
         if key in self.asked:
             return
-        if len(self.asked) == 4:  # what nobody came for
+        if len(self.asked) == 4:  # the oldest was never fetched
             self.asked.pop(next(iter(self.asked)))
         out = torch.empty(len(rows), *self.shape[1:], dtype=torch.uint8, pin_memory=torch.cuda.is_available())
         self.asked[key] = out, self._submit(out, rows, 8)
@@ -326,7 +323,7 @@ class Stream:
         return out
 
     def read_all(self) -> tuple[Tensor, list[int]]:
-        """(pixels (n, 3, H, W), their rows) of all that can be decoded; the stream is used up."""
+        """(pixels (n, 3, H, W), their rows) of all images that can be decoded. The stream cannot be used afterwards."""
         n, start, chunk = len(self), time.time(), 64
         pixels = torch.empty(self.shape, dtype=torch.uint8)
         try:
@@ -338,17 +335,17 @@ class Stream:
                     text = f"\r{self.what}: {seen:,} of {n:,} images, {rate:,.0f}/s "
                     print(text, end=end, file=sys.stderr, flush=True)
         finally:
-            self.pool.shutdown(cancel_futures=True)  # else Ctrl-C would wait until all are decoded
+            self.pool.shutdown(cancel_futures=True)  # otherwise Ctrl-C waits until all are decoded
         kept = [row for row in range(n) if row not in self.broken]
         if self.broken:
             print(f"{self.what}: skipped {n - len(kept)} of {n:,} files that could not be decoded", file=sys.stderr)
-            for i in range(0, len(kept), chunk):  # moves up in place: there may be no memory for all of them twice
+            for i in range(0, len(kept), chunk):  # in place: a second copy may not fit into memory
                 rows = kept[i : i + chunk]
                 pixels[i : i + len(rows)] = pixels[rows]
         return pixels[: len(kept)], kept
 
     def _submit(self, out: Tensor, rows: Tensor, chunk: int) -> list[Future]:
-        """Begins to fill out (n, 3, H, W) with the rows, so many a task."""
+        """Starts to fill out (n, 3, H, W) with the rows, `chunk` of them in a task."""
         return [self.pool.submit(self._fill, *task) for task in zip(out.split(chunk), rows.split(chunk))]
 
     def _fill(self, out: Tensor, rows: Tensor) -> None:
@@ -362,7 +359,7 @@ class Stream:
                 image[:] = pixels.transpose(2, 0, 1)
 
     def _decode(self, row: int) -> np.ndarray | None:
-        """uint8 RGB (H, W, 3), or None for what cannot be decoded."""
+        """uint8 RGB (H, W, 3), or None if the file cannot be decoded."""
         name = f"item {row}"
         try:
             item = self.files[row]
@@ -372,15 +369,15 @@ class Stream:
             name = item
             with Image.open(item) as image:
                 return to_pixels(image, self.size)
-        except Exception as error:  # a decoder meets a broken file with any exception there is
+        except Exception as error:  # decoders raise anything on a broken file
             if row not in self.broken:
                 self.broken.add(row)
-                sys.stderr.write(f"skipped {name}: {type(error).__name__}: {error}\n")  # print() writes twice
+                sys.stderr.write(f"skipped {name}: {type(error).__name__}: {error}\n")  # one write, unlike print()
             return None
 
 
 def in_turn(pixels: Tensor | Stream, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-    """pixels[rows] for each batch of rows; a stream decodes the next one meanwhile."""
+    """Yields pixels[rows] for each batch of rows, while a stream decodes the next one."""
     for n, rows in enumerate(batches):
         if isinstance(pixels, Stream):
             for now_or_next in batches[n : n + 2]:
@@ -389,7 +386,7 @@ def in_turn(pixels: Tensor | Stream, batches: Sequence[Tensor]) -> Iterator[Tens
 
 
 def decoded(pixels: Tensor | Stream, rows: Tensor) -> Tensor:
-    """Which of the rows (n,) show their own image: not those whose file, on any rank, a stream could not decode."""
+    """bool (n,): whether a row shows its own image. False where a stream, on any rank, could not decode the file."""
     if not isinstance(pixels, Stream):
         return torch.ones(len(rows), dtype=torch.bool)
     broken = torch.zeros(len(pixels), dtype=torch.int32)
@@ -401,10 +398,10 @@ def decoded(pixels: Tensor | Stream, rows: Tensor) -> Tensor:
 
 
 def channel_stats(pixels: Tensor | Stream) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, on the scale 0..1, of some evenly spaced images."""
+    """Mean and standard deviation of each channel, of pixels in 0..1, over evenly spaced images."""
     x = pixels[:: max(1, len(pixels) // (1000 if isinstance(pixels, Stream) else 10_000))]
     n = x.numel() / 3
-    parts = x.split(500)  # all in double would take more memory than the data set
+    parts = x.split(500)  # everything as double would need too much memory
     mean = sum(part.double().div(255).sum((0, 2, 3)) for part in parts) / n
     centre = mean.view(3, 1, 1)
     variance = sum((part.double().div(255) - centre).square().sum((0, 2, 3)) for part in parts) / (n - 1)
@@ -413,14 +410,14 @@ def channel_stats(pixels: Tensor | Stream) -> tuple[tuple[float, ...], tuple[flo
 
 
 def split_images(n: int, held_out: float, parts: int) -> list[Tensor]:
-    """[held-out, part, ...]: disjoint index tensors of one shuffle, the same for every seed; equal parts."""
+    """[held-out, part, ...]: disjoint index tensors of a fixed shuffle; the parts are equally long."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     out, rest = order.tensor_split([int(n * held_out)])
     return [out, *rest[: len(rest) // parts * parts].tensor_split(parts)]
 
 
 def fingerprint(images: Images) -> list[int | None]:
-    """Shape, a checksum of the names in their order, and one over a row of pixels of each image, None for a stream."""
+    """[*shape, checksum of the names, checksum of each image's middle row of pixels (None for a stream)]."""
     pixels, checksum = images.pixels, None
     if not isinstance(pixels, Stream):
         checksum = zlib.crc32(pixels[:, :, pixels.shape[2] // 2].contiguous().cpu().numpy())
@@ -428,15 +425,15 @@ def fingerprint(images: Images) -> list[int | None]:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor there; to a GPU from pinned memory, for which the host does not wait."""
+    """Copies a CPU tensor to the device; to a GPU from pinned memory, without waiting."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
-# All random numbers come from default_rng((seed, purpose, step)), so a run can resume from its step number alone.
+# All random numbers come from default_rng((seed, purpose, step)), so a run resumes from its step number alone.
 WEIGHTS, ALPHAS, GATES, HELD_OUT, RECALIBRATION, ORDER = range(6)
 
 
-@lru_cache(maxsize=4)  # of the epoch that is, and of the next, for weights and alphas
+@lru_cache(maxsize=4)  # this epoch and the next, for weights and alphas
 def _order(seed: int, purpose: int, epoch: int, n: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng((seed, ORDER, purpose, epoch)).permutation(n))
 
@@ -445,20 +442,20 @@ def _order(seed: int, purpose: int, epoch: int, n: int) -> Tensor:
 class Batches:
     """batches(step) -> ([(B, 3, S, S), ...], index (B,)) of this rank: a pure function of (seed, step).
 
-    The index is an image's place within the rows, which is DIET's class. Every rank draws for all ranks and takes its
-    share, so that one or many see the same views.
+    The index counts within the rows and is DIET's class. Each rank draws for all ranks and takes its share, so the
+    views do not depend on the number of ranks.
     """
 
     pixels: Tensor | Stream  # uint8 (N, 3, H, W) on the device
     trained_on: InitVar[Tensor]  # (n,) rows of pixels
     multi_crop: MultiCrop
-    batch_size: int  # over all ranks; n // batch_size steps are an epoch, and what is left of it is dropped
+    batch_size: int  # over all ranks; an epoch has n // batch_size steps
     device: torch.device
     _: KW_ONLY
     seed: int = 0
-    purpose: int = WEIGHTS  # what the batches are for: WEIGHTS, ALPHAS, ...
-    shuffle: bool = True  # each epoch in an order of its own; else always that of the rows
-    whole: bool = False  # each rank gets all of a batch, not its share
+    purpose: int = WEIGHTS  # WEIGHTS, ALPHAS, ...: batches of different purposes differ
+    shuffle: bool = True  # reshuffle every epoch; otherwise the order of the rows
+    whole: bool = False  # every rank gets the whole batch, not a share
 
     def __post_init__(self, trained_on: Tensor):
         rank, world = ranks()
@@ -467,15 +464,15 @@ class Batches:
         self.steps_per_epoch = len(trained_on) // self.batch_size
         self._rows = trained_on.cpu()
         self._rows_there = trained_on.to(self.device)
-        self._ahead: dict[int, Future] = {}  # step: what is being drawn for it
+        self._ahead: dict[int, Future] = {}  # step: what `draw` returns for it
         self._thread = ThreadPoolExecutor(1)
 
     def rows_of(self, step: int) -> Tensor:
-        """(batch_size,) the images of all ranks' batch, as rows of pixels."""
+        """(batch_size,): the batch of all ranks, as rows of pixels."""
         return self._rows[self._index(step)]
 
     def __call__(self, step: int) -> tuple[list[Tensor], Tensor]:
-        if self.device.type == "cuda":  # a thread draws the next step's meanwhile; a CPU is busy with the network
+        if self.device.type == "cuda":  # a thread draws for the next step; on a CPU it would slow the network
             task = self._ahead.get(step) or self._thread.submit(self.draw, step)
             self._ahead = {step + 1: self._thread.submit(self.draw, step + 1)}
         drawn = task.result() if self.device.type == "cuda" else self.draw(step)
@@ -489,14 +486,14 @@ class Batches:
         return [v.contiguous(memory_format=memory_format(self.device)) for v in views], index
 
     def _index(self, step: int) -> Tensor:
-        """(batch_size,) places within rows, of all ranks' batch."""
+        """(batch_size,): the batch of all ranks, as indices within the rows."""
         epoch, step = divmod(step, self.steps_per_epoch)
         n = len(self._rows)
         order = _order(self.seed, self.purpose, epoch, n) if self.shuffle else torch.arange(n)
         return order[step * self.batch_size : (step + 1) * self.batch_size]
 
     def draw(self, step: int) -> tuple[Tensor, Tensor]:
-        """(index (B,), parameters (V, B, P)) of this rank, on the host."""
+        """(index (B,), view parameters (V, B, P)) of this rank, on the CPU."""
         rng = np.random.default_rng((self.seed, self.purpose, step))
         parameters = self.multi_crop.sample(self.batch_size, *self.pixels.shape[2:], rng)
         return self._index(step)[self.share], parameters[:, self.share].contiguous()
@@ -506,7 +503,7 @@ def _box(x, y, cx, cy, w, h):
     return torch.maximum((x - cx).abs() - w, (y - cy).abs() - h)
 
 
-# name: signed distance from the outline, about, for coordinates in which the shape has radius 1
+# name: approximate signed distance to the outline, in coordinates in which the shape has radius 1
 SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "disc": lambda x, y: torch.hypot(x, y) - 0.9,
     "ring": lambda x, y: (torch.hypot(x, y) - 0.75).abs() - 0.22,
@@ -523,22 +520,22 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @lru_cache(maxsize=4)
 def make_shapes(n: int, size: int = 32, seed: int = 0) -> Images:
-    """n images of 10 balanced classes: about a dozen copies of one shape, strewn over a sloping, noisy ground.
+    """n images of 10 balanced classes: about a dozen copies of one shape on a noisy gradient.
 
-    Place, size and angle are drawn for each copy, colours for each image, all independently of the class: neither a
-    colour nor a pixel tells it, while nearly every crop shows it, which is what comparing crops can learn from."""
+    Position, size and angle of each copy and colours of each image are independent of the class, so no pixel or colour
+    gives it away, but nearly every crop shows it."""
     rng = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *shape):
         return torch.rand(n, *shape, generator=rng) * (high - low) + low
 
-    grid = 4  # cells a side, one copy in each
+    grid = 4  # cells per side, with one copy in each
     labels = torch.randperm(n, generator=rng) % len(SHAPES)
     axis = (torch.arange(size) + 0.5) / size * grid
     y0, x0 = axis.view(-1, 1), axis.view(1, -1)
     slope_y, slope_x = uniform(-0.03, 0.03, 2, 1, 1, 1).unbind(1)
     image = uniform(0.35, 0.65, 1, 1, 1) + uniform(-0.04, 0.04, 3, 1, 1) + slope_y * (y0 - 2) + slope_x * (x0 - 2)
-    sign = torch.where(uniform(0, 1, 1, 1, 1) < 0.5, 1.0, -1.0)  # lighter or darker than the ground
+    sign = torch.where(uniform(0, 1, 1, 1, 1) < 0.5, 1.0, -1.0)  # lighter or darker than the background
     contrast = sign * uniform(0.25, 0.4, 1, 1, 1) + uniform(-0.04, 0.04, 3, 1, 1)
     for row, column in itertools.product(range(grid), range(grid)):
         radius, angle = uniform(0.38, 0.55, 1, 1), uniform(0, 2 * math.pi, 1, 1)
@@ -547,7 +544,7 @@ def make_shapes(n: int, size: int = 32, seed: int = 0) -> Images:
         distance = torch.empty(n, size, size)
         for k, outline in enumerate(SHAPES.values()):
             distance[labels == k] = outline(x[labels == k], y[labels == k])
-        inside = (0.5 - distance * radius * size / grid).clamp(0, 1)  # antialiased over about a pixel
+        inside = (0.5 - distance * radius * size / grid).clamp(0, 1)  # antialiased over about one pixel
         inside = inside * (uniform(0, 1, 1, 1) < 0.8)  # one in five is missing
         image = image + inside[:, None] * contrast * uniform(0.8, 1.2, 1, 1, 1)
     image = image + 0.03 * torch.randn(image.shape, generator=rng)
