@@ -140,8 +140,8 @@ CACHED = 2000  # fewer files than this are decoded so fast that they are not cac
 
 
 def read_cached(stream: "Stream", source: str, names: list[str], what: str, folder: Path) -> tuple[Tensor, list[int]]:
-    """Stream.read_all with a cache: a file of raw pixels that is memory-mapped, so processes share its pages. It is
-    rewritten if it is incomplete or an image has changed. If it cannot be written, a warning is printed."""
+    """Stream.read_all with a cache: a file of raw pixels, memory-mapped (copy-on-write), so processes share its pages.
+    It is rewritten if it is incomplete or an image has changed. If it cannot be written, a warning is printed."""
     stamps = np.array([stamp(file) for file in stream.files], np.int64)
     known = {"names": zlib.crc32("\n".join(names).encode()), "stamps": zlib.crc32(stamps), "shape": list(stream.shape)}
     name = f"{os.path.basename(source)}-{what}-{zlib.crc32(source.encode()):08x}"
@@ -150,8 +150,9 @@ def read_cached(stream: "Stream", source: str, names: list[str], what: str, fold
         facts = json.loads(facts_file.read_text())
         kept, shape = facts.pop("kept"), facts["shape"]
         kept = list(range(shape[0])) if kept is None else kept
-        if facts == known and pixels_file.stat().st_size == len(kept) * math.prod(shape[1:]):
-            return mapped(pixels_file, (len(kept), *shape[1:])), kept
+        n = len(kept) * math.prod(shape[1:])
+        if facts == known and pixels_file.stat().st_size == n:
+            return torch.from_file(str(pixels_file), size=n, dtype=torch.uint8).view(-1, *shape[1:]), kept
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none yet, or not whole
         pass
     pixels, kept = stream.read_all()
@@ -166,7 +167,7 @@ def read_cached(stream: "Stream", source: str, names: list[str], what: str, fold
             os.replace(temporary, facts_file)
         finally:
             temporary.unlink(missing_ok=True)
-        return mapped(pixels_file, tuple(pixels.shape)), kept
+        return torch.from_file(str(pixels_file), size=pixels.numel(), dtype=torch.uint8).view(pixels.shape), kept
     except OSError as error:
         print(f"{stream.what}: decoded pixels are not kept in '{folder}': {error}", file=sys.stderr)
         return pixels, kept
@@ -179,11 +180,6 @@ def stamp(file: str) -> tuple[int, int]:
     except OSError:
         return -1, -1
     return stat.st_size, stat.st_mtime_ns
-
-
-def mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """The file as uint8, copy-on-write."""
-    return torch.from_numpy(np.memmap(path, np.uint8, "c", shape=shape))
 
 
 def _torchvision_items(name, split, root):
