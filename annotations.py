@@ -1,11 +1,11 @@
-"""Objects in images: COCO JSON, Pascal VOC and label PNGs as one plain format; detections measured by AP.
+"""Reads annotated images (COCO JSON, Pascal VOC, label PNGs) into one format, and computes AP of detections.
 
     splits, classes = read("my/cells", masks=False)           # {"train": [Annotated, ...], "test": [...]}, ["RBC", ...]
     scores = Precision(len(classes))
-    scores.add(0, truth, boxes, labels, confidences)          # an image at a time; its masks are not kept
-    scores.summary()                                          # {"AP": ..., "AP50": ..., ...}, equal to pycocotools'
+    scores.add(0, truth, boxes, labels, confidences)          # one image; its masks are not kept
+    scores.summary()                                          # {"AP": ..., "AP50": ..., ...}, as pycocotools gives
 
-A box is x0, y0, x1, y1 in pixels from the image's corner, so that x1 - x0 is its width. n objects, d detections.
+A box is x0, y0, x1, y1 in pixels, with x1 - x0 its width. Shapes: n objects and d detections in an image.
 """
 
 import json
@@ -27,20 +27,20 @@ from launch import say
 
 
 class Annotated(NamedTuple):
-    """An image and what is in it."""
+    """An image and its objects."""
 
     file: Path
     width: int
     height: int
     boxes: np.ndarray  # float64 (n, 4)
-    labels: np.ndarray  # int64 (n,), places in the list of classes
-    areas: np.ndarray  # float64 (n,), of the mask where the file has one
-    crowd: np.ndarray  # bool (n,): one box for many, which no detector learns from
-    ignored: np.ndarray  # bool (n,): neither found nor missed in a test: crowds, and what VOC calls difficult
-    masks: list[Callable[[], np.ndarray]]  # (n) functions that draw a bool (height, width); empty where there are none
+    labels: np.ndarray  # int64 (n,), indices in the list of classes
+    areas: np.ndarray  # float64 (n,), of the mask if there is one
+    crowd: np.ndarray  # bool (n,): one box for many objects; not used in training
+    ignored: np.ndarray  # bool (n,): does not count in a test: crowds, and VOC's difficult objects
+    masks: list[Callable[[], np.ndarray]]  # n functions that return a bool (height, width); empty without masks
 
     def keep(self, rows: np.ndarray) -> "Annotated":
-        """Those objects alone; rows: bool (n,)."""
+        """The image with only some of its objects; rows: bool (n,)."""
         arrays = {name: getattr(self, name)[rows] for name in ("boxes", "labels", "areas", "crowd", "ignored")}
         return self._replace(**arrays, masks=[mask for mask, kept in zip(self.masks, rows) if kept])
 
@@ -49,13 +49,13 @@ class Annotated(NamedTuple):
 
 
 def polygon_mask(polygon: list[float], height: int, width: int) -> np.ndarray:
-    """bool (height, width) of a polygon x, y, x, y, ... by COCO's rule: its outline is drawn on a grid five times as
-    fine, and a column's pixels lie inside where an odd number of crossings is above them."""
+    """bool (height, width) of a polygon x, y, x, y, ... as COCO does it: the outline is drawn on a grid five times as
+    fine, and a pixel is inside if an odd number of crossings lies above it in its column."""
     corners = np.trunc(5 * np.asarray(polygon, float).reshape(-1, 2) + 0.5).astype(int)
     points = []
     for (x0, y0), (x1, y1) in zip(corners, np.roll(corners, -1, 0)):
         dx, dy = abs(x1 - x0), abs(y1 - y0)
-        back = x0 > x1 if dx >= dy else y0 > y1  # drawn from the other end, for COCO rounds so
+        back = x0 > x1 if dx >= dy else y0 > y1  # drawn from the other end: COCO rounds so
         (xs, ys), (xe, ye) = ((x1, y1), (x0, y0)) if back else ((x0, y0), (x1, y1))
         steps = np.arange(max(dx, dy) + 1)
         if dx >= dy:
@@ -73,8 +73,8 @@ def polygon_mask(polygon: list[float], height: int, width: int) -> np.ndarray:
 
 
 def run_length_mask(counts: list[int] | str, height: int, width: int) -> np.ndarray:
-    """bool (height, width) of COCO's run lengths, down the columns, outside first; a string holds them in 5 bits a
-    character, from the third on as differences to the last but one."""
+    """bool (height, width) of COCO's run lengths, column by column, starting outside. In a string, a character holds 5
+    bits, and from the fourth run on it is the difference to the run two before."""
     if isinstance(counts, str):
         runs, value, shift = [], 0, 0
         for character in counts.encode():
@@ -105,15 +105,15 @@ def segmentation_mask(segmentation: list | dict, height: int, width: int) -> np.
 def read(folder: str, masks: bool = False) -> tuple[dict[str, list[Annotated]], list[str]]:
     """({"train": images, "test": images}, classes) of a folder in one of three layouts:
 
-    COCO      annotations/instances_train*.json and instances_val*.json, images in a folder of the same ending
-    VOC       Annotations, JPEGImages, ImageSets/Main: trainval and test, or train and val where there is no test; or
+    COCO      annotations/instances_train*.json and instances_val*.json, images in train*/ and val*/ (such as val2017)
+    VOC       Annotations, JPEGImages, ImageSets/Main: trainval and test, or train and val if there is no test; or
               VOC2007 and VOC2012 below the folder: both years' trainval
     masks     train/images/x.png with train/masks/x.png, in which each value above 0 is an object, or with
-              train/masks/x/*.png, an object each; test likewise; one class
+              train/masks/x/*.png, one object each; test likewise; one class
 
-    Classes are the names in both splits, sorted. Boxes end at the image's edge. Objects of less than a pixel a side are
-    left out, which a line says. masks: whether these are needed. Raises ValueError or OSError, with a count and the
-    first name, for images that are missing or of another size, and for annotations that cannot be.
+    Classes are the names in both splits, sorted. Boxes are clipped to the image, and objects smaller than a pixel are
+    left out; the numbers are printed. masks: whether all objects need one. Raises ValueError or OSError for invalid
+    annotations and for images that are missing or of another size.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -145,7 +145,7 @@ def read(folder: str, masks: bool = False) -> tuple[dict[str, list[Annotated]], 
 
 
 def check_files(folder: str, images: list[Annotated]) -> None:
-    """Are all images there, and of the size that they are said to be?"""
+    """Raises ValueError if an image is missing or not of the annotated size."""
 
     def wrong(image: Annotated) -> str | None:
         try:
@@ -165,7 +165,7 @@ def check_files(folder: str, images: list[Annotated]) -> None:
 
 
 def clean(what: str, images: list[Annotated]) -> list[Annotated]:
-    """Boxes within the image, those of a pixel or more, in images that differ; counted on the console."""
+    """Clips boxes to their image, leaves out those smaller than a pixel, and prints how many."""
     counts = Counter()
     cleaned = []
     for image in images:
@@ -183,7 +183,7 @@ def clean(what: str, images: list[Annotated]) -> list[Annotated]:
 
 
 def annotated(file: Path, size: tuple[int, int], objects: list[dict]) -> tuple[Annotated, list[str]]:
-    """(image, names of the classes) of objects {"box", "name", and perhaps "area", "crowd", "ignored", "mask"}."""
+    """(image, class names) of objects {"box", "name", optionally "area", "crowd", "ignored", "mask"}."""
     boxes = np.array([o["box"] for o in objects], float).reshape(-1, 4)
     if not np.isfinite(boxes).all():
         raise ValueError("a box is not of numbers")
@@ -222,7 +222,7 @@ def coco_object(a: dict, names: dict, masks: bool, width: int, height: int) -> d
         found["area"] = float(a["area"])
     if masks and (segmentation := a.get("segmentation")):
         if isinstance(segmentation, dict):
-            segmentation_mask(segmentation, height, width)  # what is wrong is said now, not in mid-training
+            segmentation_mask(segmentation, height, width)  # raises now rather than in mid-training
         elif not all(len(p) % 2 == 0 and len(p) >= 6 and np.isfinite(np.array(p, float)).all() for p in segmentation):
             raise ValueError("a polygon needs three corners, x, y, x, y, ...")
         found["mask"] = partial(segmentation_mask, segmentation, height, width)
@@ -246,7 +246,7 @@ def read_voc(years: list[Path]) -> dict[str, list[tuple[Annotated, list[str]]]]:
 
 
 def voc_image(year: Path, name: str) -> tuple[Annotated, list[str]]:
-    """Pixels count from 1 there, and the last one belongs to the box."""
+    """VOC counts pixels from 1, and the last one belongs to the box."""
     path = year / "Annotations" / f"{name}.xml"
     try:
         tree = ElementTree.parse(path).getroot()
@@ -309,7 +309,7 @@ def object_mask(path: Path, one_object: bool, value: int) -> np.ndarray:
     return label_image(path, one_object) == value
 
 
-# ---- how well detections fit ----------------------------------------------------------------------------------------
+# ---- average precision ----------------------------------------------------------------------------------------------
 
 IOUS = np.linspace(0.5, 0.95, 10)
 AREAS = {"": (0, 1e10), "small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
@@ -317,7 +317,7 @@ RECALLS = np.linspace(0, 1, 101)
 
 
 def box_overlaps(boxes: np.ndarray, truth: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """IoU (d, n) of boxes (d, 4) and (n, 4); with a crowd the share of the detection that lies in it."""
+    """IoU (d, n) of boxes (d, 4) and (n, 4); for a crowd, the share of the detection inside it."""
     corner = np.maximum(boxes[:, None, :2], truth[:, :2])  # (d, n, 2)
     end = np.minimum(boxes[:, None, 2:], truth[:, 2:])
     both = (end - corner).clip(0).prod(2)
@@ -325,7 +325,7 @@ def box_overlaps(boxes: np.ndarray, truth: np.ndarray, crowd: np.ndarray) -> np.
 
 
 def mask_overlaps(masks: np.ndarray, truth: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """The same of masks, bool (d, h, w) and (n, h, w)."""
+    """The same for masks, bool (d, h, w) and (n, h, w)."""
     a, b = (m.reshape(len(m), math.prod(m.shape[1:])).astype(np.float32) for m in (masks, truth))
     return overlaps((a @ b.T).astype(float), a.sum(1, dtype=float), b.sum(1, dtype=float), crowd)
 
@@ -336,13 +336,13 @@ def overlaps(both: np.ndarray, of: np.ndarray, truth: np.ndarray, crowd: np.ndar
 
 
 class Match(NamedTuple):
-    """Of an image and a class: what became of the detections, the surest first."""
+    """Which detections of one class in one image are right."""
 
-    scores: np.ndarray  # (d,)
-    right: np.ndarray  # bool (10 IoUs, 4 ranges of area, d): found an object
-    ignored: np.ndarray  # bool, the same: counts neither way
-    objects: np.ndarray  # (4,): to be found
-    voc: np.ndarray  # int (10, d): 1 found an object by VOC's rule, 0 did not, -1 counts neither way
+    scores: np.ndarray  # (d,), descending
+    right: np.ndarray  # bool (10 IoUs, 4 ranges of area, d): true positives
+    ignored: np.ndarray  # bool (10, 4, d): neither true nor false positives
+    objects: np.ndarray  # (4,): number of objects that are not ignored
+    voc: np.ndarray  # int (10, d), by VOC's rule: 1 true positive, 0 false positive, -1 ignored
 
 
 def match(overlap: np.ndarray, scores: np.ndarray, sizes: np.ndarray, areas: np.ndarray, ignored, crowd) -> Match:
@@ -374,15 +374,15 @@ def match(overlap: np.ndarray, scores: np.ndarray, sizes: np.ndarray, areas: np.
 
 
 class Precision:
-    """AP by COCO's rules, to which images are added one by one; only what became of the detections is kept."""
+    """AP by COCO's rules. Images are added one by one, and only their matches are kept."""
 
     def __init__(self, classes: int, most: int = 100):
-        self.classes, self.most = classes, most  # detections an image and class that count
+        self.classes, self.most = classes, most  # `most` detections per image and class count
         self.matches: dict[tuple[int, int], Match] = {}  # by class and image
 
     def add(self, number: int, truth: Annotated, boxes, labels, scores, masks=None) -> None:
-        """An image's detections: (d, 4), (d,), (d,), and bool (d, height, width) if masks are to be compared. number:
-        the image's place in the split."""
+        """Adds an image's detections: boxes (d, 4), labels (d,), scores (d,), and masks, bool (d, height, width), if
+        these are to be compared instead. number: the image's index in the split."""
         drawn = np.array([draw() for draw in truth.masks], bool) if masks is not None else None
         for k in range(self.classes):
             found, wanted = (labels == k).nonzero()[0], truth.labels == k  # detections and objects of class k
@@ -400,8 +400,8 @@ class Precision:
             self.matches[k, number] = match(overlap, scores[found], sizes, areas, ignored, crowd)
 
     def curves(self) -> tuple[np.ndarray, np.ndarray]:
-        """Precision at 101 recalls (10 IoUs, 4 ranges, C, 101), nan of classes without objects; VOC2007's AP of eleven
-        points (10 IoUs, C), likewise."""
+        """Precision at 101 recalls (10 IoUs, 4 ranges, C, 101) and VOC2007's AP of eleven points (10 IoUs, C); nan for
+        classes without objects."""
         precision = np.full((len(IOUS), len(AREAS), self.classes, len(RECALLS)), np.nan)
         voc = np.full((len(IOUS), self.classes), np.nan)
         for k in range(self.classes):
@@ -421,8 +421,8 @@ class Precision:
         return precision, voc
 
     def summary(self) -> dict[str, float | list[float | None] | None]:
-        """{"AP", "AP50", "AP75", "small", "medium", "large", "VOC07 AP", "VOC07 AP50"} in %, None where there are no
-        objects; "classes": the AP of each."""
+        """{"AP", "AP50", "AP75", "small", "medium", "large", "VOC07 AP", "VOC07 AP50"} in %, and "classes": the AP of
+        each; None without objects."""
         precision, voc = self.curves()
         ap = precision.mean(3)  # (10, 4, C)
 
@@ -437,7 +437,7 @@ class Precision:
 
 
 def precision_at(right: np.ndarray, wrong: np.ndarray, objects: int, recalls: np.ndarray) -> np.ndarray:
-    """The best precision at each of some recalls or above, of detections (d,) in the order of their scores."""
+    """The best precision at each recall or above; right and wrong: bool (d,), by descending score."""
     right, wrong = right.cumsum(), wrong.cumsum()
     recall, precision = right / objects, right / (right + wrong + np.spacing(1))
     precision = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
