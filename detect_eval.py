@@ -5,14 +5,14 @@
     torchrun --nproc-per-node 8 detect_eval.py --weights resnet50.pth --arch resnet50 --data coco --masks --schedule 1x
     torchrun detect_eval.py --weights runs/pretrain/backbone.pth --data my/bccd --bench           # what a step costs
 
-The detectors are built from torchvision's parts, with a feature pyramid (1612.03144) on the stages of any backbone of
-ours, for a ViT ViTDet's simple pyramid (2203.16527). --data is a folder laid out as COCO, VOC or label PNGs
-(annotations.py). The whole detector is trained for --iterations steps; the result is AP by COCO's rules on the test
-images, mean and deviation over --seeds. With equal seeds the untrained network has the same heads, batches and flips.
+The detectors are torchvision's parts on a feature pyramid (1612.03144) over the stages of any backbone, or on ViTDet's
+simple pyramid (2203.16527) over a ViT. --data is a folder as of COCO, VOC or label PNGs (annotations.py).
+The whole detector is trained for --iterations steps and measured by COCO's AP on the test images; the table has means
+and deviations over --seeds. For a given seed, both networks have the same heads, batches and flips.
 
-In detect-<data>/ beside the weights, each network and seed gets a folder with log.txt, checkpoint.pth (the same command
-resumes from it), detector.pth (a plain state dict that torchvision's own model of that kind loads) and detector.json.
-detect_eval.md, detections.png and precision.svg sum up all of them.
+The output is in detect-<data>/ beside the weights: detect_eval.md, detections.png, precision.svg, and for each network
+and seed a folder with log.txt, checkpoint.pth (the same command resumes from it), detector.json, and detector.pth, a
+plain state dict that torchvision's own model loads.
 """
 
 import launch  # ahead of torch: it says how threads wait
@@ -59,15 +59,15 @@ from pretrain import bf16_pays, clock, peak_memory
 
 # ---- the detector ---------------------------------------------------------------------------------------------------
 
-COARSEST = 64  # the stride at which every pyramid ends; its last level is for proposals alone
+COARSEST = 64  # stride of every pyramid's last level, which only the RPN uses
 
 
 class Pyramid(nn.Module):
     """Images (B, 3, H, W) -> {"0": (B, channels, H / finest, W / finest), ...}, a level for each stride up to 64.
 
-    The backbone's last feature map of each stride is a level (SSLight and Detectron2 have the last too; torchvision's
-    MobileNets the first of a stage). What the backbone does not have is the coarsest one, subsampled, as in 1612.03144.
-    A ViT has one map, and its levels are made from it, each by itself (2203.16527, figure 2).
+    A level is made from the backbone's last feature map of its stride, as in SSLight and Detectron2 (torchvision's
+    MobileNets take the first). Coarser levels than the backbone has are subsampled from its last one (1612.03144). A
+    ViT has a single map, from which each level is made (2203.16527, figure 2).
     """
 
     def __init__(self, body: nn.Module, channels: int, finest: int):
@@ -77,11 +77,11 @@ class Pyramid(nn.Module):
         maps = shapes_only.stages(torch.zeros(1, 3, COARSEST, COARSEST, device="meta"))
         if isinstance(body, ViT):
             if body.patch != 16:
-                raise ValueError("a ViT's detector is for patches of 16 px, the imagenet stem: these are of 4")
+                raise ValueError("a ViT's detector needs patches of 16 px, the imagenet stem: these are of 4")
             self.taps, self.strides = [0] * 4, [4, 8, 16, 32]
             self.fpn = SimplePyramid(maps[0].shape[1], channels)
         else:
-            last = {COARSEST // x.shape[-1]: k for k, x in enumerate(maps)}  # of each stride
+            last = {COARSEST // x.shape[-1]: k for k, x in enumerate(maps)}  # stride: index of the last map
             self.strides = sorted(stride for stride in last if stride >= finest) or [max(last)]
             self.taps = [last[stride] for stride in self.strides]
             self.fpn = FeaturePyramidNetwork([maps[k].shape[1] for k in self.taps], channels)
@@ -98,7 +98,7 @@ class Pyramid(nn.Module):
 
 
 class SimplePyramid(nn.Module):
-    """ViTDet's: from one map of stride 16 those of 4, 8, 16 and 32, each then by 1x1 and 3x3 to so many channels."""
+    """ViTDet's: one map of stride 16 is resampled to strides 4, 8, 16 and 32; a 1x1 and a 3x3 convolution follow."""
 
     def __init__(self, dim: int, channels: int):
         super().__init__()
@@ -125,8 +125,8 @@ class SimplePyramid(nn.Module):
 
 
 class AsGiven(GeneralizedRCNNTransform):
-    """No resizing: images are resized when loaded, with antialiasing, which torchvision's own resize lacks. Detections
-    are scaled to the images on disk, whose (height, width) are in `shown`."""
+    """Does not resize: load_example does, with antialiasing, which torchvision's resize lacks. Detections are scaled to
+    the size of the images on disk, `shown`: [(height, width), ...]."""
 
     shown: list[tuple[int, int]] | None = None
 
@@ -138,7 +138,7 @@ class AsGiven(GeneralizedRCNNTransform):
 
 
 class SeededSampler(BalancedPositiveNegativeSampler):
-    """Samples anchors or proposals for the losses with a seed of each image's own, whatever else is in the batch."""
+    """Samples anchors or proposals for the losses with one seed per image, so that ranks do not change the sample."""
 
     seeds: Sequence[int] = ()
 
@@ -152,7 +152,7 @@ class SeededSampler(BalancedPositiveNegativeSampler):
 
 
 def build_detector(args: argparse.Namespace, body: nn.Module, facts: dict, classes: int) -> FasterRCNN:
-    """torchvision's Faster R-CNN, with --masks Mask R-CNN, on a backbone. facts: "mean" and "std" of its channels."""
+    """torchvision's Faster R-CNN, or Mask R-CNN with --masks, on a backbone. facts: "mean" and "std" of channels."""
     c = args.fpn_channels
     pyramid = Pyramid(body, c, args.finest_stride)
     levels = [str(n) for n in range(int(math.log2(COARSEST // args.finest_stride)) + 1)]
@@ -180,12 +180,12 @@ def build_detector(args: argparse.Namespace, body: nn.Module, facts: dict, class
 
 
 def load_example(image: Annotated, size: int, longest: int, flip: bool = False, masks: bool = False) -> tuple:
-    """(uint8 (3, h, w), {"boxes" (n, 4), "labels" (n,), "masks" (n, h, w)}) with a short side of `size` where the long
-    one is not above `longest`. Labels begin at 1. Raises ValueError for a file that cannot be decoded."""
+    """(uint8 (3, h, w), {"boxes" (n, 4), "labels" (n,), "masks" (n, h, w)}). The short side is resized to `size`, or
+    less if the long side would exceed `longest`. Labels start at 1. Raises ValueError if the file cannot be decoded."""
     try:
         with Image.open(image.file) as file:
             pixels = Image.fromarray(to_pixels(file, None))
-    except Exception as error:  # a decoder meets a broken file with any exception there is
+    except Exception as error:  # decoders raise anything on a broken file
         raise ValueError(f"'{image.file}' cannot be decoded ({type(error).__name__}: {error})") from error
     scale = min(size / min(pixels.size), longest / max(pixels.size))
     w, h = (max(1, round(side * scale)) for side in pixels.size)
@@ -204,7 +204,7 @@ def load_example(image: Annotated, size: int, longest: int, flip: bool = False, 
 
 class DetectionBatches:
     """batches(step) -> (images, targets, seeds) of this rank: a function of (seed, step). Threads decode two steps
-    ahead. Objects that nothing learns from (crowds) are left out, and images with no other."""
+    ahead. Crowds are left out, and so are images without other objects."""
 
     def __init__(self, args: argparse.Namespace, images: list[Annotated], device: torch.device):
         images = [image.keep(~image.crowd) for image in images]
@@ -218,13 +218,13 @@ class DetectionBatches:
         self.ahead: dict[int, list[Future]] = {}
 
     def rows_of(self, step: int) -> Tensor:
-        """(batch_size,) the images of all ranks' batch."""
+        """(batch_size,): indices of the images in the batch of all ranks."""
         epoch, step = divmod(step, self.steps_per_epoch)
         order = np.random.default_rng((self.seed, ORDER, epoch)).permutation(len(self.images))
         return torch.from_numpy(order[step * self.batch_size : (step + 1) * self.batch_size])
 
     def draw(self, step: int) -> list[tuple]:
-        """(row, size, flip, seed) of each image of this rank."""
+        """(index, size, flip, seed) of each image of this rank."""
         rng = np.random.default_rng((self.seed, step))
         sizes, flips = rng.choice(self.args.image_size, self.batch_size), rng.random(self.batch_size) < 0.5
         seeds = rng.integers(2**31, size=self.batch_size)
@@ -252,7 +252,7 @@ PARTS = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg
 
 
 def optimizer_of(args: argparse.Namespace, detector: nn.Module) -> torch.optim.Optimizer:
-    """SGD with momentum .9 and a decay of 1e-4, but of norms and biases none; for a ViT AdamW with ViTDet's .1."""
+    """SGD with momentum .9 and weight decay 1e-4, or for a ViT AdamW with ViTDet's .1; none on norms and biases."""
     params = [p for p in detector.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in params if kind_of(p) != "vector"]},
@@ -265,7 +265,7 @@ def optimizer_of(args: argparse.Namespace, detector: nn.Module) -> torch.optim.O
 
 
 def lr_of(args: argparse.Namespace, step: int) -> float:
-    """Linear warm-up, then a tenth after two thirds of the steps and a hundredth after eight ninths."""
+    """Linear warm-up; a tenth of the rate after two thirds of the steps, a hundredth after eight ninths."""
     rate = args.lr * args.batch_size / 16
     tenths = sum(step >= share * args.iterations for share in (2 / 3, 8 / 9))
     return rate * min(1.0, (step + 1) / max(1, args.warmup)) * 0.1**tenths
@@ -287,9 +287,9 @@ def train(
     checkpoint: Checkpoint,
     device: torch.device,
 ) -> None:
-    """The loop. It goes on from the checkpoint's step."""
+    """The training loop, from the checkpoint's step on."""
     detector.train()
-    if args.freeze_bn:  # the backbone's: its statistics, scales and shifts stay as loaded
+    if args.freeze_bn:  # of the backbone: statistics, scales and shifts stay as loaded
         for module in detector.backbone.body.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval().requires_grad_(False)
@@ -323,7 +323,7 @@ def train(
 
 
 def save_curves(history: list[dict], folder: Path) -> None:
-    """curves.svg of the losses so far: the whole, and its parts."""
+    """curves.svg of the losses so far, the total and its parts."""
     names = [name for name in ("loss", *PARTS, "lr") if name in history[-1]]
     panels = {name: {"training": [(line["step"], line[name]) for line in history]} for name in names}
     with user_errors():
@@ -337,8 +337,8 @@ def save_curves(history: list[dict], folder: Path) -> None:
 def evaluate(
     args: argparse.Namespace, detector: FasterRCNN, images: list[Annotated], classes: int, device: torch.device
 ) -> tuple[dict[str, Precision], dict[int, dict]]:
-    """({"box": AP, perhaps "mask": AP}, what was found in the first PICTURED images), the same on all ranks, which
-    share the images out. One image at a time: others beside it would pad it, and change what is found."""
+    """({"box": Precision, with masks "mask": Precision}, detections in the first PICTURED images by index), the same on
+    all ranks, which share the images. One image at a time: in a batch it would be padded, which changes detections."""
     detector.eval()
     rank, world = ranks()
     kinds = ("box", "mask") if args.masks else ("box",)
@@ -372,18 +372,18 @@ def evaluate(
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
-PICTURED, TILE = 4, 320  # images; pixels of the long edge of a tile
+PICTURED, TILE = 4, 320  # number of images; long edge of a tile in pixels
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#999999"]
 
 
 def tile(image: Annotated, boxes: np.ndarray, labels: np.ndarray, masks: np.ndarray | None) -> Image.Image:
-    """The image with boxes, or masks if there are any, in the colours of their classes; masks of one class in turn."""
+    """The image with its masks, or boxes without any, coloured by class, or masks one by one if there is one class."""
     pixels, _ = load_example(image, TILE, TILE)
     h, w = pixels.shape[1:]
     one = len({*labels.tolist()}) < 2
     colours = [COLOURS[(n if one and masks is not None else k) % len(COLOURS)] for n, k in enumerate(labels)]
     if masks is not None and len(masks):
-        for mask, colour in zip(masks, colours):  # one by one: of masks that overlap torchvision blanks what they share
+        for mask, colour in zip(masks, colours):  # one by one: torchvision blanks overlaps
             shape = torch.tensor(np.asarray(Image.fromarray(mask).resize((w, h), 0)))
             pixels = draw_segmentation_masks(pixels, shape, alpha=0.5, colors=colour)
     elif len(boxes):
@@ -393,8 +393,8 @@ def tile(image: Annotated, boxes: np.ndarray, labels: np.ndarray, masks: np.ndar
 
 
 def save_detections(images: list[Annotated], rows: dict[str, dict[int, dict]], classes: list[str], path: Path) -> None:
-    """A line for each of the first test images: the truth, then what each network finds with a score of .5 or above.
-    rows: by network what `evaluate` says."""
+    """A row for each of the first test images: the truth, then each network's detections with a score of .5 or more.
+    rows: {network: detections from `evaluate`}."""
     lines = []
     for n, truth in enumerate(images[:PICTURED]):
         masks = np.array([draw() for draw in truth.masks], bool) if truth.masks else None
@@ -425,14 +425,14 @@ COLUMNS = ("AP", "AP50", "AP75", "small", "medium", "large")
 
 
 def cell(values: list[float | None]) -> str:
-    """Mean, and deviation over seeds; nothing where there are no such objects."""
+    """Mean and deviation over seeds; empty if there are no such objects."""
     if None in values:
         return ""
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def table_of(results: dict[str, list[dict[str, dict]]], classes: list[str], voc: bool) -> list[str]:
-    """results: by network, of each seed, by "box" and "mask" a Precision's summary."""
+    """results: {network: [{"box" or "mask": Precision.summary()} of each seed]}."""
     columns = [*COLUMNS, *(("VOC07 AP", "VOC07 AP50") if voc else ())]
     rows = []
     for network, seeds in results.items():
@@ -449,7 +449,7 @@ def table_of(results: dict[str, list[dict[str, dict]]], classes: list[str], voc:
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
-# Learning rates are for a batch of 16 and scale with it, as Detectron2's do
+# Learning rates are for a batch of 16 and scale with it, as in Detectron2
 SCHEDULES = {
     "small": {
         "iterations": 150,
@@ -482,7 +482,7 @@ SCHEDULES["voc"] = SCHEDULES["1x"] | {
     "warmup": 100,
     "image_size": [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800],
 }
-FEW = 2000  # training images below which the small schedule is the default
+FEW = 2000  # with fewer training images, the small schedule is the default
 
 
 def get_parser() -> Parser:
@@ -525,11 +525,11 @@ def get_parser() -> Parser:
 
 
 FREE_FLAGS = {"output_dir", "workers", "print_every", "resume", "checkpoint_minutes", "device", "bench", "seeds"}
-FREE_FLAGS |= {"untrained", "weights", "tensorboard", "rank_timeout"}  # a run's own facts say which network it is of
+FREE_FLAGS |= {"untrained", "weights", "tensorboard", "rank_timeout"}  # the weights themselves are among the facts
 
 
 def settle(args: argparse.Namespace, images: int, body: nn.Module, device: torch.device) -> argparse.Namespace:
-    """A copy of args, completed from the schedule. images: their number for training. Raises ValueError if invalid."""
+    """A copy of args, completed from the schedule for so many training images. Raises ValueError if invalid."""
     args = argparse.Namespace(**vars(args))
     args.schedule = args.schedule or ("small" if images < FEW else "1x")
     schedule = SCHEDULES[args.schedule] | ({"lr": 1e-4} if isinstance(body, ViT) else {})
@@ -555,7 +555,7 @@ def settle(args: argparse.Namespace, images: int, body: nn.Module, device: torch
 
 
 def bench(args, detector, batches, optimizer, device, steps: int = 12, warm_up: int = 3) -> dict[str, float]:
-    """Median seconds of a step's parts; prints and returns them."""
+    """Prints and returns the median seconds of each part of a step."""
     detector.train()
     seconds: dict[str, list[float]] = {"images": [], "forward": [], "backward": [], "optimiser": []}
     for step in range(warm_up + steps):
@@ -598,11 +598,11 @@ def run(
     command: str,
     device: torch.device,
 ) -> tuple[dict[str, Precision], dict[int, dict]]:
-    """Trains a detector with args.seed, and tests it: what `evaluate` returns."""
+    """Trains a detector with args.seed and tests it. Returns what `evaluate` does."""
     with user_errors():
         torch.manual_seed(args.seed)
         detector = build_detector(args, launch.synced(body, device), facts, len(classes)).to(device)
-        detector.backbone.to(memory_format=memory_format(device))  # the heads see crops in torch's own format
+        detector.backbone.to(memory_format=memory_format(device))  # but not the heads, whose crops are contiguous
         batches = DetectionBatches(args, splits["train"], device)
         optimizer = optimizer_of(args, detector)
         if args.bench:
@@ -631,7 +631,7 @@ def run(
 
 
 def curves_of(kinds: dict[str, Precision]) -> dict[str, list[float]]:
-    """Precision at the 101 RECALLS, mean over classes, by what is compared: boxes, masks, at IoU .5 and .75."""
+    """{"box, IoU 0.5": precision at the 101 RECALLS, mean over classes, ...}, for boxes and masks, IoU .5 and .75."""
     curves = {}
     for kind, precision in kinds.items():
         for iou, row in ((0.5, 0), (0.75, 5)):
@@ -641,7 +641,7 @@ def curves_of(kinds: dict[str, Precision]) -> dict[str, list[float]]:
 
 
 def conditions(args: argparse.Namespace, facts: dict, splits: dict[str, list[Annotated]], classes: list[str]) -> str:
-    """In words, what the figures are measured on, and how."""
+    """The caption of the table: what is measured, and how."""
     images = len(splits["train"])
     epochs = args.iterations * args.batch_size / images
     text = (
@@ -655,7 +655,7 @@ def conditions(args: argparse.Namespace, facts: dict, splits: dict[str, list[Ann
 
 
 def main(args: argparse.Namespace) -> dict[str, list[dict[str, dict]]]:
-    """By network, of each seed, by "box" and "mask": Precision.summary()."""
+    """{network: [{"box" or "mask": Precision.summary()} of each seed]}"""
     command = launch.command_line(Path(__file__).name, get_parser(), args)
     with user_errors():
         device = launch.setup(args.device, args.deterministic, args.rank_timeout)
