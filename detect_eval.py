@@ -530,7 +530,7 @@ FREE_FLAGS |= {"untrained", "weights", "tensorboard", "rank_timeout"}  # the wei
 
 def settle(args: argparse.Namespace, images: int, body: nn.Module, device: torch.device) -> argparse.Namespace:
     """A copy of args, completed from the schedule for so many training images. Raises ValueError if invalid."""
-    args = argparse.Namespace(**vars(args))
+    args = copy.copy(args)
     args.schedule = args.schedule or ("small" if images < FEW else "1x")
     schedule = SCHEDULES[args.schedule] | ({"lr": 1e-4} if isinstance(body, ViT) else {})
     for name, value in schedule.items():
@@ -675,8 +675,8 @@ def main(args: argparse.Namespace) -> dict[str, list[dict[str, dict]]]:
     for network in ("pre-trained", "untrained") if args.untrained else ("pre-trained",):
         drawn = {}
         for seed in range(args.seed, args.seed + args.seeds):
-            own = argparse.Namespace(**{**vars(args), "seed": seed})
-            body = copy.deepcopy(backbone)
+            own, body = copy.copy(args), copy.deepcopy(backbone)
+            own.seed = seed
             if network == "untrained":
                 own.freeze_bn = False
                 torch.manual_seed(seed)
