@@ -1,4 +1,4 @@
-"""Measures a backbone beside the same network untrained: weighted kNN, a linear probe, few-shot, fine-tuning.
+"""Measures a backbone and the same network untrained: weighted kNN, a linear probe, few-shot, fine-tuning.
 
     torchrun linear_eval.py --weights runs/pretrain/backbone.pth               # on the data it was trained on
     torchrun linear_eval.py --weights runs/pretrain/backbone.pth --data cifar10 cifar100 my/images       # transfer
@@ -8,9 +8,9 @@
     torchrun linear_eval.py --weights runs/pretrain/backbone.pth --embed my/photos    # features of any folder's images
     torchrun linear_eval.py --weights runs/pretrain/backbone.pth --export backbone.pt2             # a program; or .onnx
 
-Everything that has to be chosen (the probe's weight decay, learning rates) is chosen on held-out training images; the
-test images are used once. One table goes to the terminal and to linear_eval-<data>.md beside the weights. The pictures
-beside it, neighbours-<data>.png and map-<data>.png, need no labels.
+The probe's weight decay and learning rates are chosen on held-out training images; test images are used once. The table
+is printed and written to linear_eval-<data>.md beside the weights, with neighbours-<data>.png and map-<data>.png, which
+need no labels.
 
 Shapes: N training images and M test images, F features, C classes, b rows in a chunk or batch.
 """
@@ -54,10 +54,10 @@ from views import CROP_AND_FLIP, MultiCrop
 def extract(
     backbone, pixels: Tensor | Stream, mean, std, device, batch_size=512, rows=None, forward=None, crop=None
 ) -> Tensor:
-    """uint8 (N, 3, H, W) -> features (N, F) in fp32, in eval mode; of some rows (n,) alone (n, F). Ranks share it.
+    """uint8 (N, 3, H, W) -> fp32 features (N, F) in eval mode, or (n, F) of rows (n,). Ranks share the work.
 
-    forward: (b, 3, H, W) -> (b, F), by default the backbone itself. crop: uint8 (b, 3, H, W) -> [views], the first of
-    which is seen, in place of the whole image normalised by mean and std.
+    forward: (b, 3, H, W) -> (b, F), by default the backbone. crop: uint8 (b, 3, H, W) -> [view, ...]; the first view
+    replaces the whole image normalised by mean and std.
     """
     training = backbone.training
     backbone.eval()
@@ -66,7 +66,7 @@ def extract(
     if rows is None:
         rows = torch.arange(len(pixels), device=pixels.device)
     share = math.ceil(len(rows) / world)
-    # gather takes equal shares, so the last ranks wrap around and do some rows again
+    # gather needs equal shares, so the last ranks wrap around and repeat some rows
     own = torch.arange(rank * share, (rank + 1) * share, device=rows.device) % len(rows)
     mean = torch.tensor(mean, device=device).view(3, 1, 1)
     std = torch.tensor(std, device=device).view(3, 1, 1)
@@ -83,8 +83,8 @@ def extract(
 def knn_accuracy(
     bank: Tensor, bank_labels: Tensor, query: Tensor, labels: Tensor, k=200, temperature=0.1, chunk=1024
 ) -> float:
-    """Share of queries (M, F) that their k nearest of the bank (N, F) vote right, by cosine, with weights exp(cos / T)
-    (1805.01978 section 3.4). A chunk of queries at a time, so M x N similarities are never held whole."""
+    """Accuracy of weighted kNN on queries (M, F): the k nearest in the bank (N, F) by cosine vote with weights
+    exp(cos / T) (1805.01978, section 3.4). Works on chunks of queries, to not hold all M x N similarities."""
     bank = F.normalize(bank, dim=1)
     query = F.normalize(query, dim=1)
     bank_labels = bank_labels.to(bank.device)
@@ -105,7 +105,7 @@ DECAYS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 
 @contextmanager
 def full_precision():
-    """Products in fp32 on a GPU too, where the scripts allow TF32."""
+    """fp32 products on a GPU, where the scripts otherwise allow TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -115,8 +115,8 @@ def full_precision():
 
 
 def fit_logistic(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, decay: float, scale: Tensor) -> tuple:
-    """Softmax regression of features (N, F): (weight (F, C), bias (C,)) of the least mean cross-entropy + decay / 2 *
-    |weight|^2, by L-BFGS from those given. It takes its steps in weight / scale (F, 1), where curvatures are alike."""
+    """Softmax regression on features (N, F): (weight (F, C), bias (C,)) that minimise mean cross-entropy + decay / 2 *
+    |weight|^2, by L-BFGS from those given, in coordinates weight / scale (F, 1), in which curvatures are similar."""
     v = (weight / scale).requires_grad_()
     bias = bias.clone().requires_grad_()
     how = {"max_iter": 100, "tolerance_grad": 1e-5, "tolerance_change": 1e-5, "line_search_fn": "strong_wolfe"}
@@ -126,7 +126,7 @@ def fit_logistic(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, decay:
         optimizer.zero_grad()
         total = decay / 2 * (scale * v).square().sum()
         total.backward()
-        for chunk, y in zip(x.split(65536), labels.split(65536)):  # the logits of all rows may be too many
+        for chunk, y in zip(x.split(65536), labels.split(65536)):  # all logits may need too much memory
             loss = F.cross_entropy(chunk @ (scale * v) + bias, y, reduction="sum") / max(1, len(x))
             loss.backward()
             total = total + loss
@@ -138,20 +138,19 @@ def fit_logistic(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, decay:
 
 @full_precision()
 def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, seed=0) -> dict[str, float]:
-    """Test accuracy of logistic regression on frozen features (N, F) and (M, F), standardised by the training features'
-    mean and deviation: {"linear", "held_out", "weight_decay"}.
+    """Test accuracy of logistic regression on frozen features (N, F) and (M, F), standardised by the training features:
+    {"linear", "held_out", "weight_decay"}. train may hold several crops of each image, (K, N, F).
 
-    The weight decay is that of the best accuracy on a tenth of the training images, held out; the winner is fitted anew
-    on all. From the strongest decay on each fit starts where the one before ended, and two in a row that are no better
-    are the last. train may hold several crops of each image, (K, N, F). L-BFGS and a choice on held-out images are
-    CLIP's protocol (2103.00020, appendix A.3); ours are the coordinates: on the features' principal axes, each divided
-    by the root of its curvature, it takes a fraction of the iterations (beside scikit-learn's: results/README.md).
+    The weight decay is chosen by accuracy on a tenth of the training images, held out, and fitted again on all. Decays
+    are tried from the strongest, each from the weights of the last, until two in a row are no better. L-BFGS and the
+    choice on held-out images are CLIP's protocol (2103.00020, appendix A.3). Unlike there, L-BFGS works on the
+    features' principal axes, each divided by the root of its curvature, which takes a fraction of the iterations.
     """
     classes = int(max(train_labels.max(), test_labels.max())) + 1
     train_labels, test_labels = train_labels.to(train.device), test_labels.to(train.device)
     crops = train.flatten(0, -2)  # (K N, F)
     mean, std = crops.mean(0), crops.std(0)
-    std = std.clamp(min=1e-3 * std.max().item() + 1e-12)  # a dead feature, divided by its own deviation, would be noise
+    std = std.clamp(min=1e-3 * std.max().item() + 1e-12)  # a dead feature would become noise
     crops = (crops - mean) / std
     variance, axes = torch.linalg.eigh(crops.T @ crops / len(crops))  # (F,), (F, F)
     crops = (crops @ axes).view(-1, len(train_labels), len(axes))  # (K, N, F)
@@ -188,13 +187,13 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def rows_by_class(labels: Tensor) -> list[Tensor]:
-    """The rows of each class, in their order, of labels (N,)."""
+    """The rows of each class of labels (N,), in order."""
     return list(labels.argsort(stable=True).split(labels.bincount().tolist()))
 
 
 def balanced_rows(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
-    """Rows of a class-balanced random share of the labels (N,): class sizes differ by one at most, each class has at
-    least one row, and a class that is too small gives all of its rows. The same rows for the same seed."""
+    """Rows of a class-balanced random fraction of the labels (N,), by the seed. Class sizes differ by one at most, each
+    class has at least one row, and too small a class gives all of its rows."""
     generator = torch.Generator().manual_seed(seed)
     by_class = rows_by_class(labels)
     n = max(len(by_class), round(fraction * len(labels)))
@@ -205,10 +204,10 @@ def balanced_rows(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
 
 
 def listed_rows(path: str, images: Images) -> Tensor:
-    """Rows of the images that a text file names, one a line, as in images.names or by the file's name alone, as
-    published lists do."""
-    lines = Path(path).read_text(errors="replace").split("\n")  # of no text file the first is no image's name
-    known = defaultdict(list)  # by a name: rows
+    """Rows of the images that a text file lists, one per line: as in images.names, or the file's name alone, as in
+    published lists."""
+    lines = Path(path).read_text(errors="replace").split("\n")  # of a binary file, line 1 is no image
+    known = defaultdict(list)  # name: rows
     for row, name in enumerate(images.names):
         for key in {name, os.path.basename(name)}:
             known[key].append(row)
@@ -227,9 +226,9 @@ def listed_rows(path: str, images: Images) -> Tensor:
 def few_shot(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, shots: int, draws: int = 100, seed: int = 0
 ) -> tuple[float, float]:
-    """(mean accuracy over draws, half of its 95 % confidence interval) of the nearest class mean by cosine, of `shots`
-    images a class drawn anew each time. Features are centred by the mean of the drawn ones and brought to unit length
-    (SimpleShot, 1911.04623, which centres by other classes' images); nothing is to be chosen."""
+    """(mean accuracy over draws, half of its 95 % confidence interval) of the nearest class mean by cosine. A draw is
+    `shots` random images per class. Features are centred and brought to unit length as in SimpleShot (1911.04623), but
+    by the mean of the drawn images rather than of other classes."""
     generator = torch.Generator().manual_seed(seed)
     by_class = rows_by_class(train_labels)
     fewest = min(len(rows) for rows in by_class)
@@ -255,8 +254,8 @@ def few_shot(
 
 
 def classifier(backbone, facts, images: Images, rows: Tensor, lr, epochs, device, seed=0, compiled=False) -> nn.Module:
-    """A copy of the backbone with a linear classifier, all of it trained on some rows: crops and flips, SGD with
-    Nesterov momentum, no weight decay, cosine (2210.02808). The classifier starts at 0 and has 10 times the rate."""
+    """A copy of the backbone with a linear classifier, both trained on some rows: crops and flips, SGD with Nesterov
+    momentum, no weight decay, cosine (2210.02808). The classifier starts at 0 and has 10 times the learning rate."""
     rng = np.random.default_rng(seed)
     rank, world = ranks()
     head = nn.Linear(backbone.feature_dim, len(images.classes))
@@ -272,7 +271,7 @@ def classifier(backbone, facts, images: Images, rows: Tensor, lr, epochs, device
     cuda = device.type == "cuda"
     optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=cuda or None)
     batch = min(64, len(rows))
-    own = torch.arange(rank, max(batch, world), world) % batch  # this rank's share of every batch, one at least
+    own = torch.arange(rank, max(batch, world), world) % batch  # this rank's share of a batch, at least one
     steps = len(rows) // batch
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
     for _ in range(epochs):
@@ -291,7 +290,7 @@ def classifier(backbone, facts, images: Images, rows: Tensor, lr, epochs, device
 
 
 def network_accuracy(network: nn.Module, facts: dict, images: Images, rows: Tensor, device: torch.device) -> float:
-    """Accuracy of a fine-tuned `classifier` on these rows of the images, files that cannot be decoded left out."""
+    """Accuracy of a fine-tuned `classifier` on these rows, without files that cannot be decoded."""
     logits = extract(network[0], images.pixels, facts["mean"], facts["std"], device, rows=rows, forward=network)
     right = logits.argmax(1).cpu() == images.labels[rows]
     return right[decoded(images.pixels, rows)].double().mean().item()
@@ -300,11 +299,10 @@ def network_accuracy(network: nn.Module, facts: dict, images: Images, rows: Tens
 def finetune(
     backbone, facts, train: Images, rows, test: Images, device, learning_rates, epochs=None, seed=0, compiled=False
 ) -> dict[str, float]:
-    """Test accuracy of the whole network trained on some labelled rows: {"finetuned", "finetune_lr"}. The learning rate
-    is the best on a fifth of them, held out; with it the network is trained anew on all.
+    """Test accuracy of the whole network trained on labelled rows: {"finetuned", "finetune_lr"}. The learning rate is
+    chosen on a fifth of the rows, held out, and used to train on all.
 
-    epochs: None is 2210.02808's, 60 where at most 5 % are labelled, else 30; but 400 steps at least, since those of a
-    few hundred images would be too few.
+    epochs: None means 2210.02808's, 60 if at most 5 % are labelled, else 30, but at least 400 steps.
     """
     if epochs is None:
         published = 60 if len(rows) <= 0.05 * len(train.pixels) else 30
@@ -345,20 +343,19 @@ def measure(
     compiled: bool | None = None,
     seed: int = 0,
 ) -> list[dict]:
-    """Test accuracies of a backbone, a dict for each entry of `labelled`: the rows of the training images whose labels
-    may be used (None: all). The backbone is not changed.
+    """Test accuracies of a backbone, which is not changed: a dict for each entry of `labelled`, the rows of training
+    images whose labels may be used (None: all).
 
-    A dict has "labels" and "images" (how many of each), "knn", "linear", "held_out", "weight_decay" and "seconds"; for
-    each n of shots "<n>-shot": (mean, half of the 95 % interval), None if a class has fewer labels; with finetune_lr
+    A dict has "labels" and "images" (their numbers), "knn", "linear", "held_out", "weight_decay" and "seconds"; for
+    each n in shots "<n>-shot": (mean, half of the 95 % interval), None if a class has fewer labels; with finetune_lr
     (one or more to choose from) "finetuned" and "finetune_lr". facts: "mean" and "std" of the channels.
-    vit_blocks: a ViT's probe takes the class tokens of so many last blocks (2104.14294), everything else only the last.
-    augment: the probe is trained on so many random crops and flips of each image instead of the image itself.
-    compiled: None means on CUDA only.
+    vit_blocks: the probe of a ViT sees the class tokens of its last blocks (2104.14294), other measures the last one.
+    augment: the probe is trained on so many random crops and flips of each image. compiled: None means on CUDA only.
     """
     training = backbone.training
     backbone = backbone.to(device, memory_format=memory_format(device)).eval()
     compiled = device.type == "cuda" if compiled is None else compiled
-    torch._dynamo.reset()  # a process compiles eight networks of one class at most, and then runs eager
+    torch._dynamo.reset()  # torch compiles a class for at most eight networks, then runs eager
     if compiled:
         backbone.compile()
     forward = partial(backbone.last_blocks, n=vit_blocks) if isinstance(backbone, ViT) else backbone
@@ -366,7 +363,7 @@ def measure(
     features = partial(extract, backbone, mean=mean, std=std, device=device, batch_size=batch_size, forward=forward)
     views = MultiCrop(CROP_AND_FLIP, train.pixels.shape[-1], mean, std, device)
     h_train, h_test = features(train.pixels), features(test.pixels)
-    shown = decoded(test.pixels, torch.arange(len(test.pixels)))  # known after extraction alone
+    shown = decoded(test.pixels, torch.arange(len(test.pixels)))  # known only after extraction
     h_test, test_labels = h_test[shown.to(device)], test.labels[shown]
 
     table = []
@@ -378,7 +375,7 @@ def measure(
         bank, query = h[:, -backbone.feature_dim :], h_test[:, -backbone.feature_dim :]  # a ViT's last block
         row = {"labels": len(rows), "images": len(train.pixels)}
         row["knn"] = knn_accuracy(bank, labels, query, test_labels, knn_k, knn_t)
-        crop = partial(views, rng=np.random.default_rng(seed + ranks()[0]))  # every rank crops its own share
+        crop = partial(views, rng=np.random.default_rng(seed + ranks()[0]))  # ranks crop different images
         crops = [features(train.pixels, rows=rows, crop=crop) for _ in range(augment)]
         row.update(linear_probe(torch.stack(crops) if crops else h, labels, h_test, test_labels, seed))
         smallest = labels.bincount(minlength=len(train.classes)).min().item()
@@ -396,16 +393,16 @@ def measure(
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
-BANK, QUERIES, NEAREST = 2000, 8, 5  # training images among which the neighbours of so many test images are looked for
+BANK, QUERIES, NEAREST = 2000, 8, 5  # numbers of training images, test images, and neighbours of each test image
 
 
 def thumbnail(pixels: Tensor, size: int) -> Image.Image:
-    """Of a uint8 (3, H, W)."""
+    """A uint8 (3, H, W), resized."""
     return Image.fromarray(pixels.cpu().permute(1, 2, 0).numpy()).resize((size, size), Image.Resampling.LANCZOS)
 
 
 def page(width: int, height: int, headings: dict[str, int]) -> Image.Image:
-    """White, with headings at their columns."""
+    """A white image with headings at their x positions."""
     image = Image.new("RGB", (width, 30 + height), "white")
     for text, x in headings.items():
         ImageDraw.Draw(image).text((x, 8), text, "black", font_size=15)
@@ -413,8 +410,8 @@ def page(width: int, height: int, headings: dict[str, int]) -> Image.Image:
 
 
 def save_neighbours(bank: Tensor, queries: Tensor, features: dict[str, tuple[Tensor, Tensor]], path: Path) -> None:
-    """A line for each query image (uint8 (Q, 3, H, W)): itself, and by each network its nearest of the bank's images by
-    cosine. features: by network (of the bank (N, F), of the queries (Q, F))."""
+    """A row for each query image (uint8 (Q, 3, H, W)): itself, and for each network its nearest images in the bank by
+    cosine. features: {network: (of the bank (N, F), of the queries (Q, F))}."""
     size, gap = 56, 18
     block = NEAREST * (size + 2) + gap
     columns = {name: size + 2 * gap + k * block for k, name in enumerate(features)}
@@ -431,8 +428,8 @@ def save_neighbours(bank: Tensor, queries: Tensor, features: dict[str, tuple[Ten
 
 
 def save_map(pixels: Tensor, features: dict[str, Tensor], path: Path) -> None:
-    """Images (uint8 (N, 3, H, W)) by the order of their features in the first two principal components, a map a
-    network; by the order, since a few far ones would push the others together."""
+    """A map for each network: images (uint8 (N, 3, H, W)) at the ranks of their features' first two principal
+    components (ranks, since a few outliers would push the others together)."""
     size, side = 22, 560
     headings = {name: 8 + k * (side + 20) for k, name in enumerate(features)}
     image = page(len(features) * (side + 20), side + 12, headings)
@@ -448,7 +445,7 @@ def save_map(pixels: Tensor, features: dict[str, Tensor], path: Path) -> None:
 def save_pictures(
     networks: dict[str, nn.Module], facts: dict, train: Images, test: Images | None, folder: Path, data: str, device
 ) -> None:
-    """neighbours-<data>.png and map-<data>.png. Without test images (None) the queries are training images."""
+    """Saves neighbours-<data>.png and map-<data>.png. If test is None, queries are training images."""
     torch.manual_seed(0)
     rows = torch.randperm(len(train.pixels))[: BANK + QUERIES]
     shown = min(QUERIES, len(rows) // 2)
@@ -473,8 +470,8 @@ def save_pictures(
 
 
 def embed(backbone: nn.Module, facts: dict, source: str, args: argparse.Namespace, folder: Path, device) -> Path:
-    """Features of all images below a folder, decoded as they are needed and shared out over ranks: embed-<name>.npz
-    with "features" (N, F) and "paths" (N,), below the folder, and the same as .csv, a line an image."""
+    """Writes the features of all images below a folder to embed-<name>.npz, with "features" (N, F) and relative "paths"
+    (N,), and to a .csv with one image per line. Ranks share the work."""
     files = image_files(source)
     stream = Stream(files, args.image_size, args.workers, source)
     h = extract(backbone.to(device), stream, facts["mean"], facts["std"], device, args.batch_size).cpu()
@@ -489,13 +486,13 @@ def embed(backbone: nn.Module, facts: dict, source: str, args: argparse.Namespac
             lines = csv.writer(text)
             lines.writerow(["path", *(f"f{k}" for k in range(h.shape[1]))])
             lines.writerows([path, *row] for path, row in zip(paths, h[shown].tolist()))
-            text.detach()  # it flushes; the file is closed by `written`
+            text.detach()  # flushes; `written` closes the file
     say(f"wrote {place} and .csv: {len(paths):,} images of {len(files):,}, {h.shape[1]} features")
     return place
 
 
 class Standalone(nn.Module):
-    """A backbone that takes RGB of 0 to 1, (B, 3, S, S), and normalises it itself."""
+    """A backbone that normalises its input, RGB in 0..1 (B, 3, S, S), itself."""
 
     def __init__(self, backbone: nn.Module, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
@@ -508,8 +505,8 @@ class Standalone(nn.Module):
 
 
 def export(backbone: nn.Module, facts: dict, size: int, path: Path) -> None:
-    """A program that needs none of our code, for any number of images of RGB of 0 to 1 and that size: .pt2, which
-    torch.export.load reads, or .onnx, where the packages for it are installed (ValueError)."""
+    """Writes a program that does not need this code, for any number of images of that size, RGB in 0..1: .pt2, for
+    torch.export.load, or .onnx. Raises ValueError if the packages for .onnx are missing."""
     network = Standalone(backbone.cpu(), facts["mean"], facts["std"]).eval()
     example, batch = (torch.rand(2, 3, size, size),), ({0: torch.export.Dim("batch")},)
     if path.suffix == ".pt2":
@@ -593,7 +590,7 @@ def caption(args: argparse.Namespace, facts: dict) -> str:
 
 
 def cells(args: argparse.Namespace, row: dict) -> dict[str, str]:
-    """{column: text} of one of main's rows."""
+    """{column: text} of a row of main's table."""
     texts = {"data": row["data"], "network": row["network"], "labels": f"{row['labels']:,}"}
     if row["labels"] < row["images"]:
         texts["labels"] += f" ({100 * row['labels'] / row['images']:.3g} %)"
@@ -623,7 +620,7 @@ def main(args: argparse.Namespace) -> list[dict]:
         args.image_size = args.image_size or facts.get("resized_to")
         sources = args.data or ([facts["data"]] if "data" in facts else [])
         if args.data is None and (args.embed or args.export):
-            sources = []  # that alone was asked for
+            sources = []  # nothing else was requested
         elif not sources:
             raise ValueError("which images? --data shapes, a torchvision data set's name or a folder")
         folder = Path(args.output_dir or Path(args.weights).parent)
