@@ -642,27 +642,28 @@ def main(args: argparse.Namespace) -> list[dict]:
         text = caption(args, facts) + "\n"
         lines, table, files = [], [], []
         for source in sources:
+            name = Path(source).name
             train = load_data(args, source, "train")
             test = load_data(args, source, "test") if train.labelled else None
             if test:
-                drawn = (None if f == 1 else balanced_rows(train.labels, f, args.seed) for f in args.label_fraction)
+                fractions = [None if f == 1 else balanced_rows(train.labels, f, args.seed) for f in args.label_fraction]
+                settings["labelled"] = [listed_rows(args.label_list, train)] if args.label_list else fractions
                 if not lines:
                     say(text)
-                settings["labelled"] = [listed_rows(args.label_list, train)] if args.label_list else list(drawn)
-                for name, network in networks.items():
-                    rows = measure(network, facts, train, test, device, **settings)
-                    table += [{"data": Path(source).name, "network": name, **row} for row in rows]
-                    known = len(lines)
+                for network, module in networks.items():
+                    rows = measure(module, facts, train, test, device, **settings)
+                    table += [{"data": name, "network": network, **row} for row in rows]
+                    printed = len(lines)
                     lines = markdown([cells(args, row) for row in table])
-                    say("\n".join(lines[known:]))
+                    say("\n".join(lines[printed:]))
             elif args.pictures:
                 say(f"'{source}' has no labels to measure with: pictures alone")
             else:
                 needed = "it needs train/ and test/ or val/, a folder a class"
                 raise ValueError(f"'{source}' has no labels to measure with: {needed}")
             if args.pictures:
-                save_pictures(networks, facts, train, test, folder, Path(source).name, device)
-                files += [f"neighbours-{Path(source).name}.png", f"map-{Path(source).name}.png"]
+                save_pictures(networks, facts, train, test, folder, name, device)
+                files += [f"neighbours-{name}.png", f"map-{name}.png"]
         if is_main() and table:
             data = "-".join(dict.fromkeys(row["data"] for row in table))
             (folder / f"linear_eval-{data}.md").write_text("\n".join([text, *lines, ""]))
