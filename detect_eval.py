@@ -26,6 +26,7 @@ import statistics
 import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -103,14 +104,10 @@ class SimplePyramid(nn.Module):
     def __init__(self, dim: int, channels: int):
         super().__init__()
         half, quarter = dim // 2, dim // 4
+        double = partial(nn.ConvTranspose2d, kernel_size=2, stride=2)
         scales = [
-            nn.Sequential(
-                nn.ConvTranspose2d(dim, half, 2, 2),
-                LayerNorm2d(half),
-                nn.GELU(),
-                nn.ConvTranspose2d(half, quarter, 2, 2),
-            ),
-            nn.ConvTranspose2d(dim, half, 2, 2),
+            nn.Sequential(double(dim, half), LayerNorm2d(half), nn.GELU(), double(half, quarter)),
+            double(dim, half),
             nn.Identity(),
             nn.MaxPool2d(2, 2),
         ]
