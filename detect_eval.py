@@ -24,7 +24,7 @@ import copy
 import math
 import statistics
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -578,13 +578,6 @@ def bench(args, detector, batches, optimizer, device, steps: int = 12, warm_up: 
     return median
 
 
-def crc(arrays: Iterable[np.ndarray]) -> int:
-    total = 0
-    for array in arrays:
-        total = zlib.crc32(np.ascontiguousarray(array), total)
-    return total
-
-
 def run(
     args: argparse.Namespace,
     body: nn.Module,
@@ -609,8 +602,10 @@ def run(
             args.iterations, dict.fromkeys(("loss", *PARTS), batches), batches.names, folder, args.print_every
         )
         known = {launch.dashed(name): value for name, value in vars(args).items() if name not in FREE_FLAGS}
-        known["set of weights (--weights)"] = [crc(x.cpu().numpy() for x in body.state_dict().values())]
-        known["set of images (--data)"] = [crc(x for of in splits.values() for i in of for x in (i.boxes, i.labels))]
+        weights = b"".join(x.cpu().numpy().tobytes() for x in body.state_dict().values())
+        objects = b"".join(x.tobytes() for of in splits.values() for i in of for x in (i.boxes, i.labels))
+        known["set of weights (--weights)"] = [zlib.crc32(weights)]
+        known["set of images (--data)"] = [zlib.crc32(objects)]
         things = {"detector": detector, "optimizer": optimizer, "meter": meter}
         how = args.iterations, args.checkpoint_minutes, args.resume, None, args.tensorboard
         checkpoint = Checkpoint(folder, things, known, command, device, *how)
