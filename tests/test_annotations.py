@@ -31,10 +31,8 @@ def made_up(rng, masks, classes=3, images=6):
         near = np.hstack([near[:, :2].clip(0), np.maximum(near[:, 2:], near[:, :2].clip(0) + 1)]).clip(0, [w, h] * 2)
         drawn = [filled(box, h, w) for box in true]
         areas = [mask.sum() for mask in drawn] if masks else (true[:, 2:] - true[:, :2]).prod(1)
-        crowd = rng.random(n) < 0.2
-        image = Annotated(
-            f"{number}.png", w, h, true, rng.integers(0, classes, n), np.array(areas, float), crowd, crowd, []
-        )
+        crowd, labels = rng.random(n) < 0.2, rng.integers(0, classes, n)
+        image = Annotated(f"{number}.png", w, h, true, labels, np.array(areas, float), crowd, crowd, [])
         if masks:
             image = image._replace(masks=[lambda mask=mask: mask for mask in drawn])
         scores = rng.integers(0, 6, d) / 5
@@ -75,11 +73,10 @@ def theirs(truth, found, masks, classes=3, most=100):
             table["annotations"].append(a)
         for k, (box, label, score) in enumerate(zip(boxes, labels, scores)):
             r = {"image_id": number, "category_id": int(label), "score": float(score)}
-            r |= (
-                {"segmentation": encode(np.asfortranarray(drawn[k].astype(np.uint8)))}
-                if masks
-                else {"bbox": [*box[:2], *(box[2:] - box[:2])]}
-            )
+            if masks:
+                r["segmentation"] = encode(np.asfortranarray(drawn[k].astype(np.uint8)))
+            else:
+                r["bbox"] = [*box[:2], *(box[2:] - box[:2])]
             results.append(r)
     with contextlib.redirect_stdout(io.StringIO()):
         whole = coco.COCO()
@@ -110,10 +107,8 @@ def test_ap_is_pycocotools(masks):
 
 
 def one_object(scores, boxes):
-    crowd = np.zeros(1, bool)
-    truth = Annotated(
-        "x", 100, 100, np.array([[10.0, 10, 50, 50]]), np.zeros(1, int), np.array([1600.0]), crowd, crowd, []
-    )
+    no, box = np.zeros(1, bool), np.array([[10.0, 10, 50, 50]])
+    truth = Annotated("x", 100, 100, box, np.zeros(1, int), np.array([1600.0]), no, no, [])
     return ours([truth], [(np.array(boxes, float), np.zeros(len(boxes), int), np.array(scores), None)], 1).summary()
 
 

@@ -17,20 +17,8 @@ from checkpoint import load_backbone, save_backbone
 from detect_eval import Pyramid, build_detector, get_parser, load_example
 from models import ARCHS, SPACES, build_backbone
 
-QUICK = ["--iterations", "6", "--image-size", "64", "--batch-size", "2", "--rois", "16", "--fpn-channels", "16"]
-QUICK += [
-    "--finest-stride",
-    "4",
-    "--device",
-    "cpu",
-    "--no-amp",
-    "--workers",
-    "2",
-    "--warmup",
-    "1",
-    "--anchor-scale",
-    "4",
-]
+QUICK = "--iterations 6 --image-size 64 --batch-size 2 --rois 16 --fpn-channels 16 --finest-stride 4 --anchor-scale 4"
+QUICK = f"{QUICK} --warmup 1 --device cpu --no-amp --workers 2".split()
 
 
 def make_rectangles(root, n=(40, 8), size=96):
@@ -219,10 +207,9 @@ def test_two_ranks_are_one(weights, rectangles, tmp_path, monkeypatch):
     a, b = (load(tmp_path / name / "pre-trained-seed0" / "detector.pth") for name in ("one", "two"))
     for k, x in a.items():
         torch.testing.assert_close(b[k], x, rtol=1e-4, atol=1e-5)
-    (tmp_path / "two" / "pre-trained-seed0" / "checkpoint.pth").rename(tmp_path / "checkpoint.pth")
     again = tmp_path / "again" / "pre-trained-seed0"
     again.mkdir(parents=True)
-    (tmp_path / "checkpoint.pth").rename(again / "checkpoint.pth")
+    (tmp_path / "two" / "pre-trained-seed0" / "checkpoint.pth").rename(again / "checkpoint.pth")
     alone = detect_eval.main(get_parser().parse_args([*flags, "--output-dir", str(again.parent)]))
     told = json.loads((tmp_path / "two" / "pre-trained-seed0" / "detector.json").read_text())["scores"]
     assert json.dumps(told) == json.dumps(alone["pre-trained"][0])

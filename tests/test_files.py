@@ -86,21 +86,8 @@ def contents(folder):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("found")
-    run(
-        search,
-        folder,
-        "--space",
-        "heads",
-        "resnet",
-        "--strategy",
-        "gradient",
-        "--image-size",
-        16,
-        "--epochs",
-        1,
-        "--recalibrate-batches",
-        1,
-    )
+    flags = "--space heads resnet --strategy gradient --image-size 16 --epochs 1 --recalibrate-batches 1"
+    run(search, folder, *flags.split())
     return folder
 
 
