@@ -127,15 +127,15 @@ def read(folder: str, masks: bool = False) -> tuple[dict[str, list[Annotated]], 
     else:
         wanted = "annotations/instances_*.json, ImageSets/Main, or train/images and train/masks"
         raise FileNotFoundError(f"'{folder}' has none of {wanted}: COCO's, VOC's or masks' layout is needed")
-    classes = sorted({name for images in splits.values() for _, names in images for name in names})
-    place = {name: k for k, name in enumerate(classes)}
+    classes = sorted({name for images in splits.values() for image in images for name in image.labels})
+    index = {name: k for k, name in enumerate(classes)}
     found = {}
     for split, images in splits.items():
         if not images:
             raise ValueError(f"'{folder}' has no images in its {split} split")
-        check_files(folder, [image for image, _ in images])
-        labelled = [image._replace(labels=np.array([place[n] for n in names], int)) for image, names in images]
-        found[split] = clean(f"{folder} ({split})", labelled)
+        check_files(folder, images)
+        images = [image._replace(labels=np.array([index[name] for name in image.labels], int)) for image in images]
+        found[split] = clean(f"{folder} ({split})", images)
     if masks and (without := [i for s in found.values() for i in s if len(i.masks) < len(i.boxes)]):
         raise ValueError(f"'{folder}': {len(without)} images have objects without masks, the first '{without[0].file}'")
     unseen = {k for i in found["test"] for k in i.labels} - {k for i in found["train"] for k in i.labels}
@@ -182,8 +182,9 @@ def clean(what: str, images: list[Annotated]) -> list[Annotated]:
     return cleaned
 
 
-def annotated(file: Path, size: tuple[int, int], objects: list[dict]) -> tuple[Annotated, list[str]]:
-    """(image, class names) of objects {"box", "name", optionally "area", "crowd", "ignored", "mask"}."""
+def annotated(file: Path, size: tuple[int, int], objects: list[dict]) -> Annotated:
+    """An image of objects {"box", "name", optionally "area", "crowd", "ignored", "mask"}, with class names as labels,
+    which `read` replaces by indices."""
     boxes = np.array([o["box"] for o in objects], float).reshape(-1, 4)
     if not np.isfinite(boxes).all():
         raise ValueError("a box is not of numbers")
@@ -191,11 +192,11 @@ def annotated(file: Path, size: tuple[int, int], objects: list[dict]) -> tuple[A
     areas = np.array([o.get("area", side.prod()) for o, side in zip(objects, sides)], float)
     crowd, ignored = (np.array([bool(o.get(k)) for o in objects], bool) for k in ("crowd", "ignored"))
     masks = [o["mask"] for o in objects if "mask" in o]
-    labels = np.zeros(len(objects), int)
-    return Annotated(file, *size, boxes, labels, areas, crowd, ignored | crowd, masks), [o["name"] for o in objects]
+    names = np.array([o["name"] for o in objects], object)
+    return Annotated(file, *size, boxes, names, areas, crowd, ignored | crowd, masks)
 
 
-def read_coco(root: Path, split: str, masks: bool) -> list[tuple[Annotated, list[str]]]:
+def read_coco(root: Path, split: str, masks: bool) -> list[Annotated]:
     files = sorted((root / "annotations").glob(f"instances_{split}*.json"))
     if len(files) != 1:
         raise FileNotFoundError(f"'{root}/annotations' has {len(files)} files instances_{split}*.json: one is needed")
@@ -207,8 +208,7 @@ def read_coco(root: Path, split: str, masks: bool) -> list[tuple[Annotated, list
         sizes = {image["id"]: (int(image["width"]), int(image["height"])) for image in table["images"]}
         for a in table["annotations"]:
             objects[a["image_id"]].append(coco_object(a, names, masks, *sizes[a["image_id"]]))
-        images = [(folder / str(i["file_name"]), sizes[i["id"]], objects[i["id"]]) for i in table["images"]]
-        return [annotated(*image) for image in images]
+        return [annotated(folder / str(i["file_name"]), sizes[i["id"]], objects[i["id"]]) for i in table["images"]]
     except KeyError as error:
         raise ValueError(f"'{files[0]}': there is no {error} where it is needed") from error
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -229,10 +229,10 @@ def coco_object(a: dict, names: dict, masks: bool, width: int, height: int) -> d
     return found
 
 
-def read_voc(years: list[Path]) -> dict[str, list[tuple[Annotated, list[str]]]]:
+def read_voc(years: list[Path]) -> dict[str, list[Annotated]]:
     """Reads the splits of one or more years; the first year with a test list alone is tested on."""
 
-    def images(of: list[Path], kind: str) -> list[tuple[Annotated, list[str]]]:
+    def images(of: list[Path], kind: str) -> list[Annotated]:
         found = []
         for year in of:
             lines = (year / "ImageSets" / "Main" / f"{kind}.txt").read_text().splitlines()
@@ -245,7 +245,7 @@ def read_voc(years: list[Path]) -> dict[str, list[tuple[Annotated, list[str]]]]:
     return {"train": images(years, "train"), "test": images(years, "val")}
 
 
-def voc_image(year: Path, name: str) -> tuple[Annotated, list[str]]:
+def voc_image(year: Path, name: str) -> Annotated:
     """VOC counts pixels from 1, and the last one belongs to the box."""
     path = year / "Annotations" / f"{name}.xml"
     try:
@@ -265,12 +265,12 @@ def voc_image(year: Path, name: str) -> tuple[Annotated, list[str]]:
         raise ValueError(f"'{path}' is not as VOC's are: {error}") from error
 
 
-def read_masks(folder: Path) -> list[tuple[Annotated, list[str]]]:
+def read_masks(folder: Path) -> list[Annotated]:
     files = sorted(f for f in (folder / "images").glob("*") if f.suffix.lower() in IMG_EXTENSIONS)
     return [masked_image(file, folder / "masks" / file.stem) for file in files]
 
 
-def masked_image(file: Path, masks: Path) -> tuple[Annotated, list[str]]:
+def masked_image(file: Path, masks: Path) -> Annotated:
     """masks: a folder with a PNG for each object, or the path, without .png, of one PNG with all objects."""
     each = masks.is_dir()
     paths = sorted(masks.glob("*.png")) if each else [masks.with_suffix(".png")]
