@@ -447,16 +447,37 @@ def table_of(results: dict[str, list[dict[str, dict]]], classes: list[str], voc:
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
 # Learning rates are for a batch of 16 and scale with it, as in Detectron2
-SMALL = {"fpn_channels": 64, "finest_stride": 8, "anchor_scale": 2.0, "rois": 64}
-SMALL |= {"iterations": 150, "batch_size": 4, "lr": 0.08, "warmup": 30, "clip_grad": 5.0, "image_size": [160]}
-COCO = {"fpn_channels": 256, "finest_stride": 4, "anchor_scale": 8.0, "rois": 512}
-COCO |= {"iterations": 90_000, "batch_size": 16, "lr": 0.02, "warmup": 1000, "clip_grad": 0.0}
-COCO["image_size"] = list(range(640, 801, 32))
 SCHEDULES = {
-    "small": SMALL,
-    "1x": COCO,
-    "2x": {**COCO, "iterations": 180_000},
-    "voc": {**COCO, "iterations": 24_000, "warmup": 100, "image_size": list(range(480, 801, 32))},
+    "small": {
+        "iterations": 150,
+        "batch_size": 4,
+        "lr": 0.08,
+        "warmup": 30,
+        "clip_grad": 5.0,
+        "image_size": [160],
+        "fpn_channels": 64,
+        "finest_stride": 8,
+        "anchor_scale": 2.0,
+        "rois": 64,
+    },
+    "1x": {
+        "iterations": 90_000,
+        "batch_size": 16,
+        "lr": 0.02,
+        "warmup": 1000,
+        "clip_grad": 0.0,
+        "image_size": [640, 672, 704, 736, 768, 800],
+        "fpn_channels": 256,
+        "finest_stride": 4,
+        "anchor_scale": 8.0,
+        "rois": 512,
+    },
+}
+SCHEDULES["2x"] = SCHEDULES["1x"] | {"iterations": 180_000}
+SCHEDULES["voc"] = SCHEDULES["1x"] | {
+    "iterations": 24_000,
+    "warmup": 100,
+    "image_size": [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800],
 }
 FEW = 2000  # with fewer training images, the small schedule is the default
 
