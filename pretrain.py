@@ -128,16 +128,15 @@ def get_parser() -> Parser:
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError or OSError for invalid flags."""
-    for name in ("epochs", "batch_size", "width", "print_every", "knn_k", "knn_t"):
-        if getattr(args, name) <= 0:
-            raise ValueError(f"{dashed(name)} {getattr(args, name)}: must be above 0")
+    positive = ("epochs", "batch_size", "width", "print_every", "knn_k", "knn_t", "clip_grad", "lr", "temperature")
+    for name in positive:
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{dashed(name)} {value}: must be above 0")
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed}: must be 0 or above")
     if not 0 <= args.held_out < 1:
         raise ValueError(f"--held-out {args.held_out}: must be a share, 0 up to 1")
-    for name in ("clip_grad", "lr", "temperature"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            raise ValueError(f"{dashed(name)} {getattr(args, name)}: must be above 0")
     if args.checkpoint_minutes < 0:
         raise ValueError(f"--checkpoint-minutes {args.checkpoint_minutes}: must be above 0, or 0: at the end alone")
     if args.bench_json and not args.bench:
