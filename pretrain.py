@@ -284,8 +284,7 @@ SCORES = {"infonce": -1, "rankme": 1, "held_out_loss": -1, "knn": 1}
 
 
 class Monitor:
-    """monitor(method) -> std of z, RankMe and InfoNCE of h, the loss on held-out images and, unless --knn-every is 0,
-    kNN accuracy. What there are no images or labels for is left out."""
+    """Metrics of a method while it trains. Their views are the same every time, so that epochs can be compared."""
 
     def __init__(
         self,
@@ -300,83 +299,86 @@ class Monitor:
         self.args, self.images, self.stats = args, images, stats
         self.held_out, self.rows = held_out, rows
         self.multi_crop, self.device = multi_crop, device
-        # InfoNCE's views are SimCLR's whatever the run's are, so that runs with other views can be compared by it
-        self.judge = MultiCrop("simclr", images.pixels.shape[-1], *stats, device)
+        # InfoNCE is always computed on SimCLR's views, so that runs with different views can be compared
+        self.simclr_views = MultiCrop("simclr", images.pixels.shape[-1], *stats, device)
         if args.knn_every and not images.labelled:
             say("no labels (train/ and test/ with a folder a class): the monitor gives std and RankMe, but no kNN")
-
-    def features(self, encoder: nn.Module, rows: Tensor) -> Tensor:
-        where = rows.to(self.images.pixels.device)
-        return extract(encoder, self.images.pixels, *self.stats, self.device, rows=where)
-
-    def __call__(self, method: Method) -> dict[str, float]:
-        facts = self.knn(method, self.held_out) if self.args.knn_every > 0 else {}
-        h = self.features(method.encoder, (self.held_out if len(self.held_out) >= 256 else self.rows)[:1024])
-        method.eval()
-        with torch.no_grad():
-            z = nn.functional.normalize(method.projector(h), dim=1)
-        method.train()
-        facts["z_std"] = (z.std(0).mean() * z.shape[1] ** 0.5).item()
-        facts["rankme"] = rankme(h)
-        return {**facts, **self.infonce(method, self.held_out), **self.held_out_loss(method, self.held_out)}
-
-    def score(self, name: str, method: Method, rows: Tensor) -> float:
-        """One of SCORES on some of the held-out images, more is better; nan where it cannot be had."""
-        if name == "rankme":
-            value = rankme(self.features(method.encoder, rows))
-        else:
-            value = getattr(self, name)(method, rows).get(name, math.nan)
-        return SCORES[name] * value
-
-    def knn(self, method: Method, held_out: Tensor) -> dict[str, float]:
-        """{} without labels or held-out images."""
-        if not self.images.labelled or not len(held_out):
-            return {}
-        sets = []
-        for rows in (self.rows, held_out):
-            h, shown = self.features(method.encoder, rows), decoded(self.images.pixels, rows)
-            sets += [h[shown.to(h.device)], self.images.labels[rows[shown]]]
-        return {"knn": knn_accuracy(*sets, self.args.knn_k, self.args.knn_t)}
-
-    def batches(self, rows: Tensor, multi_crop: MultiCrop, batch_size: int, whole: bool = False) -> Batches:
-        """Always the same views of these rows."""
-        how = {"purpose": HELD_OUT, "shuffle": False, "whole": whole}
-        return Batches(self.images.pixels, rows, multi_crop, batch_size, self.device, **how)
-
-    @torch.no_grad()
-    def infonce(self, method: Method, rows: Tensor) -> dict[str, float]:
-        """InfoNCE of the features of two views of held-out images, in batches of 256; {} where there are too few."""
-        size = min(256, len(rows))
-        if size < 8:
-            return {}
-        batches, losses = self.batches(rows, self.judge, size, whole=True), []
-        method.eval()
-        for step in range(batches.steps_per_epoch):
-            views, _ = batches(step)
-            with autocast(self.args, self.device):
-                h1, h2 = (method.encoder(view) for view in views)
-            losses.append(infonce(h1.float(), h2.float()))
-        method.train()
-        return {"infonce": torch.stack(losses).mean().item()}
-
-    @torch.no_grad()
-    def held_out_loss(self, method: Method, rows: Tensor) -> dict[str, float]:
-        """The mean over views of the held-out images, always the same ones, in eval mode; {} where these do not fill a
-        batch. A method that classifies instances knows no others: there it is of views that it has not seen, of as many
-        training images."""
-        rows = self.rows[: len(rows)] if method.classifies_instances else rows
-        batches, losses = self.batches(rows, self.multi_crop, self.args.batch_size), []
-        method.eval()
-        for step in range(batches.steps_per_epoch):
-            with autocast(self.args, self.device):
-                losses.append(method.loss(*method.outputs(*batches(step))))
-        method.train()
-        return {"held_out_loss": launch.mean_over_ranks(torch.stack(losses).mean()).item()} if losses else {}
 
     def due(self, epoch: int) -> bool:
         """After `epoch` epochs."""
         every = self.args.knn_every
         return epoch == self.args.epochs or (every > 0 and epoch % every == 0)
+
+    @torch.no_grad()
+    def __call__(self, method: Method) -> dict[str, float]:
+        """All metrics by name; those that lack labels or images are left out, and kNN where --knn-every is 0."""
+        method.eval()
+        rows = self.held_out if len(self.held_out) >= 256 else self.rows
+        h = self.features(method.encoder, rows[:1024])  # (N, F)
+        z = nn.functional.normalize(method.projector(h), dim=1)  # (N, D)
+        facts = {
+            "knn": self.knn(method, self.held_out) if self.args.knn_every > 0 else None,
+            "z_std": (z.std(0).mean() * z.shape[1] ** 0.5).item(),
+            "rankme": rankme(h),
+            "infonce": self.infonce(method, self.held_out),
+            "held_out_loss": self.held_out_loss(method, self.held_out),
+        }
+        method.train()
+        return {name: value for name, value in facts.items() if value is not None}
+
+    @torch.no_grad()
+    def score(self, name: str, method: Method, rows: Tensor) -> float:
+        """One of SCORES on some of the held-out images, with the sign that makes higher better; nan if it lacks labels
+        or images."""
+        method.eval()
+        value = getattr(self, name)(method, rows)
+        method.train()
+        return math.nan if value is None else SCORES[name] * value
+
+    # each returns None where it lacks labels or images, and expects the method in eval mode
+
+    def features(self, encoder: nn.Module, rows: Tensor) -> Tensor:
+        where = rows.to(self.images.pixels.device)
+        return extract(encoder, self.images.pixels, *self.stats, self.device, rows=where)
+
+    def batches(self, rows: Tensor, multi_crop: MultiCrop, batch_size: int, whole: bool = False) -> Batches:
+        how = {"purpose": HELD_OUT, "shuffle": False, "whole": whole}
+        return Batches(self.images.pixels, rows, multi_crop, batch_size, self.device, **how)
+
+    def knn(self, method: Method, held_out: Tensor) -> float | None:
+        if not self.images.labelled or not len(held_out):
+            return None
+        sets = []
+        for rows in (self.rows, held_out):
+            h, shown = self.features(method.encoder, rows), decoded(self.images.pixels, rows)
+            sets += [h[shown.to(h.device)], self.images.labels[rows[shown]]]
+        return knn_accuracy(*sets, self.args.knn_k, self.args.knn_t)
+
+    def rankme(self, method: Method, rows: Tensor) -> float:
+        return rankme(self.features(method.encoder, rows))
+
+    def infonce(self, method: Method, rows: Tensor) -> float | None:
+        """InfoNCE of the features of two views, the mean over batches of 256 images."""
+        size = min(256, len(rows))
+        if size < 8:
+            return None
+        batches, losses = self.batches(rows, self.simclr_views, size, whole=True), []
+        for step in range(batches.steps_per_epoch):
+            views, _ = batches(step)
+            with autocast(self.args, self.device):
+                h1, h2 = (method.encoder(view) for view in views)
+            losses.append(infonce(h1.float(), h2.float()))
+        return torch.stack(losses).mean().item()
+
+    def held_out_loss(self, method: Method, rows: Tensor) -> float | None:
+        """The method's loss; None where the images do not fill a batch. A method that classifies instances has no class
+        for a held-out image: there it is the loss on new views of as many training images."""
+        rows = self.rows[: len(rows)] if method.classifies_instances else rows
+        batches, losses = self.batches(rows, self.multi_crop, self.args.batch_size), []
+        for step in range(batches.steps_per_epoch):
+            with autocast(self.args, self.device):
+                losses.append(method.loss(*method.outputs(*batches(step))))
+        return launch.mean_over_ranks(torch.stack(losses).mean()).item() if losses else None
 
 
 def infonce(h1: Tensor, h2: Tensor, temperature: float = 0.1) -> Tensor:
