@@ -473,23 +473,26 @@ PANELS = {  # of curves.svg: {title: {line: what of the log, or its name}}
 
 def save_curves(history: list[dict], chance: float | None, folder: Path) -> None:
     """curves.svg of what the log has so far; chance: the loss of a method that has learned nothing."""
-    panels = {}
+    if not is_main():
+        return
+    epoch = history[-1]["epoch"]
+    panels: dict[str, dict[str, list]] = {}
     for title, lines in PANELS.items():
         factor = 100 if "%" in title else 1
-        known = {
-            name: [(line["epoch"], factor * line[key]) for line in history if isinstance(line.get(key), float)]
-            for name, key in lines.items()
-        }
-        panels[title] = {name: points for name, points in known.items() if points}
-    if chance is not None and panels["loss"]:
-        panels["loss"]["chance"] = [(0, chance), (history[-1]["epoch"], chance)]
-    panels = {title: lines for title, lines in panels.items() if lines}
-    if is_main():
-        write_atomic(draw_curves(panels, f"Epoch {history[-1]['epoch']}", "epoch"), folder / "curves.svg", sync=False)
+        for name, key in lines.items():
+            points = [(line["epoch"], factor * line[key]) for line in history if isinstance(line.get(key), float)]
+            if points:
+                panels.setdefault(title, {})[name] = points
+    if chance is not None:
+        panels["loss"]["chance"] = [(0, chance), (epoch, chance)]
+    with user_errors():
+        write_atomic(draw_curves(panels, f"Epoch {epoch}", "epoch"), folder / "curves.svg", sync=False)
 
 
 def save_views(views: list[Tensor], multi_crop: MultiCrop, path: Path) -> None:
     """The views of a batch's first images, an image a column, or a row where there are more views."""
+    if not is_main():
+        return
     side = max(v.shape[-1] for v in views)
     n = min(16, len(views[0]), max(4, 1024 // side))
     tiles = [
@@ -497,7 +500,8 @@ def save_views(views: list[Tensor], multi_crop: MultiCrop, path: Path) -> None:
         for v in views
     ]
     grid = torch.stack(tiles, 0 if n >= len(views) else 1).flatten(0, 1).cpu()
-    save_image(grid, path, nrow=max(n, len(views)), pad_value=1.0)
+    with user_errors():
+        save_image(grid, path, nrow=max(n, len(views)), pad_value=1.0)
 
 
 # ---- --bench and --profile ------------------------------------------------------------------------------------------
@@ -675,9 +679,8 @@ def train(
             seed_step(args.seed, step)
             lr = set_lr(optimizer, step, warmup, total)
             views, index = batches(step)  # [(B, 3, S, S), ...] globals first, (B,)
-            if step == 0 and is_main():
-                with user_errors():
-                    save_views(views, batches.multi_crop, checkpoint.folder / "views.png")
+            if step == 0:
+                save_views(views, batches.multi_crop, checkpoint.folder / "views.png")
             with autocast(args, device):
                 loss = model(views, index)
             loss.backward()
@@ -700,8 +703,7 @@ def train(
                 say(f"epoch {epoch}/{args.epochs}  loss {mean_loss:.4f}{meter.speed(step)}{in_words(facts)}")
                 warn(method, facts, mean_loss, args.batch_size, step + 1)
                 checkpoint.log({"epoch": epoch, "loss": mean_loss, "lr": lr, **facts, **resources(begun, device)})
-                with user_errors():
-                    save_curves(checkpoint.history, method.chance(args.batch_size), checkpoint.folder)
+                save_curves(checkpoint.history, method.chance(args.batch_size), checkpoint.folder)
                 begun = time.time()
                 meter.restart()
             checkpoint.after_step(step + 1)
