@@ -24,7 +24,6 @@ import json
 import math
 import os
 import platform
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -508,24 +507,24 @@ def save_views(views: list[Tensor], multi_crop: MultiCrop, path: Path) -> None:
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
+    """time.perf_counter(), once the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that torch has held on the GPU, or that this process has had in main memory, so far."""
+    """Bytes that torch has allocated on the GPU at most so far; on a CPU, the process's peak resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # which Windows has not
+    import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def step_flop(method: Method, views: list[Tensor], index: Tensor) -> int:
-    """Floating-point operations of a step's networks, counted: a forward pass, and twice as much backward but for
-    momentum networks. (To count the backward pass itself gives too many for grouped convolutions.)"""
+    """Floating-point operations of a step's networks: those of the forward pass are counted, the backward pass takes
+    twice as many, without the momentum networks. (FlopCounterMode overcounts the backward of grouped convolutions.)"""
     counter, teacher, hooks = FlopCounterMode(display=False), [], []
     for name, module in method.named_children():
         if name.startswith("momentum"):
@@ -558,16 +557,16 @@ def bench(
     steps: int = 20,
     warm_up: int = 5,
 ) -> dict:
-    """Where a step's time goes: median seconds of its parts, which take turns, so that a noisy machine bears on all
-    alike; memory in bytes at the peak, and before the steps; FLOP/s beside a matrix product's. Prints and returns them.
+    """Prints and returns where a step's time goes: median seconds of its parts, memory in bytes at the peak and before
+    the steps, and FLOP/s beside those of a matrix product.
 
-    network is the bare forward and backward of encoder and heads; loss is the mathematics on their outputs, both ways.
+    network: forward and backward of encoder and heads alone; loss: forward and backward of the loss on their outputs.
     """
     before = peak_memory(device)
     outputs, criterion = method.outputs, method.loss
     if args.compile:
         outputs, criterion = (torch.compile(f, mode=args.compile_mode) for f in (outputs, criterion))
-    seconds: dict[str, list[float]] = {"views": [], "network": [], "loss": [], "optimiser": [], "host": []}
+    times = []  # (steps, parts)
     for step in range(warm_up + steps):
         t0 = clock(device)
         views, index = batches(step)
@@ -587,18 +586,17 @@ def bench(
         t5 = clock(device)
         batches.draw(step)  # what the host does for the views, without a wait
         t6 = time.perf_counter()
-        if step >= warm_up:
-            for part, t in zip(seconds, (t1 - t0, t2 - t1 + t4 - t3, t3 - t2, t5 - t4, t6 - t5)):
-                seconds[part].append(t)
-    median = {part: statistics.median(times) for part, times in seconds.items()}
-    host = median.pop("host")
-    total, peak = sum(median.values()), peak_memory(device)
+        times.append((t1 - t0, t2 - t1 + t4 - t3, t3 - t2, t5 - t4, t6 - t5))
+    *of_parts, host = np.median(times[warm_up:], 0).tolist()
+    seconds = dict(zip(("views", "network", "loss", "optimiser"), of_parts))
+    total = sum(of_parts)
+    added = total / seconds["network"] - 1
+    peak = peak_memory(device)
     with autocast(args, device):
         flop = step_flop(method, views, index)
     most = product_peak(torch.bfloat16 if args.amp else torch.float32, device)
-    added = total / median["network"] - 1
-    share = "  ".join(f"{part} {1e3 * t:.1f} ms ({100 * t / total:.1f} %)" for part, t in median.items())
-    say(f"{args.batch_size / total:,.0f} images/s: {share}")
+    shares = "  ".join(f"{part} {1e3 * t:.1f} ms ({100 * t / total:.1f} %)" for part, t in seconds.items())
+    say(f"{args.batch_size / total:,.0f} images/s: {shares}")
     say(f"views, loss and optimiser add {100 * added:.1f} % to the network's own forward and backward")
     say(f"of the views {1e3 * host:.2f} ms are the host's, to draw their parameters")
     say(
@@ -608,7 +606,7 @@ def bench(
     say(f"peak memory {peak / 2**20:,.0f} MiB, {before / 2**20:,.0f} before the first step")
     return {
         "images_per_s": args.batch_size / total,
-        "seconds": median,
+        "seconds": seconds,
         "added": added,
         "host": host,
         "flop": flop,
@@ -620,7 +618,7 @@ def bench(
 
 
 def write_bench(args: argparse.Namespace, figures: dict, device: torch.device, command: str) -> dict:
-    """--bench-json: the figures, which are returned, and where they were taken."""
+    """Returns the figures; writes them and a description of the machine to --bench-json."""
     cpu = platform.processor() or platform.machine()
     where = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
@@ -635,8 +633,8 @@ def write_bench(args: argparse.Namespace, figures: dict, device: torch.device, c
 
 
 def profiler_of(args: argparse.Namespace, folder: Path) -> torch.profiler.profile | None:
-    """With --profile: its .step() after each step; steps 4 to 6 go to trace.json, for chrome://tracing or
-    ui.perfetto.dev."""
+    """With --profile, a profiler whose step() is to be called after each step; it writes steps 4 to 6 to trace.json,
+    for chrome://tracing or ui.perfetto.dev."""
     if not args.profile or not is_main():
         return None
 
