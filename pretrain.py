@@ -18,7 +18,6 @@ import launch  # ahead of torch: it says how threads wait
 
 # isort: split
 
-import argparse
 import contextlib
 import json
 import math
@@ -26,12 +25,14 @@ import os
 import platform
 import sys
 import time
+from argparse import BooleanOptionalAction, Namespace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import save_image
 
@@ -62,7 +63,7 @@ SCRIPT = Path(__file__).name  # so that a copy does not go on from the original'
 
 def training_flags(parser: Parser) -> None:
     """What search.py and pretrain.py have in common."""
-    on_off = argparse.BooleanOptionalAction
+    on_off = BooleanOptionalAction
     group = parser.add_argument_group("model")
     group.add_argument("--data", default="shapes", help="shapes (made in memory), a torchvision name or a folder")
     group.add_argument("--arch", default="resnet18", help=f"{', '.join(ARCHS)}, or an arch.json with a backbone")
@@ -125,7 +126,7 @@ def get_parser() -> Parser:
     return parser
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: Namespace) -> None:
     """Raises ValueError or OSError for invalid flags."""
     positive = ("epochs", "batch_size", "width", "print_every", "knn_k", "knn_t", "clip_grad", "lr", "temperature")
     for name in positive:
@@ -151,7 +152,7 @@ def check(args: argparse.Namespace) -> None:
 # ---- what a run is built of -----------------------------------------------------------------------------------------
 
 
-def start(args: argparse.Namespace) -> tuple[argparse.Namespace, torch.device]:
+def start(args: Namespace) -> tuple[Namespace, torch.device]:
     """(args, device): checked, with what depends on the machine decided."""
     check(args)
     device = launch.setup(args.device, args.deterministic, args.rank_timeout)
@@ -161,7 +162,7 @@ def start(args: argparse.Namespace) -> tuple[argparse.Namespace, torch.device]:
             f"--batch-size {args.batch_size} is the total over ranks and does not divide by {world} of them"
         )
     torch._dynamo.reset()  # a process compiles eight networks of one class at most, and then runs eager
-    args = argparse.Namespace(**vars(args))
+    args = Namespace(**vars(args))
     args.amp = bf16_pays(device) if args.amp is None else args.amp
     args.compile = device.type == "cuda" if args.compile is None else args.compile
     args.sync_bn = args.batch_size // world < 64 if args.sync_bn is None else args.sync_bn
@@ -174,13 +175,13 @@ def bf16_pays(device: torch.device) -> bool:
     return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_amx_tile_supported())
 
 
-def load_training_images(args: argparse.Namespace, device: torch.device, images: Images | None) -> Images:
+def load_training_images(args: Namespace, device: torch.device, images: Images | None) -> Images:
     """With pixels on the device, where they are resident. images: what the flags name, if it is loaded already."""
     images = images or load_data(args, args.data, "train")
     return images if isinstance(images.pixels, Stream) else images._replace(pixels=images.pixels.to(device))
 
 
-def split(images: Images, args: argparse.Namespace, parts: int = 1) -> list[Tensor]:
+def split(images: Images, args: Namespace, parts: int = 1) -> list[Tensor]:
     """[held-out, part, ...]: rows of the images. Raises ValueError where a part does not fill a batch."""
     rows = split_images(len(images.pixels), args.held_out, parts)
     shortest = min(len(part) for part in rows[1:])
@@ -195,13 +196,13 @@ def split(images: Images, args: argparse.Namespace, parts: int = 1) -> list[Tens
     return rows
 
 
-def stem_of(args: argparse.Namespace, images: Images) -> str:
+def stem_of(args: Namespace, images: Images) -> str:
     if args.stem != "auto":
         return args.stem
     return "small" if images.pixels.shape[-1] <= 64 else "imagenet"
 
 
-def build_multi_crop(args: argparse.Namespace, images: Images, stats: tuple, device: torch.device) -> MultiCrop:
+def build_multi_crop(args: Namespace, images: Images, stats: tuple, device: torch.device) -> MultiCrop:
     """By the method's recipe or --recipe, with its knobs turned. stats: (mean, std) of the images' channels."""
     kind, size = METHODS[args.method], images.pixels.shape[-1]
     usual = kind.small_recipe if kind.small_recipe and (args.global_size or size) <= 64 else kind.recipe
@@ -217,19 +218,14 @@ def build_multi_crop(args: argparse.Namespace, images: Images, stats: tuple, dev
     return multi_crop
 
 
-def build_encoder(args: argparse.Namespace, arch: str | dict, stem: str) -> nn.Module:
+def build_encoder(args: Namespace, arch: str | dict, stem: str) -> nn.Module:
     """A ViT skips a tenth of its branches by default; --drop-path means nothing to others (ValueError)."""
     drop_path = 0.1 * (describe(arch) in VITS) if args.drop_path is None else args.drop_path
     return build_backbone(arch, stem, args.width, drop_path)[0]
 
 
 def build_method(
-    args: argparse.Namespace,
-    encoder: nn.Module,
-    heads: dict[str, nn.Module] | None,
-    n_images: int,
-    multi_crop: MultiCrop,
-    device: torch.device,
+    args: Namespace, encoder: nn.Module, heads: dict | None, n_images: int, multi_crop: MultiCrop, device: torch.device
 ) -> Method:
     """The method by its flags, on the device. n_images: those that are trained on."""
     launch.refuse_others(args, METHODS, args.method)
@@ -244,7 +240,7 @@ def build_method(
     return method.to(device, memory_format=memory_format(device))
 
 
-def build_heads(args: argparse.Namespace, feature_dim: int) -> tuple[dict | None, dict | None]:
+def build_heads(args: Namespace, feature_dim: int) -> tuple[dict | None, dict | None]:
     """(operations, modules) by the names of the method's heads; (None, None) where these are the handcrafted ones."""
     spaces = METHODS[args.method].heads(feature_dim, args.out_dim)
     operations = load_heads(args.heads, list(spaces))
@@ -256,12 +252,12 @@ def build_heads(args: argparse.Namespace, feature_dim: int) -> tuple[dict | None
     return operations, modules
 
 
-def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
+def autocast(args: Namespace, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
 
 
 def facts_of(
-    script: str, args: argparse.Namespace, arch: str | dict, heads: dict | None, images: Images, free: set[str]
+    script: str, args: Namespace, arch: str | dict, heads: dict | None, images: Images, free: set[str]
 ) -> dict:
     """What identifies a run in its checkpoint: script, flags, networks, images. The keys are worded for the message
     that refuses the checkpoint of another run."""
@@ -287,7 +283,7 @@ class Monitor:
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        args: Namespace,
         images: Images,
         stats: tuple,
         held_out: Tensor,
@@ -432,11 +428,11 @@ def warn(method: Method, facts: dict[str, float], loss: float, batch_size: int, 
             say(f"warning: {warning}")
 
 
-def machine(args: argparse.Namespace, device: torch.device) -> str:
+def machine(args: Namespace, device: torch.device) -> str:
     return f"{ranks()[1]} x {device.type}{', bf16' * args.amp}{', compiled' * args.compile}"
 
 
-def announce(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: int) -> None:
+def announce(args: Namespace, optimizer: Optimizer, steps: int) -> None:
     """The learning rate on the console, and where it may not be the right one."""
     peak = optimizer.param_groups[0]["peak"]
     base = peak * 256 / args.batch_size
@@ -549,13 +545,7 @@ def product_peak(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def bench(
-    args: argparse.Namespace,
-    method: Method,
-    batches: Batches,
-    optimizer: torch.optim.Optimizer,
-    device: torch.device,
-    steps: int = 20,
-    warm_up: int = 5,
+    args: Namespace, method: Method, batches: Batches, optimizer: Optimizer, device: torch.device, steps=20, warm_up=5
 ) -> dict:
     """Prints and returns where a step's time goes: median seconds of its parts, memory in bytes at the peak and before
     the steps, and FLOP/s beside those of a matrix product.
@@ -617,7 +607,7 @@ def bench(
     }
 
 
-def write_bench(args: argparse.Namespace, figures: dict, device: torch.device, command: str) -> dict:
+def write_bench(args: Namespace, figures: dict, device: torch.device, command: str) -> dict:
     """Returns the figures; writes them and a description of the machine to --bench-json."""
     cpu = platform.processor() or platform.machine()
     where = {
@@ -632,7 +622,7 @@ def write_bench(args: argparse.Namespace, figures: dict, device: torch.device, c
     return figures
 
 
-def profiler_of(args: argparse.Namespace, folder: Path) -> torch.profiler.profile | None:
+def profiler_of(args: Namespace, folder: Path) -> torch.profiler.profile | None:
     """With --profile, a profiler whose step() is to be called after each step; it writes steps 4 to 6 to trace.json,
     for chrome://tracing or ui.perfetto.dev."""
     if not args.profile or not is_main():
@@ -658,10 +648,10 @@ def seed_step(seed: int, step: int) -> None:
 
 
 def train(
-    args: argparse.Namespace,
+    args: Namespace,
     method: Method,
     batches: Batches,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     monitor: Monitor,
     meter: Meter,
     checkpoint: Checkpoint,
@@ -709,7 +699,7 @@ def train(
                 profiler.step()
 
 
-def main(args: argparse.Namespace, images: Images | None = None, until: int | None = None) -> dict[str, float]:
+def main(args: Namespace, images: Images | None = None, until: int | None = None) -> dict[str, float]:
     """Returns the last line of the log. images: what the flags of the data name, if it is loaded already; until: the
     epoch that the run stops after for now."""
     command = launch.command_line(SCRIPT, get_parser(), args)
@@ -766,7 +756,7 @@ def main(args: argparse.Namespace, images: Images | None = None, until: int | No
 
 def run_in(
     folder: Path,
-    args: argparse.Namespace,
+    args: Namespace,
     images: Images,
     arch: str | dict,
     heads: dict | None = None,
@@ -787,7 +777,7 @@ def run_in(
     where = {"arch": str(path), "heads": str(path) if heads else args.heads, "output_dir": str(folder)}
     try:
         with open(folder / "console.txt", "a") as console, contextlib.redirect_stdout(console):
-            return main(argparse.Namespace(**{**known, **where, **flags}), images, until)
+            return main(Namespace(**{**known, **where, **flags}), images, until)
     except (SystemExit, ValueError, RuntimeError) as error:  # RuntimeError: of torch, as for want of memory
         full_disk = isinstance(error.__context__, OSError)
         if isinstance(error, SystemExit) and (not isinstance(error.code, str) or full_disk):
@@ -797,9 +787,7 @@ def run_in(
         return {"error": str(error).split(": error: ")[-1]}
 
 
-def backbone_facts(
-    args: argparse.Namespace, arch: str | dict, stem: str, stats: tuple, command: str
-) -> dict[str, object]:
+def backbone_facts(args: Namespace, arch: str | dict, stem: str, stats: tuple, command: str) -> dict[str, object]:
     """What backbone.json says."""
     return {
         "arch": arch,
