@@ -62,58 +62,52 @@ SCRIPT = Path(__file__).name  # so that a copy does not go on from the original'
 
 
 def training_flags(parser: Parser) -> None:
-    """What search.py and pretrain.py have in common."""
+    """The flags that search.py and pretrain.py share."""
     on_off = BooleanOptionalAction
     group = parser.add_argument_group("model")
     group.add_argument("--data", default="shapes", help="shapes (made in memory), a torchvision name or a folder")
     group.add_argument("--arch", default="resnet18", help=f"{', '.join(ARCHS)}, or an arch.json with a backbone")
     group.add_argument("--heads", default="default", help="default (handcrafted), a preset's name, or an arch.json")
     group.add_argument("--width", type=float, default=0.25, help="times torchvision's channels; 1 is the full network")
-    group.add_argument("--drop-path", type=float, help="a ViT's share of skipped branches; left out, .1")
+    group.add_argument("--drop-path", type=float, help="share of branches that a ViT skips; default: .1")
     group.add_argument("--stem", choices=["auto", "small", "imagenet"], default="auto", help="auto: small up to 64 px")
-    group = parser.add_argument_group("method, and its knobs (left out: its own, in brackets)")
+    group = parser.add_argument_group("method and its hyper-parameters (defaults in brackets)")
     group.add_argument("--method", choices=list(METHODS), default="simsiam")
     group.add_argument("--freeze-last-layer", type=float, default=1.0, help="epochs; swav's prototypes, dino's last")
     launch.keyword_flags(group, METHODS)
-    group = parser.add_argument_group("views (left out: as the recipe has it)")
-    group.add_argument("--recipe", choices=list(RECIPES), help="left out, the method's")
+    group = parser.add_argument_group("views (defaults: the recipe's)")
+    group.add_argument("--recipe", choices=list(RECIPES), help="default: the method's")
     launch.keyword_flags(group, {"": adjust})
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=int, default=12)
-    group.add_argument("--batch-size", type=int, default=64, help="images a step, over all ranks together")
-    group.add_argument("--optimizer", choices=["sgd", "adamw", "lars"], help="left out, the method's; a ViT's is adamw")
-    group.add_argument("--lr", type=float, help="at batch size 256, scaled with it; left out, the method's")
-    group.add_argument("--final-lr", type=float, help="at batch size 256, scaled as --lr; left out: 0, or a ViT's")
-    group.add_argument("--weight-decay", type=float, help="left out, the method's, or the optimiser's")
-    group.add_argument("--final-weight-decay", type=float, help="by a cosine; left out it stays, but .4 for a ViT")
-    group.add_argument("--warmup-epochs", type=float, help="left out: 10, a tenth of the run at most; sgd 0")
-    group.add_argument("--clip-grad", type=float, help="largest norm of all gradients, where a run diverges")
+    group.add_argument("--batch-size", type=int, default=64, help="images per step, the total over all ranks")
+    group.add_argument("--optimizer", choices=["sgd", "adamw", "lars"], help="default: the method's; for a ViT adamw")
+    group.add_argument("--lr", type=float, help="at batch size 256, scaled with it; default: the method's")
+    group.add_argument("--final-lr", type=float, help="at batch size 256, scaled like --lr; default: 0, or a ViT's")
+    group.add_argument("--weight-decay", type=float, help="default: the method's, or the optimiser's")
+    group.add_argument("--final-weight-decay", type=float, help="by a cosine; default: constant, but .4 for a ViT")
+    group.add_argument("--warmup-epochs", type=float, help="default: 10, at most a tenth of the run; 0 with sgd")
+    group.add_argument("--clip-grad", type=float, help="largest norm of all gradients, for a run that diverges")
     group.add_argument("--held-out", type=float, default=0.1, help="share of the training images kept for the monitor")
-    group.add_argument(
-        "--knn-every", type=int, default=5, help="epochs between the monitor's figures; 0: the end alone"
-    )
+    group.add_argument("--knn-every", type=int, default=5, help="epochs between the monitor's metrics; 0: at the end")
     group.add_argument("--knn-k", type=int, default=200, help="neighbours of the monitor")
     group.add_argument("--knn-t", type=float, default=0.1, help="temperature of the monitor's votes")
-    group.add_argument("--amp", action=on_off, help="bf16 autocast; left out: on CUDA, and on a CPU with AMX")
-    group.add_argument("--compile", action=on_off, help="torch.compile; left out: on CUDA alone")
-    group.add_argument(
-        "--compile-mode",
-        choices=["default", "reduce-overhead"],
-        default="default",
-        help="the latter, by CUDA graphs, for small networks",
-    )
-    group.add_argument("--sync-bn", action=on_off, help="BN over several GPUs; left out: below 64 images on each")
+    group.add_argument("--amp", action=on_off, help="bf16 autocast; default: on CUDA, and on a CPU with AMX")
+    group.add_argument("--compile", action=on_off, help="torch.compile; default: on CUDA")
+    modes = ["default", "reduce-overhead"]
+    group.add_argument("--compile-mode", choices=modes, default=modes[0], help="reduce-overhead: for small networks")
+    group.add_argument("--sync-bn", action=on_off, help="BN over several GPUs; default: below 64 images on each")
     group.add_argument("--print-every", type=int, default=50, help="steps between lines on the console")
-    group.add_argument("--tensorboard", action="store_true", help="the log's numbers go there too, below --output-dir")
-    group.add_argument("--resume", action=on_off, default=True, help="go on from a checkpoint of this command")
-    group.add_argument("--checkpoint-minutes", type=float, default=5.0, help="between checkpoints; 0: at the end alone")
-    group.add_argument("--bench", action="store_true", help="time the parts of a step and stop; leaves no run behind")
-    group.add_argument("--bench-json", metavar="FILE", help="what --bench says goes there too")
+    group.add_argument("--tensorboard", action="store_true", help="log to --output-dir/tensorboard too")
+    group.add_argument("--resume", action=on_off, default=True, help="continue from a checkpoint of this command")
+    group.add_argument("--checkpoint-minutes", type=float, default=5.0, help="between checkpoints; 0: only at the end")
+    group.add_argument("--bench", action="store_true", help="time the parts of a step and stop; writes nothing")
+    group.add_argument("--bench-json", metavar="FILE", help="write the figures of --bench there")
     group.add_argument("--profile", action="store_true", help="write a trace of steps 4 to 6 to the output folder")
     launch.data_flags(parser)
 
 
-# flags that change nothing in the result, so a resumed run may have others
+# flags that do not change the result: a run may be resumed with others
 FREE_FLAGS = {"output_dir", "data_root", "cache", "resident_gb", "workers", "device", "rank_timeout", "resume"}
 FREE_FLAGS |= {"checkpoint_minutes", "print_every", "tensorboard", "bench", "bench_json", "profile"}
 
@@ -121,7 +115,7 @@ FREE_FLAGS |= {"checkpoint_minutes", "print_every", "tensorboard", "bench", "ben
 def get_parser() -> Parser:
     parser = Parser(description=__doc__.split("\n\n")[0])
     training_flags(parser)
-    parser.add_argument("--weights", help="a backbone.pth of --arch to start from; left out it starts at random")
+    parser.add_argument("--weights", help="a backbone.pth of --arch to start from; default: random initialisation")
     parser.add_argument("--output-dir", default=f"runs/{Path(SCRIPT).stem}")
     return parser
 
