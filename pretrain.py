@@ -143,11 +143,11 @@ def check(args: Namespace) -> None:
             raise PermissionError(f"cannot write to --output-dir '{args.output_dir}'")
 
 
-# ---- what a run is built of -----------------------------------------------------------------------------------------
+# ---- the parts of a run ---------------------------------------------------------------------------------------------
 
 
 def start(args: Namespace) -> tuple[Namespace, torch.device]:
-    """(args, device): checked, with what depends on the machine decided."""
+    """(args, device): checked, and with the defaults that depend on the machine filled in."""
     check(args)
     device = launch.setup(args.device, args.deterministic, args.rank_timeout)
     world = ranks()[1]
@@ -155,7 +155,7 @@ def start(args: Namespace) -> tuple[Namespace, torch.device]:
         raise ValueError(
             f"--batch-size {args.batch_size} is the total over ranks and does not divide by {world} of them"
         )
-    torch._dynamo.reset()  # a process compiles eight networks of one class at most, and then runs eager
+    torch._dynamo.reset()  # else, after eight networks of one class in a process, the next ones would run eager
     args = Namespace(**vars(args))
     args.amp = bf16_pays(device) if args.amp is None else args.amp
     args.compile = device.type == "cuda" if args.compile is None else args.compile
@@ -164,19 +164,19 @@ def start(args: Namespace) -> tuple[Namespace, torch.device]:
 
 
 def bf16_pays(device: torch.device) -> bool:
-    """Whether bf16 autocast is on by default: on a GPU, and on a CPU with AMX. AVX512-BF16 alone makes steps 1.4 to 1.6
-    times as fast, but a short run learned less by it (results/README.md)."""
+    """Whether bf16 autocast is on by default: on a GPU, and on a CPU with AMX. With AVX512-BF16 alone steps are 1.4 to
+    1.6 times as fast, but a short run learned less (results/README.md)."""
     return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_amx_tile_supported())
 
 
 def load_training_images(args: Namespace, device: torch.device, images: Images | None) -> Images:
-    """With pixels on the device, where they are resident. images: what the flags name, if it is loaded already."""
+    """The images, with pixels on the device unless they are streamed. images: given if they are loaded already."""
     images = images or load_data(args, args.data, "train")
     return images if isinstance(images.pixels, Stream) else images._replace(pixels=images.pixels.to(device))
 
 
 def split(images: Images, args: Namespace, parts: int = 1) -> list[Tensor]:
-    """[held-out, part, ...]: rows of the images. Raises ValueError where a part does not fill a batch."""
+    """[held-out, part, ...]: rows of the images. Raises ValueError if a part does not fill a batch."""
     rows = split_images(len(images.pixels), args.held_out, parts)
     shortest = min(len(part) for part in rows[1:])
     if shortest < args.batch_size:
@@ -197,7 +197,7 @@ def stem_of(args: Namespace, images: Images) -> str:
 
 
 def build_multi_crop(args: Namespace, images: Images, stats: tuple, device: torch.device) -> MultiCrop:
-    """By the method's recipe or --recipe, with its knobs turned. stats: (mean, std) of the images' channels."""
+    """The views of --recipe, or the method's, with those knobs that are given. stats: (mean, std) of the channels."""
     kind, size = METHODS[args.method], images.pixels.shape[-1]
     usual = kind.small_recipe if kind.small_recipe and (args.global_size or size) <= 64 else kind.recipe
     recipe = adjust(RECIPES[args.recipe or usual], **given(args, adjust))
@@ -213,7 +213,7 @@ def build_multi_crop(args: Namespace, images: Images, stats: tuple, device: torc
 
 
 def build_encoder(args: Namespace, arch: str | dict, stem: str) -> nn.Module:
-    """A ViT skips a tenth of its branches by default; --drop-path means nothing to others (ValueError)."""
+    """A ViT skips a tenth of its branches by default; raises ValueError for --drop-path with another network."""
     drop_path = 0.1 * (describe(arch) in VITS) if args.drop_path is None else args.drop_path
     return build_backbone(arch, stem, args.width, drop_path)[0]
 
@@ -221,13 +221,13 @@ def build_encoder(args: Namespace, arch: str | dict, stem: str) -> nn.Module:
 def build_method(
     args: Namespace, encoder: nn.Module, heads: dict | None, n_images: int, multi_crop: MultiCrop, device: torch.device
 ) -> Method:
-    """The method by its flags, on the device. n_images: those that are trained on."""
+    """The method on the device, with its keywords from the flags. n_images: the number of images to train on."""
     launch.refuse_others(args, METHODS, args.method)
-    sizes = [view.size for view in multi_crop.views if isinstance(encoder, ViT) and view.size % encoder.patch]
-    if sizes:
-        raise ValueError(
-            f"views of {sizes[0]} px: a ViT needs multiples of its patch, {encoder.patch}: --global-size, ..."
-        )
+    for view in multi_crop.views:
+        if isinstance(encoder, ViT) and view.size % encoder.patch:
+            raise ValueError(
+                f"views of {view.size} px: a ViT needs multiples of its patch, {encoder.patch}: --global-size, ..."
+            )
     method = METHODS[args.method](encoder, heads, n_images, **given(args, METHODS[args.method]))
     method.balance = multi_crop.balance
     method = launch.synced(method, device) if args.sync_bn else method
@@ -235,7 +235,7 @@ def build_method(
 
 
 def build_heads(args: Namespace, feature_dim: int) -> tuple[dict | None, dict | None]:
-    """(operations, modules) by the names of the method's heads; (None, None) where these are the handcrafted ones."""
+    """(operations, modules) by the names of the method's heads; (None, None) for the handcrafted heads."""
     spaces = METHODS[args.method].heads(feature_dim, args.out_dim)
     operations = load_heads(args.heads, list(spaces))
     if operations is None:
@@ -253,19 +253,19 @@ def autocast(args: Namespace, device: torch.device) -> torch.autocast:
 def facts_of(
     script: str, args: Namespace, arch: str | dict, heads: dict | None, images: Images, free: set[str]
 ) -> dict:
-    """What identifies a run in its checkpoint: script, flags, networks, images. The keys are worded for the message
-    that refuses the checkpoint of another run."""
+    """What identifies a run in its checkpoint: script, flags, networks, images. The keys become part of the message
+    that refuses another run's checkpoint."""
     facts = {"script": script}
     facts |= {dashed(k): v for k, v in vars(args).items() if k not in free and k not in ("arch", "heads")}
     facts["network (--arch)"] = {"is": arch}
     facts["set of heads (--heads)"] = {"are": heads}
     *shape, pixels = fingerprint(images)
     facts["set of images (--data)"] = shape
-    facts["set of images (--data), by their pixels"] = UNKNOWN if pixels is None else [pixels]  # of a stream
+    facts["set of images (--data), by their pixels"] = UNKNOWN if pixels is None else [pixels]  # None: streamed
     return facts
 
 
-# ---- what can be said of a method while it trains -------------------------------------------------------------------
+# ---- metrics and pictures while it trains ---------------------------------------------------------------------------
 
 
 # metrics that rank networks, all but kNN without labels, and the sign that makes higher better
@@ -371,8 +371,8 @@ class Monitor:
 
 
 def infonce(h1: Tensor, h2: Tensor, temperature: float = 0.1) -> Tensor:
-    """InfoNCE (1807.03748) of features (N, F) of two views of the same images, centred and of unit length: how well a
-    view is told by the other among 2N - 1. Less is better; ln(2N - 1) is chance."""
+    """InfoNCE (1807.03748) of the features (N, F) of two views of the same images, centred and normalised: how well a
+    view's partner is told from the 2N - 2 other views. Lower is better; ln(2N - 1) is chance."""
     h = torch.cat([h1, h2])
     h = nn.functional.normalize(h - h.mean(0), dim=1)
     similarity = (h @ h.T / temperature).fill_diagonal_(-math.inf)  # (2N, 2N)
@@ -381,7 +381,7 @@ def infonce(h1: Tensor, h2: Tensor, temperature: float = 0.1) -> Tensor:
 
 
 def rankme(h: Tensor) -> float:
-    """Effective rank of features (N, F): exp of the entropy of their singular values. RankMe, 2210.02885."""
+    """RankMe (2210.02885), the effective rank of features (N, F): exp of the entropy of their singular values."""
     if not h.isfinite().all():
         return math.nan
     s = torch.linalg.svdvals(h.double())
@@ -390,11 +390,8 @@ def rankme(h: Tensor) -> float:
 
 
 def collapsed(facts: dict[str, float], steps: int) -> str | None:
-    """A warning in words where the embedding does not tell images apart, after that many steps.
-
-    Before some 100 of them BN's running statistics, with which the monitor sees z, still are those of the start, and
-    only what cannot be their doing counts.
-    """
+    """A warning if the embedding has collapsed after that many steps. The limits are lower in the first 100 steps, in
+    which BN's running statistics, used by the monitor for z, are still close to their initial values."""
     std, rank = (0.05, 1.5) if steps >= 100 else (0.002, 1.05)
     if "z_std" in facts and (facts["z_std"] < std or facts["rankme"] < rank):
         return (
@@ -406,7 +403,7 @@ def collapsed(facts: dict[str, float], steps: int) -> str | None:
 
 
 def plateau(loss: float, chance: float | None, steps: int) -> str | None:
-    """A warning in words where the loss, after that many steps, is that of a network that tells nothing apart."""
+    """A warning if the loss, after that many steps, is at chance."""
     if steps >= 100 and chance is not None and abs(loss / chance - 1) < 0.002:
         return (
             f"the loss is that of chance, ln K = {chance:.4f}. If it stays there, try a head with BN (--heads), "
@@ -416,7 +413,7 @@ def plateau(loss: float, chance: float | None, steps: int) -> str | None:
 
 
 def warn(method: Method, facts: dict[str, float], loss: float, batch_size: int, steps: int) -> None:
-    """What an epoch's figures, after that many steps, say in words."""
+    """Prints the warnings that an epoch's metrics call for, after that many steps."""
     for warning in (collapsed(facts, steps), plateau(loss, method.chance(batch_size), steps)):
         if warning:
             say(f"warning: {warning}")
@@ -427,7 +424,7 @@ def machine(args: Namespace, device: torch.device) -> str:
 
 
 def announce(args: Namespace, optimizer: Optimizer, steps: int) -> None:
-    """The learning rate on the console, and where it may not be the right one."""
+    """Prints the learning rate, and a note if it may be too low."""
     peak = optimizer.param_groups[0]["peak"]
     base = peak * 256 / args.batch_size
     say(f"batch size {args.batch_size} over all ranks, lr {peak:g} (--lr {base:g}, scaled from a batch size of 256)")
@@ -437,18 +434,18 @@ def announce(args: Namespace, optimizer: Optimizer, steps: int) -> None:
 
 
 def in_words(facts: dict[str, float]) -> str:
-    """What a line on the console says of an epoch's figures."""
+    """An epoch's metrics, for its line on the console."""
     formats = {"normalised": "normalised {:.3f}", "z_std": "std {:.2f}", "rankme": "RankMe {:.1f}"}
     shown = ["  " + text.format(facts[name]) for name, text in formats.items() if name in facts]
     return "".join(shown) + (f"  kNN {100 * facts['knn']:.2f} (held-out)" if "knn" in facts else "")
 
 
 def resources(begun: float, device: torch.device) -> dict[str, float]:
-    """Seconds since `begun`, and the most memory so far, in MiB: of the GPU, else of this process."""
+    """Seconds since `begun`, and the peak memory so far in MiB, of the GPU or else of this process."""
     return {"seconds": time.time() - begun, "peak_mib": peak_memory(device) / 2**20}
 
 
-PANELS = {  # of curves.svg: {title: {line: what of the log, or its name}}
+PANELS = {  # of curves.svg: {title: {line: key in the log}}
     "loss": {"training": "loss", "held out": "held_out_loss", "alphas": "alpha_loss"},
     "InfoNCE of h": {"held out": "infonce"},
     "kNN, % of held-out images": {"held out": "knn"},
@@ -461,7 +458,7 @@ PANELS = {  # of curves.svg: {title: {line: what of the log, or its name}}
 
 
 def save_curves(history: list[dict], chance: float | None, folder: Path) -> None:
-    """curves.svg of what the log has so far; chance: the loss of a method that has learned nothing."""
+    """curves.svg of the log so far. chance: the loss at chance, if it is known."""
     if not is_main():
         return
     epoch = history[-1]["epoch"]
@@ -479,7 +476,7 @@ def save_curves(history: list[dict], chance: float | None, folder: Path) -> None
 
 
 def save_views(views: list[Tensor], multi_crop: MultiCrop, path: Path) -> None:
-    """The views of a batch's first images, an image a column, or a row where there are more views."""
+    """The views of a batch's first images, a column per image (if there are more views than images, a row)."""
     if not is_main():
         return
     side = max(v.shape[-1] for v in views)
@@ -636,8 +633,7 @@ def profiler_of(args: Namespace, folder: Path) -> torch.profiler.profile | None:
 
 
 def seed_step(seed: int, step: int) -> None:
-    """For what networks draw themselves in a step, as a ViT's skipped branches: a function of the seed, the step and
-    the rank, so that a run resumes from its step."""
+    """Seeds what networks draw themselves, such as a ViT's skipped branches: a resumed run draws the same."""
     torch.manual_seed(int(np.random.SeedSequence((seed, step, ranks()[0])).generate_state(1)[0]))
 
 
@@ -651,7 +647,7 @@ def train(
     checkpoint: Checkpoint,
     device: torch.device,
 ) -> None:
-    """The loop. It goes on from the checkpoint's step, and leaves a line of checkpoint.history an epoch."""
+    """The loop. It starts at the checkpoint's step and adds a line per epoch to checkpoint.history."""
     total, per_epoch = checkpoint.total, batches.steps_per_epoch
     warmup = warmup_steps(args, optimizer, per_epoch)
     model, profiler = distributed(method), profiler_of(args, checkpoint.folder)
@@ -694,8 +690,8 @@ def train(
 
 
 def main(args: Namespace, images: Images | None = None, until: int | None = None) -> dict[str, float]:
-    """Returns the last line of the log. images: what the flags of the data name, if it is loaded already; until: the
-    epoch that the run stops after for now."""
+    """Returns the last line of the log. images: given if they are loaded already; until: the epoch after which the run
+    stops for now."""
     command = launch.command_line(SCRIPT, get_parser(), args)
     asked = args
     with user_errors():
@@ -757,11 +753,11 @@ def run_in(
     until: int | None = None,
     **flags,
 ) -> dict:
-    """Runs main() in a folder of its own, for another script: with those of args that are pretrain.py's flags,
-    overridden by `flags`. Its console output goes to console.txt there.
+    """Runs main() in a folder of its own, for another script, with those of its flags (args) that pretrain.py has too,
+    overridden by `flags`. The console output goes to console.txt in the folder.
 
-    Returns the last line of its log, or {"error": why} of a run that breaks: a loss that is not finite, a network that
-    cannot be built or is too large for the memory. Raises SystemExit where a signal or a full disk has ended it.
+    Returns the last line of the log, or {"error": message} if the run fails: a loss that is not finite, a network that
+    cannot be built or does not fit into memory. Raises SystemExit if a signal or a full disk has ended it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "arch.json"
@@ -772,7 +768,7 @@ def run_in(
     try:
         with open(folder / "console.txt", "a") as console, contextlib.redirect_stdout(console):
             return main(Namespace(**{**known, **where, **flags}), images, until)
-    except (SystemExit, ValueError, RuntimeError) as error:  # RuntimeError: of torch, as for want of memory
+    except (SystemExit, ValueError, RuntimeError) as error:  # RuntimeError: from torch, such as out of memory
         full_disk = isinstance(error.__context__, OSError)
         if isinstance(error, SystemExit) and (not isinstance(error.code, str) or full_disk):
             raise
@@ -782,7 +778,7 @@ def run_in(
 
 
 def backbone_facts(args: Namespace, arch: str | dict, stem: str, stats: tuple, command: str) -> dict[str, object]:
-    """What backbone.json says."""
+    """The contents of backbone.json."""
     return {
         "arch": arch,
         "width": args.width,
