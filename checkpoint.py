@@ -181,10 +181,10 @@ def versions() -> dict[str, str]:
 
 
 def save_backbone(encoder: nn.Module, facts: dict, folder: Path) -> None:
-    """backbone.pth, a plain state dict, and backbone.json, what it is and where it comes from."""
+    """backbone.pth, a plain state dict, and backbone.json: the facts, which describe it, and the versions used."""
     state = {name: x.detach().cpu().contiguous() for name, x in encoder.state_dict().items()}
     save_atomic(state, folder / "backbone.pth")
-    write_atomic(json.dumps(facts, indent=2) + "\n", folder / "backbone.json")
+    write_atomic(json.dumps({**facts, "versions": versions()}, indent=2) + "\n", folder / "backbone.json")
 
 
 def load_backbone(

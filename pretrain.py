@@ -36,17 +36,7 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import save_image
 
-from checkpoint import (
-    UNKNOWN,
-    Checkpoint,
-    load_arch,
-    load_heads,
-    load_weights,
-    save_backbone,
-    versions,
-    write_atomic,
-    write_json,
-)
+from checkpoint import UNKNOWN, Checkpoint, load_arch, load_heads, load_weights, save_backbone, write_atomic, write_json
 from data import HELD_OUT, Batches, Images, Stream, channel_stats, decoded, fingerprint, load_data, split_images
 from launch import Meter, Parser, barrier, dashed, given, is_main, memory_format, say, user_errors
 from linear_eval import extract, knn_accuracy
@@ -744,6 +734,23 @@ def main(args: Namespace, images: Images | None = None, until: int | None = None
     return last
 
 
+def backbone_facts(args: Namespace, arch: str | dict, stem: str, stats: tuple, command: str) -> dict[str, object]:
+    """The contents of backbone.json."""
+    return {
+        "arch": arch,
+        "width": args.width,
+        "stem": stem,
+        "mean": stats[0],
+        "std": stats[1],
+        "data": args.data,
+        "resized_to": args.image_size,
+        "method": args.method,
+        "epochs": args.epochs,
+        "seed": args.seed,
+        "command": command,
+    }
+
+
 def run_in(
     folder: Path,
     args: Namespace,
@@ -775,24 +782,6 @@ def run_in(
         if isinstance(error, RuntimeError) and dist.is_initialized():  # the other ranks may not have it
             raise
         return {"error": str(error).split(": error: ")[-1]}
-
-
-def backbone_facts(args: Namespace, arch: str | dict, stem: str, stats: tuple, command: str) -> dict[str, object]:
-    """The contents of backbone.json."""
-    return {
-        "arch": arch,
-        "width": args.width,
-        "stem": stem,
-        "mean": stats[0],
-        "std": stats[1],
-        "data": args.data,
-        "resized_to": args.image_size,
-        "method": args.method,
-        "epochs": args.epochs,
-        "seed": args.seed,
-        "command": command,
-        "versions": versions(),
-    }
 
 
 if __name__ == "__main__":
