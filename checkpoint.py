@@ -339,7 +339,6 @@ class Checkpoint:
         self.folder, self.things, self.total, self.minutes = folder, things, total, minutes
         self.path = folder / "checkpoint.pth"
         self.facts = json.loads(json.dumps(facts))
-        self.device = device
         self.handle = None  # of the lock on the folder
         self.step = 0  # steps done
         self.until = total if until is None else min(until, total)
@@ -446,16 +445,13 @@ class Checkpoint:
         states = {name: thing.state_dict() for name, thing in self.things.items()}  # all ranks: some share out rows
         if not is_main():
             return
-        floats = {name: x for name, x in tensors(states) if x.is_floating_point()}
-        finite = [x.isfinite().all().to(self.device) for x in floats.values()]
-        finite = torch.stack(finite).tolist() if finite else []  # one wait for a GPU, not one a tensor
         with user_errors():
-            if not all(finite):
-                raise ValueError(
-                    f"after {self.step:,} steps {list(floats)[finite.index(False)]} is not finite any more: stopped "
-                    "without saving; any checkpoint is from an earlier step. Try a lower --lr, longer "
-                    "--warmup-epochs or --clip-grad"
-                )
+            for name, x in tensors(states):
+                if x.is_floating_point() and not x.isfinite().all():
+                    raise ValueError(
+                        f"after {self.step:,} steps {name} is not finite any more: stopped without saving; any "
+                        "checkpoint is from an earlier step. Try a lower --lr, longer --warmup-epochs or --clip-grad"
+                    )
             told = {"facts": self.facts, "step": self.step, "history": self.history, "starts": self.starts}
             text = json.dumps(told)
             save_atomic({"facts": text, "crc": zlib.crc32(text.encode()), "states": states}, self.path)
