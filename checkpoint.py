@@ -1,4 +1,4 @@
-"""What a run writes and how it survives a kill: atomic files, backbones, architectures, checkpoints, signals.
+"""Files that a run writes, and how it survives a kill: atomic writes, backbones, architectures, checkpoints, signals.
 
     checkpoint = Checkpoint(folder, {"method": method, "optimizer": optimizer}, facts, command, device, total)
     with checkpoint:                                      # SIGTERM and SIGINT save, and then stop
@@ -6,7 +6,7 @@
             ...
             checkpoint.after_step(step + 1)
 
-A run that is stopped at any point and resumed has the uninterrupted run's weights at the end, to the bit on a CPU.
+A run that is stopped at any point and resumed ends with the uninterrupted run's weights, bit for bit on a CPU.
 """
 
 import json
@@ -33,13 +33,13 @@ from launch import barrier, is_main, say, user_errors
 from models import ARCHS, OPS, PRESETS, build_backbone, check_arch, describe
 from views import IMAGENET_MEAN, IMAGENET_STD
 
-# ---- whole files ----------------------------------------------------------------------------------------------------
+# ---- atomic files ---------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def written(path: Path, sync: bool = True):
-    """A file to write to, that takes the place of `path` once it is whole (and, unless `sync` is off, on the disk):
-    whatever goes wrong, what was there stays. Raises OSError, which says so."""
+    """A temporary file that replaces `path` once it is complete (and, with `sync`, on the disk). If anything goes
+    wrong, an existing file stays as it is. Raises OSError."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -48,7 +48,7 @@ def written(path: Path, sync: bool = True):
             if sync:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         first = error if isinstance(error, OSError) else error.__context__
         why = first.strerror if isinstance(first, OSError) and first.strerror else error
         if temporary.exists():
@@ -58,13 +58,11 @@ def written(path: Path, sync: bool = True):
 
 
 def save_atomic(state: dict, path: Path) -> None:
-    """Whole or not at all."""
     with written(path) as file:
         torch.save(state, file)
 
 
 def write_atomic(text: str, path: Path, sync: bool = True) -> None:
-    """Whole or not at all."""
     with written(path, sync) as file:
         file.write(text.encode())
 
@@ -72,11 +70,12 @@ def write_atomic(text: str, path: Path, sync: bool = True) -> None:
 def lock(path: Path, wait: bool = False) -> int | None:
     """Takes an exclusive lock on a file (created if missing), across all machines that see it; returns its descriptor.
 
-    Closing that, or the end of the process, releases the lock. None if another process holds it; with `wait`, waits
-    instead. A file system without locks is reported on stderr, and then every process gets a descriptor."""
+    The lock is released when the descriptor is closed or the process ends. If another process holds it, returns None
+    or, with `wait`, waits. If the file system has no locks, prints that to stderr; then every process gets a
+    descriptor."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        import fcntl  # which Windows has not
+        import fcntl  # not on Windows
 
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -88,8 +87,8 @@ def lock(path: Path, wait: bool = False) -> int | None:
 
 
 def read_tensors(path: str | Path) -> object:
-    """What torch.save has written, of tensors and plain values alone: no code in the file is run. Raises ValueError
-    where it is damaged, which torch itself does not notice of a tensor's bytes."""
+    """Loads tensors and plain values that torch.save has written; runs no code in the file. Raises ValueError for a
+    damaged file; torch itself does not notice changed bytes of a tensor."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as file:
@@ -101,13 +100,12 @@ def read_tensors(path: str | Path) -> object:
     except FileNotFoundError:
         raise
     except Exception as error:  # a damaged file fails in zipfile, pickle or torch
-        raise ValueError(
-            f"'{path}' cannot be read as tensors ({type(error).__name__}): damaged, or not torch's"
-        ) from error
+        why = type(error).__name__
+        raise ValueError(f"'{path}' cannot be read as tensors ({why}): damaged, or not torch's") from error
 
 
 def load_json(path: str) -> dict:
-    """A file's JSON object. Raises OSError or ValueError."""
+    """The JSON object in a file. Raises OSError or ValueError."""
     try:
         with open(path, encoding="utf-8") as file:
             facts = json.load(file)
@@ -119,7 +117,7 @@ def load_json(path: str) -> dict:
 
 
 def write_json(facts: dict, path: Path) -> None:
-    """By rank 0; the others wait."""
+    """Rank 0 writes; the others wait."""
     if is_main():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(json.dumps(facts, indent=2) + "\n", path)
@@ -130,7 +128,7 @@ def write_json(facts: dict, path: Path) -> None:
 
 
 def load_arch(source: str) -> str | dict:
-    """--arch: a name in BACKBONES or VITS, or the path of an arch.json -> its architecture, checked."""
+    """--arch, a name in ARCHS or the path of an arch.json -> the name, or the architecture, checked."""
     if source in ARCHS:
         return source
     try:
@@ -145,10 +143,9 @@ def load_arch(source: str) -> str | dict:
 
 
 def load_heads(source: str, expected: Sequence[str]) -> dict[str, list[str]] | None:
-    """--heads: `default` -> None (handcrafted), a preset's name, or the path of an arch.json -> {head: operations}.
+    """--heads, a preset's name or the path of an arch.json -> {head: operations}; `default` -> None (handcrafted).
 
-    Raises FileNotFoundError or ValueError, naming what is wrong, where a head of `expected` is missing or cannot be
-    built.
+    Raises FileNotFoundError or ValueError if the heads are not those `expected`, or cannot be built.
     """
     if source == "default":
         return None
@@ -190,11 +187,10 @@ def save_backbone(encoder: nn.Module, facts: dict, folder: Path) -> None:
 def load_backbone(
     weights: str, arch: str | None = None, width: float | None = None, stem: str | None = None
 ) -> tuple[nn.Module, dict]:
-    """(backbone, facts) of backbone.pth with its backbone.json, or of a plain torchvision state dict with its arch
-    named.
+    """(backbone, facts) from backbone.pth and the backbone.json beside it, or from a torchvision state dict and `arch`.
 
-    facts: arch, width, stem, mean, std and what else backbone.json holds. Raises FileNotFoundError or ValueError,
-    naming what does not fit.
+    facts: arch, width, stem, mean, std, and what else of BACKBONE_FACTS is known. Raises FileNotFoundError or
+    ValueError.
     """
     path, beside = Path(weights), Path(weights).with_suffix(".json")
     if not path.is_file():
@@ -223,7 +219,7 @@ def are_numbers(x: object, low: float) -> bool:
     return isinstance(x, list) and len(x) == 3 and all(is_number(v, low, 1) for v in x)
 
 
-BACKBONE_FACTS = {  # what is read of a backbone.json: whether it can be, and what it should be
+BACKBONE_FACTS = {  # the keys of backbone.json that are read: whether a value is valid, and what it should be
     "arch": (lambda x: isinstance(x, (str, dict)), "a name or an architecture"),
     "width": (lambda x: is_number(x, 1e-9, 64), "above 0, up to 64"),
     "stem": (lambda x: x in ("small", "imagenet"), "small or imagenet"),
@@ -235,7 +231,7 @@ BACKBONE_FACTS = {  # what is read of a backbone.json: whether it can be, and wh
 
 
 def load_facts(path: str) -> dict:
-    """Of a backbone.json what BACKBONE_FACTS lists. Raises OSError or ValueError."""
+    """The BACKBONE_FACTS in a backbone.json. Raises OSError or ValueError."""
     facts = load_json(path)
     for key, (right, wanted) in BACKBONE_FACTS.items():
         if key in facts and not right(facts[key]):
@@ -244,8 +240,8 @@ def load_facts(path: str) -> dict:
 
 
 def load_weights(backbone: nn.Module, weights: str, name: str) -> None:
-    """Fills a backbone, which `name` describes, from a state dict on disk. Keys must match to the last one; only a
-    torchvision classifier (fc.*, classifier.*) is left out. Raises FileNotFoundError or ValueError."""
+    """Loads a state dict from disk into a backbone, which `name` describes in messages. All keys must match, except
+    that a torchvision classifier (fc.*, classifier.*) is left out. Raises FileNotFoundError or ValueError."""
     if not Path(weights).is_file():
         raise FileNotFoundError(f"no weights at '{weights}'")
     state = read_tensors(weights)
@@ -271,7 +267,7 @@ def load_weights(backbone: nn.Module, weights: str, name: str) -> None:
 
 
 def start_facts(command: str, device: torch.device) -> dict:
-    """Where, when and by what a run was started; commit: of the scripts' folder, None where it is no clone."""
+    """Command, commit, versions, machine and time of a start. commit: None if the scripts are not in a git clone."""
     here = Path(__file__).parent
     git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
@@ -285,7 +281,7 @@ def start_facts(command: str, device: torch.device) -> dict:
 
 
 def tensors(state: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of all that is in nested dicts."""
+    """(name, tensor) of every tensor in nested dicts."""
     if isinstance(state, dict):
         for key, value in state.items():
             yield from tensors(value, f"{name}.{key}" if name else str(key))
@@ -294,7 +290,7 @@ def tensors(state: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def board(folder: Path):
-    """A SummaryWriter in the folder's `tensorboard`. Raises ValueError where the package is missing."""
+    """A SummaryWriter in folder/tensorboard. Raises ValueError if the package is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -303,24 +299,25 @@ def board(folder: Path):
 
 
 GO_ON, SAVE, STOP = range(3)
-UNKNOWN = "unknown"  # a fact that agrees with any other
+UNKNOWN = "unknown"  # a fact that equals any other
 
 
 @lru_cache
 def control_group():
-    """Of all ranks, on the CPU: what they agree on there costs a GPU no wait."""
+    """All ranks, communicating on the CPU: no GPU has to wait."""
     return dist.new_group(backend="gloo")
 
 
 class Checkpoint:
-    """Where a run is, and its checkpoint.pth: read at the start, written every `minutes`, after the last step, and when
-    a signal asks the run to stop. log.txt is written by `log`, a JSON line an epoch.
+    """The progress of a run and its checkpoint.pth, which is read at the start and written every `minutes`, after the
+    last step, and before a signal stops the run. `log` writes log.txt, one JSON line per epoch.
 
-    things: {name: object with a state dict}; they and the step are all that the rest of the run depends on. facts: what
-    defines the run, {the name that an error message uses: plain data}; a checkpoint with other facts is refused.
-    total: steps of the run; until: the step at which to save and stop for now; tensorboard: log the numbers there too.
-    All ranks call every method, rank 0 writes. State dicts are of all ranks, so their number may change between starts.
-    Raises ValueError for a checkpoint of another run or a damaged one, and leaves it untouched.
+    things: {name: object with a state dict}; the rest of the run depends on these and the step alone. facts: {name in
+    error messages: plain data} that define the run; a checkpoint with other facts is refused. total: steps of the run.
+    until: step at which to save and stop for now. tensorboard: write the numbers of the log there too.
+
+    All ranks call every method, and rank 0 writes. State dicts do not depend on the number of ranks, so a run may be
+    resumed with another. Raises ValueError for a damaged checkpoint or one of another run, and does not change it.
     """
 
     def __init__(
@@ -342,11 +339,11 @@ class Checkpoint:
         self.handle = None  # of the lock on the folder
         self.step = 0  # steps done
         self.until = total if until is None else min(until, total)
-        self.history: list[dict] = []  # log.txt's lines, but for the first
+        self.history: list[dict] = []  # the lines of log.txt after the first
         self.starts: list[dict] = []
         self.signal: int | None = None
-        self.agreement = None  # (what the ranks ask for, the exchange of it) of the last step
-        # after --max-restarts has restarted us, what is there is our own
+        self.agreement = None  # (request, its all_reduce) of the last step
+        # with --no-resume too, a run that torchrun's --max-restarts has restarted continues from its own checkpoint
         self.resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
         if self.resume and self.path.exists():
             self.load()
@@ -382,13 +379,13 @@ class Checkpoint:
             self.leave()
 
     def note(self, number: int, frame) -> None:
-        """The signals' handler. torchrun passes on what a terminal has sent us too, so a second one means nothing."""
-        if self.signal is None:  # print is not to be interrupted by itself
+        """The signal handler. Ctrl-C arrives twice, from the terminal and from torchrun: the second changes nothing."""
+        if self.signal is None:  # os.write: a handler may interrupt a print, which must not be entered again
             os.write(2, f"\n{signal.Signals(number).name}: saves after this step and stops\n".encode())
         self.signal = number
 
     def log(self, line: dict) -> None:
-        """A line for log.txt; the first one says what made the run."""
+        """Adds a line to log.txt, whose first line describes the starts of the run."""
         self.history.append(line)
         if self.board:
             for name, value in line.items():
@@ -402,7 +399,7 @@ class Checkpoint:
                 write_atomic(lines, self.folder / "log.txt", sync=False)
 
     def after_step(self, step: int) -> None:
-        """After `step` steps: saves where that is due, and stops where a signal asked for it."""
+        """After `step` steps: saves if that is due, and stops if a signal has asked for it."""
         call = self.agreed()
         self.step = step
         if call != GO_ON or step in (self.until, self.total):
@@ -411,7 +408,8 @@ class Checkpoint:
             self.leave()
 
     def agreed(self) -> int:
-        """GO_ON, SAVE or STOP, the same on all ranks: what any of them asked for one step ago, or, alone, now."""
+        """GO_ON, SAVE or STOP, the same on all ranks: the highest that one of several ranks requested a step ago, so
+        that the exchange runs beside a step; on one rank, its request now."""
         call = GO_ON
         if self.agreement:
             asked, exchange = self.agreement
@@ -426,7 +424,7 @@ class Checkpoint:
         return call
 
     def leave(self) -> None:
-        """Status 128 + signal, as of a program that the signal has ended: the run is not finished."""
+        """Exits with status 128 + signal, like a program that the signal has killed: the run is not finished."""
         barrier()  # rank 0 has written
         number = self.signal or signal.SIGTERM
         say(
@@ -440,9 +438,9 @@ class Checkpoint:
     # ---- the file's side
 
     def save(self) -> None:
-        """Numbers that are not finite are not saved: they stop the run."""
+        """Values that are not finite are not saved; they stop the run."""
         self.saved = time.monotonic()
-        states = {name: thing.state_dict() for name, thing in self.things.items()}  # all ranks: some share out rows
+        states = {name: thing.state_dict() for name, thing in self.things.items()}  # on all ranks: rows may be sharded
         if not is_main():
             return
         with user_errors():
@@ -485,7 +483,7 @@ class Checkpoint:
                 raise ValueError("other things are in it")
             for name, thing in self.things.items():
                 thing.load_state_dict(state["states"][name])
-        except Exception as error:  # whatever else can be in a file
+        except Exception as error:  # other states, shapes or types
             raise self.damaged(error) from error
         self.step, self.history, self.starts = told["step"], told["history"], told["starts"]
 
