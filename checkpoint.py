@@ -50,9 +50,8 @@ def written(path: Path, sync: bool = True):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         first = error if isinstance(error, OSError) else error.__context__
-        why = first.strerror if isinstance(first, OSError) and first.strerror else error
-        if temporary.exists():
-            temporary.unlink()
+        why = getattr(first, "strerror", None) or error
+        temporary.unlink(missing_ok=True)
         older = " (the one there is as it was)" if path.exists() else ""
         raise OSError(f"could not write '{path}'{older}: {why}. Make room, and give the same command again") from error
 
@@ -242,8 +241,6 @@ def load_facts(path: str) -> dict:
 def load_weights(backbone: nn.Module, weights: str, name: str) -> None:
     """Loads a state dict from disk into a backbone, which `name` describes in messages. All keys must match, except
     that a torchvision classifier (fc.*, classifier.*) is left out. Raises FileNotFoundError or ValueError."""
-    if not Path(weights).is_file():
-        raise FileNotFoundError(f"no weights at '{weights}'")
     state = read_tensors(weights)
     if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
         raise ValueError(f"'{weights}' is not a state dict, of tensors by name")
