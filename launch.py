@@ -270,10 +270,10 @@ def say(text: str) -> None:
 
 
 class Meter:
-    """Losses and speed of an epoch, read from the device only when a line, a checkpoint or the epoch's end is due.
+    """Losses and speed of an epoch. The losses stay on the device until a line, a checkpoint or the epoch's end is due.
 
-    batches: by the name of each loss the data.Batches that it is computed on; names: of the images; folder: where the
-    batch of a loss that is not finite is named. The state dict holds what the epoch has had so far.
+    batches: {name of a loss: the data.Batches that it is computed on}. names: of the images. folder: gets a file that
+    lists the batch of a loss that is not finite. The state dict holds the losses of the epoch so far.
     """
 
     def __init__(self, total: int, batches: dict, names: list[str], folder: Path, print_every: int):
@@ -286,11 +286,11 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """The clock, for the speed of the steps to come."""
+        """Restarts the clock by which the speed of the next steps is measured."""
         self.start, self.steps = time.time(), 0
 
     def add(self, step: int, lr: float, **losses: Tensor) -> None:
-        """After the step-th of the run (from 0); losses: this rank's, by name."""
+        """The losses of this rank after a step of the run, counted from 0."""
         for name, loss in losses.items():
             self.waiting.setdefault(name, []).append((step, lr, loss.detach().clone()))  # CUDA graphs overwrite theirs
         self.lr = lr
@@ -299,19 +299,17 @@ class Meter:
     def read(self) -> dict[str, list[float]]:
         """The epoch's losses so far, means over ranks. One that is not finite stops the run."""
         for name, entries in self.waiting.items():
-            known = self.known.setdefault(name, [])
-            if not entries:
-                continue
             steps, lrs, losses = zip(*entries)
+            known = self.known.setdefault(name, [])
             for step, lr, loss in zip(steps, lrs, mean_over_ranks(torch.stack(losses).float()).tolist()):
                 if not math.isfinite(loss):
                     self.stop(name, loss, step, lr, known[-1] if known else None)
                 known.append(loss)
-            entries.clear()
+        self.waiting.clear()
         return self.known
 
     def stop(self, name: str, loss: float, step: int, lr: float, last: float | None) -> None:
-        """Ends the run, as a wrong command does, and leaves what the loss was computed on."""
+        """Ends the script with one line, and writes the batch of the loss to not-finite.json."""
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         path = self.folder / "not-finite.json"
         facts = {"what": name, "value": str(loss), "epoch": epoch + 1, "step": step_of_epoch + 1, "lr": lr}
@@ -337,15 +335,13 @@ class Meter:
             say(f"{epoch} step {done}/{self.steps_per_epoch}  loss {sum(loss) / len(loss):.4f}{self.speed(step)}")
 
     def end_epoch(self) -> dict[str, float]:
-        """The mean of each loss over the epoch, which ends here."""
+        """Ends the epoch; returns the mean of each loss over it."""
         means = {name: sum(losses) / len(losses) for name, losses in self.read().items() if losses}
         self.known = {}
         return means
 
     def speed(self, step: int) -> str:
-        """Learning rate, time a step since `restart`, images/s and the time that is left."""
-        if not self.steps:  # gone on from a checkpoint that was written after the epoch's last step
-            return ""
+        """Learning rate, time per step since `restart`, images/s and the time left."""
         seconds = (time.time() - self.start) / self.steps
         eta = timedelta(seconds=round((self.total - step - 1) * seconds))
         rate = self.batches["loss"].batch_size / seconds
