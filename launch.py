@@ -1,16 +1,17 @@
-"""What happens before the first step or on the console: threads, ranks, flags, messages, the meter of a run.
+"""Start-up and console: threads, ranks, flags, error messages, the meter of a run.
 
     import launch  # ahead of torch, then # isort: split
 
 On a CPU, torch's threads wait for each other after every operation, and libgomp makes them spin while they wait. Beside
 another busy program, a spinning thread takes the core from the thread it waits for, and the run nearly stops. A short
-spin costs little on an idle machine (results/README.md). libgomp reads its settings when torch loads it: import first.
+spin costs little on an idle machine (results/README.md). libgomp reads its settings when torch loads it, so this file
+is imported first.
 """
 
 import os
 
-if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:  # the user's own word stands
-    os.environ["GOMP_SPINCOUNT"] = "1000"  # times around the loop, some microseconds
+if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:  # unless the user has set them
+    os.environ["GOMP_SPINCOUNT"] = "1000"  # iterations, some microseconds
 
 # isort: split
 
@@ -38,14 +39,14 @@ from torch.distributed.rendezvous import rendezvous
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults in the help, but for None, which the text explains."""
+    """Shows defaults in the help, except None, which the text explains."""
 
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """One line for a wrong flag; - and _ are the same in a flag's name."""
+    """A wrong flag gets a message of one line; flags may be written with - or _."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=Help, **kwargs)
@@ -59,7 +60,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def dashed(name: str) -> str:
-    """A keyword's or attribute's name as the flag's."""
+    """The flag of a keyword or attribute."""
     return "--" + name.replace("_", "-")
 
 
@@ -67,23 +68,23 @@ def data_flags(parser: Parser) -> None:
     group = parser.add_argument_group("data and machine")
     group.add_argument("--data-root", default="data", help="where torchvision's data sets are downloaded to")
     group.add_argument("--cache", default="auto", help="folder for decoded images, or none; auto: DATA_ROOT/decoded")
-    group.add_argument("--image-size", type=int, help="edge in pixels; left out, the images keep their own")
-    group.add_argument("--max-images", type=int, help="so many training images, always the same ones")
-    group.add_argument("--resident-gb", type=float, default=16.0, help="for a split's pixels; larger ones are streamed")
+    group.add_argument("--image-size", type=int, help="edge in pixels; default: the images' own")
+    group.add_argument("--max-images", type=int, help="use only that many training images, always the same ones")
+    group.add_argument("--resident-gb", type=float, default=16.0, help="a split with more pixels is streamed")
     machine_flags(group)
 
 
 def machine_flags(group) -> None:
-    group.add_argument("--workers", type=int, help="threads that decode; left out, one a core, over a machine's ranks")
+    group.add_argument("--workers", type=int, help="threads that decode; default: the cores, shared among local ranks")
     devices = ["auto", "cpu", "cuda", "mps"]
     group.add_argument("--device", choices=devices, default="auto", help="auto: cuda where there is one, else cpu")
     group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--deterministic", action="store_true", help="the same bits in every run on a GPU too; slower")
+    group.add_argument("--deterministic", action="store_true", help="repeatable bit for bit on a GPU too; slower")
     group.add_argument("--rank-timeout", type=float, default=30.0, help="minutes that a rank waits for the others")
 
 
 def keywords(function: Callable) -> dict[str, inspect.Parameter]:
-    """The keyword-only parameters of a function or class, which carry their help: Annotated[type, "help"]."""
+    """The keyword-only parameters of a function or class, annotated with their help: Annotated[type, "help"]."""
     parameters = inspect.signature(function).parameters.values()
     own = {p.name: p for p in parameters if p.kind == p.KEYWORD_ONLY}
     for name, parameter in own.items():
@@ -93,8 +94,8 @@ def keywords(function: Callable) -> dict[str, inspect.Parameter]:
 
 
 def keyword_flags(group, functions: dict[str, Callable]) -> None:
-    """A flag for each of the `keywords` of these functions, which may share some; its default, None, stands for the
-    function's own."""
+    """Adds a flag for every keyword of these functions, which may share some. The default None stands for the
+    function's own default, which the help shows."""
     uses: dict[str, dict[str, inspect.Parameter]] = {}
     for name, function in functions.items():
         for flag, parameter in keywords(function).items():
@@ -108,7 +109,7 @@ def keyword_flags(group, functions: dict[str, Callable]) -> None:
 
 
 def argument_type(kind: type) -> dict:
-    """How argparse reads a value of this annotated type."""
+    """What add_argument needs for a value of this annotated type."""
     if NoneType in get_args(kind):  # X | None
         kind = next(k for k in get_args(kind) if k is not NoneType)
     if kind is bool:
@@ -121,13 +122,13 @@ def argument_type(kind: type) -> dict:
 
 
 def given(args: argparse.Namespace, function: Callable) -> dict:
-    """The keywords of a function that the command line gives."""
+    """The keywords of a function that are given on the command line."""
     values = {name: getattr(args, name) for name in keywords(function)}
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if v is not None}
 
 
 def refuse_others(args: argparse.Namespace, functions: dict[str, Callable], name: str) -> None:
-    """Raises ValueError for a keyword on the command line that functions[name] has not, but another of them."""
+    """Raises ValueError for a keyword on the command line that another function has, but functions[name] lacks."""
     for other in functions.values():
         for keyword in keywords(other).keys() - keywords(functions[name]).keys():
             if getattr(args, keyword) is not None:
@@ -135,7 +136,7 @@ def refuse_others(args: argparse.Namespace, functions: dict[str, Callable], name
 
 
 def command_line(script: str, parser: Parser, args: argparse.Namespace) -> str:
-    """The command that gives these flags: what differs from the defaults."""
+    """The command for these flags, without those that have their default."""
     words = ["torchrun", script]
     for action in parser._actions:
         value = getattr(args, action.dest, action.default)
@@ -154,7 +155,7 @@ def command_line(script: str, parser: Parser, args: argparse.Namespace) -> str:
 
 @contextmanager
 def user_errors():
-    """What a person can mend (a wrong path, flag or file) ends the script with one line and status 1."""
+    """Ends the script with one line and status 1 on errors that the user can fix: a wrong path, flag or file."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -163,9 +164,9 @@ def user_errors():
 
 
 def setup(device: str, deterministic: bool = False, rank_timeout: float = 30.0) -> torch.device:
-    """The device, this rank's GPU under torchrun; joins the other ranks. A second call changes nothing.
+    """Returns the device (under torchrun, this rank's GPU) and joins the other ranks, unless that is done already.
 
-    deterministic: the same bits in every run on a GPU too, slower; an operation that cannot says so, in a warning.
+    deterministic: torch's deterministic algorithms, which are slower; an operation without one gives a warning.
     rank_timeout: minutes that a rank waits for the others, one of which may be downloading, before it gives up.
     """
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
@@ -173,7 +174,7 @@ def setup(device: str, deterministic: bool = False, rank_timeout: float = 30.0) 
         device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is asked for
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first matrix product
     if device == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("--device cuda, but torch sees no GPU: use --device cpu, or a CUDA build of torch")
@@ -188,10 +189,9 @@ def setup(device: str, deterministic: bool = False, rank_timeout: float = 30.0) 
 
 
 def join(backend: str, timeout: timedelta) -> None:
-    """dist.init_process_group, but that torchrun's attempts do not meet. After --max-restarts has restarted all ranks
-    they get the same store, in which the addresses of the attempt before still are, and two ranks of which one reads
-    its peer's old one wait for each other without end (seen in torch 2.14). So an attempt has its own part of the
-    store. On several machines attempts are numbered differently, and there it stays as torch has it."""
+    """dist.init_process_group, with a part of the store for each of torchrun's attempts. When --max-restarts restarts
+    all ranks, the store still holds the addresses of the last attempt; a rank that reads a peer's old address waits for
+    it without end (seen in torch 2.14). Several machines may number attempts differently, so they share one part."""
     store, rank, world = next(rendezvous("env://"))
     one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
@@ -200,29 +200,29 @@ def join(backend: str, timeout: timedelta) -> None:
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
-    """channels_last, faster for convolutions on CUDA and on a CPU; not on mps, for which nobody has tried it."""
+    """channels_last, which is faster for convolutions on CUDA and CPUs; not on mps, where it is untested."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def synced(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module with SyncBatchNorm in place of BN on several GPUs; else as it is, since torch has it for CUDA only."""
+    """Replaces BN by SyncBatchNorm, which torch has for CUDA only, if there are several ranks."""
     several = dist.is_initialized() and dist.get_world_size() > 1
     return nn.SyncBatchNorm.convert_sync_batchnorm(module) if several and device.type == "cuda" else module
 
 
 def barrier() -> None:
-    """Ranks wait for each other here, if there are several."""
+    """Waits for all ranks, if there are several."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def is_main() -> bool:
-    """Whether this is the rank that prints and writes."""
+    """Whether this is rank 0, which prints and writes."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """In place, where there are several."""
+    """The mean; in place if there are several ranks."""
     if dist.is_initialized():
         dist.all_reduce(x)
         x /= dist.get_world_size()
@@ -239,13 +239,13 @@ def from_main(value: object) -> object:
 
 
 def run(main: Callable, parser: Parser) -> None:
-    """A script: main() with the command line's flags. A rank that has lost the others ends with one line; under NCCL
-    torch's own watchdog may end it first, with more."""
+    """Runs a script: main() with the flags of the command line. A rank that has lost the others ends with one line;
+    under NCCL, torch's watchdog may end it first, with a longer message."""
     args = parser.parse_args()
     try:
         main(args)
     except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):  # gloo's have no class of their own
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):  # gloo raises plain RuntimeErrors
             raise
         rank = os.environ.get("RANK", "0")
         print(
@@ -255,7 +255,7 @@ def run(main: Callable, parser: Parser) -> None:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(1)  # to leave the group would be to wait for the others again
+        os._exit(1)  # leaving the group properly would wait for the others again
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -264,7 +264,7 @@ def run(main: Callable, parser: Parser) -> None:
 
 
 def say(text: str) -> None:
-    """A line on the console, once."""
+    """Prints a line, on rank 0 alone."""
     if is_main():
         print(text, flush=True)
 
