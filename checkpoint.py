@@ -299,6 +299,21 @@ GO_ON, SAVE, STOP = range(3)
 UNKNOWN = "unknown"  # a fact that equals any other
 
 
+def differences(have: dict, want: dict) -> list[str]:
+    """In words, where the facts of a checkpoint are not those wanted."""
+    words = []
+    for what in sorted({*have, *want}):
+        old, new = have.get(what), want.get(what)
+        if old == new or UNKNOWN in (old, new):
+            continue
+        if isinstance(new, (list, dict)):
+            words.append(f"another {what}")
+        else:
+            old, new = ("its default" if value is None else value for value in (old, new))
+            words.append(f"{what} {old}, not {new}")
+    return words
+
+
 @lru_cache
 def control_group():
     """All ranks, communicating on the CPU: no GPU has to wait."""
@@ -454,38 +469,23 @@ class Checkpoint:
     def load(self) -> None:
         try:
             state = read_tensors(self.path)
-            told = json.loads(state["facts"])
-            known = told["facts"]
             if zlib.crc32(state["facts"].encode()) != state["crc"]:
                 raise ValueError("its facts were changed")
-        except Exception as error:  # a damaged file fails in zipfile, pickle, json or torch
-            raise self.damaged(error) from error
-        others = []
-        for what in sorted({*self.facts, *known}):
-            have, want = known.get(what), self.facts.get(what)
-            if have == want or UNKNOWN in (have, want):
-                continue
-            if isinstance(want, (list, dict)):
-                others.append(f"another {what}")
-            else:
-                have, want = ("its default" if value is None else value for value in (have, want))
-                others.append(f"{what} {have}, not {want}")
+            told = json.loads(state["facts"])
+            others = differences(told["facts"], self.facts)
+            if not others:
+                if state["states"].keys() != self.things.keys():
+                    raise ValueError("other things are in it")
+                for name, thing in self.things.items():
+                    thing.load_state_dict(state["states"][name])
+                self.step, self.history, self.starts = told["step"], told["history"], told["starts"]
+        except Exception as error:  # a damaged file fails in zipfile, pickle, json, torch or a load_state_dict
+            raise ValueError(
+                f"'{self.path}' is damaged, or of another version ({type(error).__name__}): delete it or pass "
+                "--no-resume to start over, or choose another --output-dir"
+            ) from error
         if others:
             raise ValueError(
                 f"'{self.path}' was made with {'; '.join(others)}: choose another --output-dir, or start over with "
                 "--no-resume"
             )
-        try:
-            if state["states"].keys() != self.things.keys():
-                raise ValueError("other things are in it")
-            for name, thing in self.things.items():
-                thing.load_state_dict(state["states"][name])
-        except Exception as error:  # other states, shapes or types
-            raise self.damaged(error) from error
-        self.step, self.history, self.starts = told["step"], told["history"], told["starts"]
-
-    def damaged(self, error: Exception) -> ValueError:
-        return ValueError(
-            f"'{self.path}' is damaged, or of another version ({type(error).__name__}): delete it or pass "
-            "--no-resume to start over, or choose another --output-dir"
-        )
