@@ -25,6 +25,7 @@ import platform
 import sys
 import time
 from argparse import BooleanOptionalAction, Namespace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -260,25 +261,22 @@ def facts_of(
 SCORES = {"infonce": -1, "rankme": 1, "held_out_loss": -1, "knn": 1}
 
 
+@dataclass(eq=False)
 class Monitor:
     """Metrics of a method while it trains. Their views are the same every time, so that epochs can be compared."""
 
-    def __init__(
-        self,
-        args: Namespace,
-        images: Images,
-        stats: tuple,
-        held_out: Tensor,
-        rows: Tensor,
-        multi_crop: MultiCrop,
-        device: torch.device,
-    ):
-        self.args, self.images, self.stats = args, images, stats
-        self.held_out, self.rows = held_out, rows
-        self.multi_crop, self.device = multi_crop, device
+    args: Namespace
+    images: Images
+    stats: tuple  # (mean, std) of the channels
+    held_out: Tensor  # rows of images
+    rows: Tensor  # those that are trained on
+    multi_crop: MultiCrop
+    device: torch.device
+
+    def __post_init__(self):
         # InfoNCE is always computed on SimCLR's views, so that runs with different views can be compared
-        self.simclr_views = MultiCrop("simclr", images.pixels.shape[-1], *stats, device)
-        if args.knn_every and not images.labelled:
+        self.simclr_views = MultiCrop("simclr", self.images.pixels.shape[-1], *self.stats, self.device)
+        if self.args.knn_every and not self.images.labelled:
             say("no labels (train/ and test/ with a folder a class): the monitor gives std and RankMe, but no kNN")
 
     def due(self, epoch: int) -> bool:
