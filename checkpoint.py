@@ -405,7 +405,8 @@ class Checkpoint:
                     self.board.add_scalar(name, value, line.get("epoch", line.get("step")))
             self.board.flush()
         if is_main():
-            first = self.starts[0] | ({"resumed": self.starts[1:]} if self.starts[1:] else {})
+            first, *resumed = self.starts
+            first = {**first, "resumed": resumed} if resumed else first
             lines = "".join(json.dumps(line) + "\n" for line in (first, *self.history))
             with user_errors():
                 write_atomic(lines, self.folder / "log.txt", sync=False)
@@ -414,7 +415,7 @@ class Checkpoint:
         """After `step` steps: saves if that is due, and stops if a signal has asked for it."""
         call = self.agreed()
         self.step = step
-        if call != GO_ON or step in (self.until, self.total):
+        if call != GO_ON or step == self.until:
             self.save()
         if call == STOP:
             self.leave()
@@ -428,7 +429,9 @@ class Checkpoint:
             exchange.wait()
             call = int(asked)
         due = self.minutes and call == GO_ON and is_main() and time.monotonic() - self.saved >= 60 * self.minutes
-        own = STOP if self.signal else SAVE if due else GO_ON
+        own = SAVE if due else GO_ON
+        if self.signal:
+            own = STOP
         if not dist.is_initialized():
             return own
         asked = torch.tensor(own)
