@@ -241,6 +241,8 @@ def load_facts(path: str) -> dict:
 def load_weights(backbone: nn.Module, weights: str, name: str) -> None:
     """Loads a state dict from disk into a backbone, which `name` describes in messages. All keys must match, except
     that a torchvision classifier (fc.*, classifier.*) is left out. Raises FileNotFoundError or ValueError."""
+    if not Path(weights).is_file():
+        raise FileNotFoundError(f"no weights at '{weights}'")
     state = read_tensors(weights)
     if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
         raise ValueError(f"'{weights}' is not a state dict, of tensors by name")
