@@ -22,6 +22,7 @@ import contextlib
 import math
 import os
 import platform
+import re
 import sys
 import time
 from argparse import BooleanOptionalAction, Namespace
@@ -778,7 +779,7 @@ def run_in(
             raise
         if isinstance(error, RuntimeError) and ranks()[1] > 1:  # the other ranks may not have it
             raise
-        return {"error": str(error).split(": error: ")[-1]}
+        return {"error": re.sub(r"^\S+: error(?: on rank \d+)?: ", "", str(error))}
 
 
 if __name__ == "__main__":

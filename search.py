@@ -489,8 +489,7 @@ def train(search: Search, meter: Meter, checkpoint: Checkpoint) -> None:
                 pretrain.warn(search.method, facts, means["loss"], args.batch_size, step + 1)
                 line = {"epoch": epoch, **means, "lr": lr, **facts, **state, **pretrain.resources(begun, search.device)}
                 checkpoint.log(line)
-                with user_errors():
-                    pretrain.save_curves(checkpoint.history, search.method.chance(args.batch_size), checkpoint.folder)
+                pretrain.save_curves(checkpoint.history, search.method.chance(args.batch_size), checkpoint.folder)
                 begun = time.time()
                 meter.restart()
             checkpoint.after_step(step + 1)
