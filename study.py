@@ -559,7 +559,7 @@ class Population(NamedTuple):
         return columns
 
 
-def populations(table: list[dict], scenarios: list[str], measure: str) -> dict[str, Population]:
+def populations(table: list[dict], scenarios: list[str]) -> dict[str, Population]:
     """By name, those of eight networks or more that are measured on all scenarios with all seeds."""
     by_network: dict[str, dict[str, list[dict]]] = {}
     for line in table:
@@ -568,7 +568,7 @@ def populations(table: list[dict], scenarios: list[str], measure: str) -> dict[s
     found = {}
     for name, networks in by_network.items():
         seeds = max(map(len, networks.values()))
-        columns = [f"{scenario} {measure}" for scenario in scenarios]
+        columns = [f"{scenario} linear" for scenario in scenarios]
         whole = [of for of in networks.values() if len(of) == seeds]
         whole = [of for of in whole if all(line[column] is not None for line in of for column in columns)]
         if len(whole) < 8 or seeds < 2:
@@ -661,7 +661,7 @@ def choice_table(p: Population, scenarios: list[str]) -> list[str]:
     return linear_eval.markdown(rows) if rows else []
 
 
-def network_table(table: list[dict], scenarios: list[str], measure: str) -> list[str]:
+def network_table(table: list[dict], scenarios: list[str]) -> list[str]:
     """Markdown: each network's mean accuracy over its seeds."""
     networks: dict[str, list[dict]] = {}
     for line in table:
@@ -671,13 +671,13 @@ def network_table(table: list[dict], scenarios: list[str], measure: str) -> list
     for name, runs in networks.items():
         row = {"network": name, "runs": str(len(runs))}
         for scenario in scenarios:
-            values = [run[f"{scenario} {measure}"] for run in runs if run[f"{scenario} {measure}"] is not None]
+            values = [run[f"{scenario} linear"] for run in runs if run[f"{scenario} linear"] is not None]
             row[scenario] = f"{np.mean(values):.2f}" if values else ""
         rows.append(row)
     return linear_eval.markdown(rows) if rows else []
 
 
-def found_table(table: list[dict], scenarios: list[str], measure: str) -> tuple[list[str], dict]:
+def found_table(table: list[dict], scenarios: list[str]) -> tuple[list[str], dict]:
     """(markdown, accuracies by scenario and family) of what is not of the paper's grids: what searches found, beside
     random networks, if there are any: mean, deviation over runs, relative improvement over the random ones' mean."""
     families: dict[str, list[dict]] = {}
@@ -697,7 +697,7 @@ def found_table(table: list[dict], scenarios: list[str], measure: str) -> tuple[
     rows[0] |= {name: f"{np.mean([x['macs'] or math.nan for x in of]) / 1e6:.3g}" for name, of in runs.items()}
     dots = {}
     for scenario in scenarios:
-        column, row = f"{scenario} {measure}", {"": scenario}
+        column, row = f"{scenario} linear", {"": scenario}
         random = random_accuracies(families, column)
         for name, of in runs.items():
             values = np.array([line[column] for line in of], float)
@@ -730,15 +730,15 @@ def random_accuracies(families: dict[str, list[dict]], column: str) -> np.ndarra
     return np.array(whole, float) if len(whole) > 1 and seeds > 1 else None
 
 
-def report(folder: Path, measure: str = "linear") -> None:
-    """study.md and its pictures, from study.csv."""
+def report(folder: Path) -> None:
+    """Writes study.md and its pictures, of the accuracies of linear probes, from study.csv."""
     table = read_table(write_table(folder))
     facts = load_json(str(folder / "study.json")) if (folder / "study.json").exists() else {}
-    scenarios = [name.removesuffix(f" {measure}") for name in table[0] if name.endswith(f" {measure}")]
+    scenarios = [name.removesuffix(" linear") for name in table[0] if name.endswith(" linear")]
     if not scenarios:
         raise ValueError(f"nothing in '{folder}' is measured yet")
     scenarios.sort(key=lambda name: name != dataset(facts.get("--data", "")))  # what all are trained on is the first
-    groups = populations(table, scenarios, measure)
+    groups = populations(table, scenarios)
     broken = [line for line in table if line["error"]]
     said = ("--data", "--method", "--epochs", "--max-images", "--image-size", "--width", "--batch-size", "--lr")
     setting = " ".join(f"{flag} {facts[flag]}" for flag in said if facts.get(flag) is not None)
@@ -746,7 +746,7 @@ def report(folder: Path, measure: str = "linear") -> None:
         "# One network, everywhere?",
         "",
         f"{len({line['network'] for line in table})} networks, {len(table)} runs (`{setting}`), {len(scenarios)} data "
-        f"sets; {measure} accuracy on test images in %, means over seeds. In brackets 95 % intervals, after ± standard "
+        "sets; linear accuracy on test images in %, means over seeds. In brackets 95 % intervals, after ± standard "
         "errors. All of this holds for runs of this length: networks that learn fast need not be the best in the end.",
     ]
     if broken:
@@ -766,13 +766,13 @@ def report(folder: Path, measure: str = "linear") -> None:
             "Ranks, correlations and what choices do need eight networks of a family, with two seeds each.",
             "",
         ]
-        lines += network_table(table, scenarios, measure)
-    found, dots = found_table(table, scenarios, measure)
+        lines += network_table(table, scenarios)
+    found, dots = found_table(table, scenarios)
     if found:
         lines += ["", "## Found and random networks", ""]
         lines += ["After the semicolon: relative improvement over the random networks' mean, 95 % interval.", ""]
         lines += found
-        write_atomic(draw_scores(dots, f"{measure} accuracy: each run, and the mean"), folder / "study-found.svg")
+        write_atomic(draw_scores(dots, "linear accuracy: each run, and the mean"), folder / "study-found.svg")
     for name, picture in pictures_of(groups, scenarios).items():
         write_atomic(picture, folder / f"study-{name}.svg")
         lines += ["", f"![{name}](study-{name}.svg)"]
