@@ -31,8 +31,10 @@ import re
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from datetime import timedelta
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -409,21 +411,32 @@ def read_table(path: str | Path) -> list[dict]:
 def lookup(path: str | Path) -> dict[str, dict[str, tuple[float, float, int]]]:
     """A tabular benchmark: {key(arch, width): {column: (mean, standard deviation over seeds, seeds)}} of a study.csv,
     in which a search strategy is tried in seconds. arch, width: as in the table; columns: those of numbers."""
-    values: dict[str, dict[str, list[float]]] = {}
-    for line in read_table(path):
-        if line["heads"] is None:
-            of_network = values.setdefault(key(line["arch"], line["width"]), {})
-            for name, value in line.items():
-                if isinstance(value, float) and name != "seed":
-                    of_network.setdefault(name, []).append(value)
-    return {
-        k: {name: (np.mean(v), np.std(v, ddof=1) if len(v) > 1 else math.nan, len(v)) for name, v in of.items()}
-        for k, of in values.items()
-    }
+    lines = [line for line in read_table(path) if line["heads"] is None]
+    table = {}
+    for name, runs in grouped(lines, lambda line: key(line["arch"], line["width"])).items():
+        table[name] = {}
+        for column in runs[0]:
+            x = [run[column] for run in runs if isinstance(run[column], float)]
+            if x and column != "seed":
+                table[name][column] = np.mean(x), np.std(x, ddof=1) if len(x) > 1 else math.nan, len(x)
+    return table
 
 
 def key(arch: str | dict, width: float) -> str:
     return json.dumps([arch, width])
+
+
+def grouped(lines: list[dict], name_of: Callable[[dict], str]) -> dict[str, list[dict]]:
+    """The lines by what name_of says of them, in their order."""
+    groups: dict[str, list[dict]] = {}
+    for line in lines:
+        groups.setdefault(name_of(line), []).append(line)
+    return groups
+
+
+def accuracies(lines: list[dict], scenarios: list[str]) -> np.ndarray:
+    """Of linear probes, in %: (lines, scenarios), nan where one is not measured yet."""
+    return np.array([[line[f"{scenario} linear"] for scenario in scenarios] for line in lines], float)
 
 
 # ---- statistics: x, y (n,), float64 ---------------------------------------------------------------------------------
@@ -561,19 +574,14 @@ class Population(NamedTuple):
 
 def populations(table: list[dict], scenarios: list[str]) -> dict[str, Population]:
     """By name, those of eight networks or more that are measured on all scenarios with all seeds."""
-    by_network: dict[str, dict[str, list[dict]]] = {}
-    for line in table:
-        if not line["error"]:
-            by_network.setdefault(population_of(line), {}).setdefault(line["network"], []).append(line)
     found = {}
-    for name, networks in by_network.items():
-        seeds = max(map(len, networks.values()))
-        columns = [f"{scenario} linear" for scenario in scenarios]
-        whole = [of for of in networks.values() if len(of) == seeds]
-        whole = [of for of in whole if all(line[column] is not None for line in of for column in columns)]
+    for name, lines in grouped(table, population_of).items():
+        networks = grouped(lines, itemgetter("network")).values()
+        seeds = max(map(len, networks))
+        whole = [of for of in networks if len(of) == seeds and not np.isnan(accuracies(of, scenarios)).any()]
         if len(whole) < 8 or seeds < 2:
             continue
-        accuracy = np.array([[[line[c] for c in columns] for line in of] for of in whole])
+        accuracy = np.stack([accuracies(of, scenarios) for of in whole])
         known = [f for f in PREDICTORS if all(line.get(f) is not None for of in whole for line in of)]
         label_free = {f: np.array([np.mean([line[f] for line in of]) for of in whole]) for f in known}
         found[name] = Population([of[0] for of in whole], accuracy, label_free)
@@ -663,16 +671,12 @@ def choice_table(p: Population, scenarios: list[str]) -> list[str]:
 
 def network_table(table: list[dict], scenarios: list[str]) -> list[str]:
     """Markdown: each network's mean accuracy over its seeds."""
-    networks: dict[str, list[dict]] = {}
-    for line in table:
-        if not line["error"]:
-            networks.setdefault(line["network"], []).append(line)
     rows = []
-    for name, runs in networks.items():
+    for name, runs in grouped(table, itemgetter("network")).items():
         row = {"network": name, "runs": str(len(runs))}
-        for scenario in scenarios:
-            values = [run[f"{scenario} linear"] for run in runs if run[f"{scenario} linear"] is not None]
-            row[scenario] = f"{np.mean(values):.2f}" if values else ""
+        for scenario, y in zip(scenarios, accuracies(runs, scenarios).T):
+            y = y[~np.isnan(y)]
+            row[scenario] = f"{y.mean():.2f}" if len(y) else ""
         rows.append(row)
     return linear_eval.markdown(rows) if rows else []
 
@@ -680,54 +684,48 @@ def network_table(table: list[dict], scenarios: list[str]) -> list[str]:
 def found_table(table: list[dict], scenarios: list[str]) -> tuple[list[str], dict]:
     """(markdown, accuracies by scenario and family) of what is not of the paper's grids: what searches found, beside
     random networks, if there are any: mean, deviation over runs, relative improvement over the random ones' mean."""
-    families: dict[str, list[dict]] = {}
-    for line in table:
-        if not line["error"] and line["family"] not in GRIDS:
-            families.setdefault(line["family"], []).append(line)
-    for name, of in list(families.items()):
-        if name.startswith("random") and all(line["held_out_loss"] is not None for line in of):
-            losses: dict[str, list[float]] = {}
-            for line in of:
-                losses.setdefault(line["network"], []).append(line["held_out_loss"])
-            chosen = min(losses, key=lambda network: np.mean(losses[network]))
-            families[f"the one of {name} with the least held-out loss"] = [x for x in of if x["network"] == chosen]
+    families = grouped([line for line in table if line["family"] not in GRIDS], itemgetter("family"))
+    for name, lines in list(families.items()):
+        if name.startswith("random") and all(line["held_out_loss"] is not None for line in lines):
+            networks = grouped(lines, itemgetter("network")).values()
+            chosen = min(networks, key=lambda runs: np.mean([run["held_out_loss"] for run in runs]))
+            families[f"the one of {name} with the least held-out loss"] = chosen
     names = sorted(families, key=lambda name: (name.startswith("random"), not name.startswith("found")))
-    runs = {f"{name} ({len(families[name])} runs)": families[name] for name in names}
+    columns = {f"{name} ({len(families[name])} runs)": families[name] for name in names}
     rows = [{"": "MMACs"}]
-    rows[0] |= {name: f"{np.mean([x['macs'] or math.nan for x in of]) / 1e6:.3g}" for name, of in runs.items()}
+    for name, lines in columns.items():
+        rows[0][name] = f"{np.mean([line['macs'] or math.nan for line in lines]) / 1e6:.3g}"
     dots = {}
     for scenario in scenarios:
-        column, row = f"{scenario} linear", {"": scenario}
-        random = random_accuracies(families, column)
-        for name, of in runs.items():
-            values = np.array([line[column] for line in of], float)
-            values = values[~np.isnan(values)]
+        row = {"": scenario}
+        random = random_accuracies(families, scenario)
+        for name, lines in columns.items():
+            measured = [line for line in lines if line[f"{scenario} linear"] is not None]
             row[name] = ""
-            if not len(values):  # not measured yet
+            if not measured:
                 continue
-            dots.setdefault(scenario, {})[name] = values.tolist()
-            row[name] = f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else "")
-            shared = []
-            if random is not None:  # seeds are 0, 1, ...: those that the random networks have too
-                shared = [x[column] for x in of if x["seed"] < random.shape[1] and x[column] is not None]
-            if shared and not name.startswith("random"):
-                row[name] += f"; {rounded(improvement(np.array(shared), random), 1)} %"
+            y = accuracies(measured, [scenario])[:, 0]
+            dots.setdefault(scenario, {})[name] = y.tolist()
+            row[name] = f"{y.mean():.2f}" + (f" ± {y.std(ddof=1):.2f}" if len(y) > 1 else "")
+            if random is None or name.startswith("random"):
+                continue
+            shared = [line["seed"] < random.shape[1] for line in measured]  # seeds are 0, 1, ...
+            if any(shared):
+                row[name] += f"; {rounded(improvement(y[shared], random), 1)} %"
         rows.append(row)
-    return (linear_eval.markdown(rows) if runs else []), dots
+    return (linear_eval.markdown(rows) if columns else []), dots
 
 
-def random_accuracies(families: dict[str, list[dict]], column: str) -> np.ndarray | None:
-    """(K, S) of the random networks, where they are of one family and several."""
-    of_random = [lines for name, lines in families.items() if name.startswith("random")]
-    if len(of_random) != 1:
+def random_accuracies(families: dict[str, list[dict]], scenario: str) -> np.ndarray | None:
+    """(K networks, S seeds) of the random networks; None where they are of several families, or are too few."""
+    randoms = [lines for name, lines in families.items() if name.startswith("random")]
+    if len(randoms) != 1:
         return None
-    by_network: dict[str, list[float]] = {}
-    for line in of_random[0]:
-        if line[column] is not None:
-            by_network.setdefault(line["network"], []).append(line[column])
-    seeds = max(map(len, by_network.values()), default=0)
-    whole = [values for values in by_network.values() if len(values) == seeds]
-    return np.array(whole, float) if len(whole) > 1 and seeds > 1 else None
+    measured = [line for line in randoms[0] if line[f"{scenario} linear"] is not None]
+    networks = grouped(measured, itemgetter("network")).values()
+    seeds = max(map(len, networks), default=0)
+    whole = [accuracies(runs, [scenario])[:, 0] for runs in networks if len(runs) == seeds]
+    return np.stack(whole) if len(whole) > 1 and seeds > 1 else None
 
 
 def report(folder: Path) -> None:
@@ -738,8 +736,9 @@ def report(folder: Path) -> None:
     if not scenarios:
         raise ValueError(f"nothing in '{folder}' is measured yet")
     scenarios.sort(key=lambda name: name != dataset(facts.get("--data", "")))  # what all are trained on is the first
-    groups = populations(table, scenarios)
     broken = [line for line in table if line["error"]]
+    finished = [line for line in table if not line["error"]]
+    groups = populations(finished, scenarios)
     said = ("--data", "--method", "--epochs", "--max-images", "--image-size", "--width", "--batch-size", "--lr")
     setting = " ".join(f"{flag} {facts[flag]}" for flag in said if facts.get(flag) is not None)
     lines = [
@@ -766,8 +765,8 @@ def report(folder: Path) -> None:
             "Ranks, correlations and what choices do need eight networks of a family, with two seeds each.",
             "",
         ]
-        lines += network_table(table, scenarios)
-    found, dots = found_table(table, scenarios)
+        lines += network_table(finished, scenarios)
+    found, dots = found_table(finished, scenarios)
     if found:
         lines += ["", "## Found and random networks", ""]
         lines += ["After the semicolon: relative improvement over the random networks' mean, 95 % interval.", ""]
