@@ -538,11 +538,10 @@ def effects(columns: dict[str, np.ndarray], y: np.ndarray) -> dict[str, tuple[fl
 
 
 class Population(NamedTuple):
-    """Networks that are compared with each other: ResNets, MobileNets, the random ones of a space."""
+    """K networks that are compared with each other: ResNets, MobileNets, the random ones of a space."""
 
-    lines: list[dict]  # of each of K networks the first in the table
-    accuracy: np.ndarray  # (K, S seeds, D scenarios), in %
-    label_free: dict[str, np.ndarray]  # (K,), means over seeds
+    runs: list[list[dict]]  # the lines of each network, one for each of S seeds
+    accuracy: np.ndarray  # (K, S, D scenarios), in %
 
     @property
     def means(self) -> np.ndarray:  # (K, D), over seeds
@@ -556,18 +555,24 @@ class Population(NamedTuple):
     def ranks(self) -> np.ndarray:  # (K, D), 1 the best
         return np.stack([ranks_of(-column) for column in self.means.T], 1)
 
+    @property
+    def names(self) -> list[str]:
+        return [runs[0]["network"] for runs in self.runs]
+
     def facts(self, name: str) -> np.ndarray:
-        return np.array([line[name] for line in self.lines], float)
+        """A column of the table: (K,), means over seeds, nan where a run has none."""
+        return np.array([[run[name] for run in runs] for runs in self.runs], float).mean(1)
 
     def choices(self) -> dict[str, np.ndarray]:
         """What each network has chosen, numbers (K,) by name."""
-        if any(isinstance(line["arch"], str) for line in self.lines):  # a ViT
+        archs = [runs[0]["arch"] for runs in self.runs]
+        if any(isinstance(arch, str) for arch in archs):  # a ViT
             return {}
-        blocks = [line["arch"]["block"] for line in self.lines]
+        blocks = [arch["block"] for arch in archs]
         columns = {f"{block} blocks": np.array([b == block for b in blocks], float) for block in sorted({*blocks})[1:]}
         columns["width"] = self.facts("width")
         for field in models.FIELDS:
-            for stage, values in enumerate(zip(*(line["arch"][field] for line in self.lines))):
+            for stage, values in enumerate(zip(*(arch[field] for arch in archs))):
                 columns[f"{field} of stage {stage + 1}"] = np.array(values, float)
         return columns
 
@@ -578,13 +583,9 @@ def populations(table: list[dict], scenarios: list[str]) -> dict[str, Population
     for name, lines in grouped(table, population_of).items():
         networks = grouped(lines, itemgetter("network")).values()
         seeds = max(map(len, networks))
-        whole = [of for of in networks if len(of) == seeds and not np.isnan(accuracies(of, scenarios)).any()]
-        if len(whole) < 8 or seeds < 2:
-            continue
-        accuracy = np.stack([accuracies(of, scenarios) for of in whole])
-        known = [f for f in PREDICTORS if all(line.get(f) is not None for of in whole for line in of)]
-        label_free = {f: np.array([np.mean([line[f] for line in of]) for of in whole]) for f in known}
-        found[name] = Population([of[0] for of in whole], accuracy, label_free)
+        whole = [runs for runs in networks if len(runs) == seeds and not np.isnan(accuracies(runs, scenarios)).any()]
+        if len(whole) >= 8 and seeds > 1:
+            found[name] = Population(whole, np.stack([accuracies(runs, scenarios) for runs in whole]))
     return found
 
 
@@ -609,7 +610,7 @@ def scenario_table(p: Population, scenarios: list[str]) -> list[str]:
         best = p.means[:, d].argmax()
         between, within = spreads(p.accuracy[:, :, d])
         row = {"scenario": scenario, "mean": f"{p.means[:, d].mean():.1f}"}
-        row["best network"] = f"{p.lines[best]['network']}: {p.means[best, d]:.1f}"
+        row["best network"] = f"{p.names[best]}: {p.means[best, d]:.1f}"
         row["deviation between networks, residual"] = f"{between:.2f}, {within:.2f}"
         row[f"Pearson with {scenarios[0]}"] = rounded(pearson(p.means[:, 0], p.means[:, d])) if d else ""
         row["Spearman"] = rounded(spearman(p.means[:, 0], p.means[:, d])) if d else ""
@@ -626,8 +627,8 @@ def in_short(p: Population, scenarios: list[str]) -> str:
     equal = (p.means.max(0) - p.means[first] < Z * residual * math.sqrt(2 / p.accuracy.shape[1])).sum()
     text = (
         f"{len(set(bests))} networks are the best on one or more of {len(scenarios)} scenarios. The one of the best "
-        f"mean rank, {p.lines[first]['network']} (rank {ranks[first]:.1f} of {len(p.lines)}), is within noise of the "
-        f"best on {equal} of them."
+        f"mean rank, {p.names[first]} (rank {ranks[first]:.1f} of {len(p.names)}), is within noise of the best on "
+        f"{equal} of them."
     )
     if len(scenarios) > 1:
         regret, _, drawn = regrets(p.accuracy)
@@ -639,12 +640,13 @@ def in_short(p: Population, scenarios: list[str]) -> str:
 
 
 def predictors(p: Population) -> dict[str, np.ndarray]:
-    """What may predict accuracy, {name: (K,)}, larger being better; what is the same for all networks is left out."""
-    values = {name: sign * p.label_free[key] for key, (name, sign) in PREDICTORS.items() if key in p.label_free}
-    values |= {"parameters": p.facts("parameters"), "MACs": p.facts("macs")}
+    """What may predict accuracy, {name: (K,)}, larger being better. Left out is what is the same for all networks, or
+    unknown (nan) for some."""
+    values = {name: sign * p.facts(column) for column, (name, sign) in PREDICTORS.items()}
+    values["parameters"], values["MACs"] = p.facts("parameters"), p.facts("macs")
     if choices := p.choices():
         values["blocks"] = sum(x for name, x in choices.items() if name.startswith("depth"))
-    return {name: x for name, x in values.items() if np.ptp(x) > 0}  # nan: what a ViT has no number for
+    return {name: x for name, x in values.items() if np.ptp(x) > 0}
 
 
 def predictor_table(groups: dict[str, Population], scenarios: list[str]) -> list[str]:
@@ -752,7 +754,7 @@ def report(folder: Path) -> None:
         said = (f"{line['network']} seed {line['seed']:.0f}: {line['error']}" for line in broken)
         lines += ["", "Broken: " + "; ".join(said)]
     for group, p in groups.items():
-        lines += ["", f"## {group}: {len(p.lines)}, {p.accuracy.shape[1]} seeds", "", in_short(p, scenarios), ""]
+        lines += ["", f"## {group}: {len(p.names)}, {p.accuracy.shape[1]} seeds", "", in_short(p, scenarios), ""]
         lines += scenario_table(p, scenarios)
         lines += ["", "What a choice does, one step of it, all else equal:", "", *choice_table(p, scenarios)]
     if groups:
@@ -789,13 +791,13 @@ def pictures_of(groups: dict[str, Population], scenarios: list[str]) -> dict[str
     correlations, costs, ranks = {}, {}, {}
     for group, p in groups.items():
         r = [[spearman(a, b)[0] for b in p.means.T] for a in p.means.T]
-        correlations[f"{group} ({len(p.lines)})"] = (scenarios, scenarios, r)
+        correlations[f"{group} ({len(p.names)})"] = (scenarios, scenarios, r)
         if not np.isnan(p.facts("macs")).any():  # a ViT's are not counted
             costs[group] = [(x / 1e6, y) for x, y in zip(p.facts("macs"), p.overall)]
         order = p.ranks.mean(1).argsort(kind="stable")
         shown = sorted({*order[:3], *p.means.argmax(0), order[-1]}, key=list(order).index)
-        names = [p.lines[k]["network"] for k in shown]
-        ranks[f"{group} ({len(p.lines)})"] = (names, scenarios, p.ranks[shown].tolist())
+        names = [p.names[k] for k in shown]
+        ranks[f"{group} ({len(p.names)})"] = (names, scenarios, p.ranks[shown].tolist())
     pictures = {}
     if groups:
         title = "Do scenarios agree? Spearman's correlation"
