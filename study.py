@@ -602,7 +602,11 @@ def rounded(figure: tuple[float, float, float], digits: int = 2) -> str:
     return f"{value:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
 
 
-def scenario_table(p: Population, scenarios: list[str]) -> list[str]:
+def markdown(rows: list[dict[str, str]]) -> str:
+    return "\n".join(linear_eval.markdown(rows)) if rows else ""
+
+
+def scenario_table(p: Population, scenarios: list[str]) -> str:
     """A line a scenario. The first one is what the others are compared with."""
     regret, error, _ = regrets(p.accuracy)
     rows = []
@@ -616,7 +620,7 @@ def scenario_table(p: Population, scenarios: list[str]) -> list[str]:
         row["Spearman"] = rounded(spearman(p.means[:, 0], p.means[:, d])) if d else ""
         row[f"choosing by {scenarios[0]} costs"] = f"{regret[0, d]:+.2f} ± {error[0, d]:.2f}" if d else ""
         rows.append(row)
-    return linear_eval.markdown(rows)
+    return markdown(rows)
 
 
 def in_short(p: Population, scenarios: list[str]) -> str:
@@ -649,7 +653,7 @@ def predictors(p: Population) -> dict[str, np.ndarray]:
     return {name: x for name, x in values.items() if np.ptp(x) > 0}
 
 
-def predictor_table(groups: dict[str, Population], scenarios: list[str]) -> list[str]:
+def predictor_table(groups: dict[str, Population], scenarios: list[str]) -> str:
     rows: dict[str, dict[str, str]] = {}
     for group, p in groups.items():
         for name, x in predictors(p).items():
@@ -657,10 +661,10 @@ def predictor_table(groups: dict[str, Population], scenarios: list[str]) -> list
             row[f"{group}: mean of all"] = rounded(kendall(x, p.overall))
             row[f"{group}: {scenarios[0]}"] = rounded(kendall(x, p.means[:, 0]))
     columns = dict.fromkeys(column for row in rows.values() for column in row)
-    return linear_eval.markdown([{c: row.get(c, "") for c in columns} for row in rows.values()])
+    return markdown([{c: row.get(c, "") for c in columns} for row in rows.values()])
 
 
-def choice_table(p: Population, scenarios: list[str]) -> list[str]:
+def choice_table(p: Population, scenarios: list[str]) -> str:
     """What a step of each choice does."""
     on_all, on_first = effects(p.choices(), p.overall), effects(p.choices(), p.means[:, 0])
     rows = []
@@ -668,11 +672,11 @@ def choice_table(p: Population, scenarios: list[str]) -> list[str]:
         row = {"choice": name, "mean of all, points a step": f"{points:+.2f} ± {error:.2f}"}
         row[scenarios[0]] = "{:+.2f} ± {:.2f}".format(*on_first[name])
         rows.append(row)
-    return linear_eval.markdown(rows) if rows else []
+    return markdown(rows)
 
 
-def network_table(table: list[dict], scenarios: list[str]) -> list[str]:
-    """Markdown: each network's mean accuracy over its seeds."""
+def network_table(table: list[dict], scenarios: list[str]) -> str:
+    """Each network's mean accuracy over its seeds."""
     rows = []
     for name, runs in grouped(table, itemgetter("network")).items():
         row = {"network": name, "runs": str(len(runs))}
@@ -680,11 +684,11 @@ def network_table(table: list[dict], scenarios: list[str]) -> list[str]:
             y = y[~np.isnan(y)]
             row[scenario] = f"{y.mean():.2f}" if len(y) else ""
         rows.append(row)
-    return linear_eval.markdown(rows) if rows else []
+    return markdown(rows)
 
 
-def found_table(table: list[dict], scenarios: list[str]) -> tuple[list[str], dict]:
-    """(markdown, accuracies by scenario and family) of what is not of the paper's grids: what searches found, beside
+def found_table(table: list[dict], scenarios: list[str]) -> tuple[str, dict]:
+    """(table, accuracies by scenario and family) of what is not of the paper's grids: what searches found, beside
     random networks, if there are any: mean, deviation over runs, relative improvement over the random ones' mean."""
     families = grouped([line for line in table if line["family"] not in GRIDS], itemgetter("family"))
     for name, lines in list(families.items()):
@@ -715,7 +719,7 @@ def found_table(table: list[dict], scenarios: list[str]) -> tuple[list[str], dic
             if any(shared):
                 row[name] += f"; {rounded(improvement(y[shared], random), 1)} %"
         rows.append(row)
-    return (linear_eval.markdown(rows) if columns else []), dots
+    return markdown(rows) if columns else "", dots
 
 
 def random_accuracies(families: dict[str, list[dict]], scenario: str) -> np.ndarray | None:
@@ -743,41 +747,36 @@ def report(folder: Path) -> None:
     groups = populations(finished, scenarios)
     said = ("--data", "--method", "--epochs", "--max-images", "--image-size", "--width", "--batch-size", "--lr")
     setting = " ".join(f"{flag} {facts[flag]}" for flag in said if facts.get(flag) is not None)
-    lines = [
+    paragraphs = [
         "# One network, everywhere?",
-        "",
         f"{len({line['network'] for line in table})} networks, {len(table)} runs (`{setting}`), {len(scenarios)} data "
         "sets; linear accuracy on test images in %, means over seeds. In brackets 95 % intervals, after ± standard "
         "errors. All of this holds for runs of this length: networks that learn fast need not be the best in the end.",
     ]
     if broken:
         said = (f"{line['network']} seed {line['seed']:.0f}: {line['error']}" for line in broken)
-        lines += ["", "Broken: " + "; ".join(said)]
+        paragraphs.append("Broken: " + "; ".join(said))
     for group, p in groups.items():
-        lines += ["", f"## {group}: {len(p.names)}, {p.accuracy.shape[1]} seeds", "", in_short(p, scenarios), ""]
-        lines += scenario_table(p, scenarios)
-        lines += ["", "What a choice does, one step of it, all else equal:", "", *choice_table(p, scenarios)]
+        paragraphs.append(f"## {group}: {len(p.names)}, {p.accuracy.shape[1]} seeds")
+        paragraphs += [in_short(p, scenarios), scenario_table(p, scenarios)]
+        paragraphs += ["What a choice does, one step of it, all else equal:", choice_table(p, scenarios)]
     if groups:
-        lines += ["", "## Which network is good, and can one know?", ""]
-        lines += ["Kendall's tau with the accuracy: 0 by chance, 1 where the order is the same.", ""]
-        lines += predictor_table(groups, scenarios)
+        paragraphs.append("## Which network is good, and can one know?")
+        paragraphs.append("Kendall's tau with the accuracy: 0 by chance, 1 where the order is the same.")
+        paragraphs.append(predictor_table(groups, scenarios))
     else:
-        lines += [
-            "",
-            "Ranks, correlations and what choices do need eight networks of a family, with two seeds each.",
-            "",
-        ]
-        lines += network_table(finished, scenarios)
+        needed = "Ranks, correlations and what choices do need eight networks of a family, with two seeds each."
+        paragraphs += [needed, network_table(finished, scenarios)]
     found, dots = found_table(finished, scenarios)
     if found:
-        lines += ["", "## Found and random networks", ""]
-        lines += ["After the semicolon: relative improvement over the random networks' mean, 95 % interval.", ""]
-        lines += found
+        paragraphs.append("## Found and random networks")
+        paragraphs.append("After the semicolon: relative improvement over the random networks' mean, 95 % interval.")
+        paragraphs.append(found)
         write_atomic(draw_scores(dots, "linear accuracy: each run, and the mean"), folder / "study-found.svg")
     for name, picture in pictures_of(groups, scenarios).items():
         write_atomic(picture, folder / f"study-{name}.svg")
-        lines += ["", f"![{name}](study-{name}.svg)"]
-    write_atomic("\n".join(lines) + "\n", folder / "study.md")
+        paragraphs.append(f"![{name}](study-{name}.svg)")
+    write_atomic("\n\n".join(filter(None, paragraphs)) + "\n", folder / "study.md")
     for group, p in groups.items():
         between, within = spreads(p.accuracy[:, :, 0])
         ratio = between / max(within, 1e-9)
@@ -788,6 +787,8 @@ def report(folder: Path) -> None:
 
 def pictures_of(groups: dict[str, Population], scenarios: list[str]) -> dict[str, str]:
     """SVG by name: correlations between scenarios, accuracy against cost, and ranks over scenarios."""
+    if not groups:
+        return {}
     correlations, costs, ranks = {}, {}, {}
     for group, p in groups.items():
         r = [[spearman(a, b)[0] for b in p.means.T] for a in p.means.T]
@@ -798,16 +799,13 @@ def pictures_of(groups: dict[str, Population], scenarios: list[str]) -> dict[str
         shown = sorted({*order[:3], *p.means.argmax(0), order[-1]}, key=list(order).index)
         names = [p.names[k] for k in shown]
         ranks[f"{group} ({len(p.names)})"] = (names, scenarios, p.ranks[shown].tolist())
-    pictures = {}
-    if groups:
-        title = "Do scenarios agree? Spearman's correlation"
-        pictures["correlations"] = draw_matrices(correlations, title, (-1, 1), 2)
+    title = "Do scenarios agree? Spearman's correlation"
+    pictures = {"correlations": draw_matrices(correlations, title, (-1, 1), 2)}
     if costs:
         title = "Accuracy against cost: means over scenarios and seeds, and the Pareto front"
         pictures["costs"] = draw_costs(costs, title)
-    if groups:
-        title = "The rank of the best and of the worst networks in each scenario"
-        pictures["ranks"] = draw_matrices(ranks, title, None, 0)
+    title = "The rank of the best and of the worst networks in each scenario"
+    pictures["ranks"] = draw_matrices(ranks, title, None, 0)
     return pictures
 
 
