@@ -31,7 +31,7 @@ import re
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from itertools import product
 from operator import itemgetter
@@ -224,13 +224,10 @@ class Run(NamedTuple):
         path = self.folder / "row.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
-    def missing(self, sources: list[str]) -> list[str]:
+    def missing(self, sources: Iterable[str]) -> list[str]:
         """The `sources` that still have to be measured; none of them for a run that failed."""
         row = self.row()
         return [] if "error" in row else [s for s in sources if dataset(s) not in row.get("scores", {})]
-
-    def done(self, sources: list[str]) -> bool:
-        return bool(self.row()) and not self.missing(sources)
 
 
 def dataset(source: str) -> str:
@@ -278,7 +275,6 @@ def seconds_of(folder: Path) -> float:
 
 def carry_out(run: Run, args: argparse.Namespace, study: "Study") -> None:
     """Trains the network and measures it on each data set, unless that is done. A failure is recorded in row.json."""
-    run.folder.mkdir(parents=True, exist_ok=True)
     network, path, row = run.network, run.folder / "row.json", run.row()
     if not row:
         row = facts_of(run, args)
@@ -299,7 +295,7 @@ def carry_out(run: Run, args: argparse.Namespace, study: "Study") -> None:
         write_json(row, path)
         (run.folder / "checkpoint.pth").unlink(missing_ok=True)  # most of the folder, and of no more use
     weights = run.folder / "backbone.pth" if network.trained else network.weights
-    for source in run.missing(list(study.measured)):
+    for source in run.missing(study.measured):
         backbone, facts = load_backbone(str(weights))
         begun = time.time()
         how = {"knn_k": args.knn_k, "knn_t": args.knn_t, "compiled": args.compile}
@@ -325,14 +321,13 @@ class Study(NamedTuple):
     device: torch.device
 
 
-POLL = 10  # seconds until a worker that finds all runs taken looks again
+POLL = 10  # seconds after which a worker that found all runs locked looks again
 
 
 def work(runs: list[Run], args: argparse.Namespace, study: Study) -> None:
     """A worker's loop: takes a run that no other worker has locked, carries it out, and so on until all are done."""
-    sources, begun = list(study.measured), time.time()
-    before = sum(run.done(sources) for run in runs)
-    while pending := [run for run in runs if not run.done(sources)]:
+    begun, before = time.time(), len(unfinished(runs, study))
+    while pending := unfinished(runs, study):
         idle = True
         for run in pending:
             run.folder.mkdir(parents=True, exist_ok=True)
@@ -340,26 +335,31 @@ def work(runs: list[Run], args: argparse.Namespace, study: Study) -> None:
             if claim is None:
                 continue
             with os.fdopen(claim):  # held until the block ends
-                if not run.done(sources):  # another may have done it meanwhile
+                if run.missing(study.measured):  # another may have done it meanwhile
                     idle = False
                     carry_out(run, args, study)
-                    progress(run, runs, sources, begun, before)
+                    progress(run, runs, study, begun, before)
         if idle:
             time.sleep(POLL)
 
 
-def progress(run: Run, runs: list[Run], sources: list[str], begun: float, before: int) -> None:
-    """A line on the console, with the time that is left at the rate of all workers since we began."""
-    done, row = sum(run.done(sources) for run in runs), run.row()
-    left = (time.time() - begun) / max(1, done - before) * (len(runs) - done)
-    line = f"{done} of {len(runs)}: {run.network.name}, seed {run.seed}"
+def unfinished(runs: list[Run], study: Study) -> list[Run]:
+    return [run for run in runs if run.missing(study.measured)]
+
+
+def progress(run: Run, runs: list[Run], study: Study, begun: float, before: int) -> None:
+    """Prints a run's accuracies and the time that is left at the rate of all workers. before: runs that were unfinished
+    when this worker began."""
+    row, left = run.row(), len(unfinished(runs, study))
+    seconds_left = (time.time() - begun) / max(1, before - left) * left
+    line = f"{len(runs) - left} of {len(runs)}: {run.network.name}, seed {run.seed}"
     if "error" in row:
         line += f": broken: {row['error']}"
     else:
         seconds = dict(row["seconds"])
         linear = "  ".join(f"{name} {100 * score['linear']:.1f}" for name, score in row["scores"].items())
         line += f", {seconds.pop('train'):.0f} s to train, {sum(seconds.values()):.0f} to measure: {linear}"
-    say(f"{line}; {timedelta(seconds=round(left))} left")
+    say(f"{line}; {timedelta(seconds=round(seconds_left))} left")
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
