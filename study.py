@@ -266,35 +266,15 @@ PREDICTORS = {  # of accuracy, from the last line of a run's log: (name in the r
 }
 
 
-def seconds_of(folder: Path) -> float:
-    """That a run has trained for, over all of its starts, by its log."""
-    path = folder / "log.txt"
-    lines = path.read_text().splitlines()[1:] if path.exists() else []
-    return sum(json.loads(line)["seconds"] for line in lines)
-
-
 def carry_out(run: Run, args: argparse.Namespace, study: "Study") -> None:
     """Trains the network and measures it on each data set, unless that is done. A failure is recorded in row.json."""
-    network, path, row = run.network, run.folder / "row.json", run.row()
+    path, row = run.folder / "row.json", run.row()
     if not row:
-        row = facts_of(run, args)
-        try:
-            row["macs"], row["parameters"] = models.size_of(row["arch"], row["width"], study.stem, study.size)
-            last = {}  # of the log
-            if network.trained:
-                flags = {"width": row["width"], "weights": network.weights, "seed": run.seed}
-                last = pretrain.run_in(run.folder, args, study.images, network.arch, network.heads, **flags)
-        except ValueError as error:
-            last = {"error": str(error)}
-        if "error" in last:
-            row["error"] = last["error"]
-            write_json(row, path)
-            return
-        row |= {name: last[name] for name in PREDICTORS if name in last}
-        row |= {"scores": {}, "seconds": {"train": seconds_of(run.folder)}, "versions": versions()}
+        row = train(run, args, study)
         write_json(row, path)
-        (run.folder / "checkpoint.pth").unlink(missing_ok=True)  # most of the folder, and of no more use
-    weights = run.folder / "backbone.pth" if network.trained else network.weights
+        if "error" not in row:
+            (run.folder / "checkpoint.pth").unlink(missing_ok=True)  # most of the folder, and no longer needed
+    weights = run.folder / "backbone.pth" if run.network.trained else run.network.weights
     for source in run.missing(study.measured):
         backbone, facts = load_backbone(str(weights))
         begun = time.time()
@@ -302,12 +282,30 @@ def carry_out(run: Run, args: argparse.Namespace, study: "Study") -> None:
         try:
             scores = linear_eval.measure(backbone, facts, *study.measured[source], study.device, **how)[0]
         except RuntimeError as error:
-            row["error"] = f"measured on {source}: {error}"
-            write_json(row, path)
+            write_json({**row, "error": f"measured on {source}: {error}"}, path)
             return
         row["scores"][dataset(source)] = {name: scores[name] for name in ("knn", "linear")}
         row["seconds"][dataset(source)] = time.time() - begun
         write_json(row, path)
+
+
+def train(run: Run, args: argparse.Namespace, study: "Study") -> dict:
+    """The row of a trained run, or of one that failed, which has an "error" in it."""
+    network, row, last = run.network, facts_of(run, args), {}
+    try:
+        row["macs"], row["parameters"] = models.size_of(row["arch"], row["width"], study.stem, study.size)
+        if network.trained:
+            flags = {"width": row["width"], "weights": network.weights, "seed": run.seed}
+            last = pretrain.run_in(run.folder, args, study.images, network.arch, network.heads, **flags)
+    except ValueError as error:
+        last = {"error": str(error)}
+    if "error" in last:
+        return {**row, "error": last["error"]}
+    log = run.folder / "log.txt"
+    lines = log.read_text().splitlines()[1:] if network.trained else []
+    row |= {name: last[name] for name in PREDICTORS if name in last}
+    row |= {"scores": {}, "seconds": {"train": sum(json.loads(line)["seconds"] for line in lines)}}
+    return {**row, "versions": versions()}
 
 
 # ---- workers --------------------------------------------------------------------------------------------------------
