@@ -437,7 +437,7 @@ def accuracies(lines: list[dict], scenarios: list[str]) -> np.ndarray:
     return np.array([[line[f"{scenario} linear"] for scenario in scenarios] for line in lines], float)
 
 
-# ---- statistics: x, y (n,), float64 ---------------------------------------------------------------------------------
+# ---- statistics: x, y (n,), float64, n > 4 --------------------------------------------------------------------------
 
 Z = 1.959964  # of a normal distribution 95 % lie within so many standard deviations
 
@@ -449,7 +449,7 @@ def ranks_of(x: np.ndarray) -> np.ndarray:
 
 
 def interval(r: float, variance: float) -> tuple[float, float, float]:
-    """(r, low, high) of a correlation, whose atanh has that variance: 95 %."""
+    """(r, low, high): a correlation and its 95 % interval; variance: of atanh(r)."""
     half = Z * math.sqrt(variance)
     centre = math.atanh(min(max(r, -0.999999), 0.999999))
     return r, min(r, math.tanh(centre - half)), max(r, math.tanh(centre + half))
@@ -457,24 +457,21 @@ def interval(r: float, variance: float) -> tuple[float, float, float]:
 
 def pearson(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
     """With Fisher's interval; nan where one of them is constant."""
-    if np.ptp(x) == 0 or np.ptp(y) == 0 or len(x) < 4:
-        return math.nan, math.nan, math.nan
-    return interval(np.corrcoef(x, y)[0, 1], 1 / (len(x) - 3))
+    r = np.corrcoef(x, y)[0, 1] if np.ptp(x) > 0 and np.ptp(y) > 0 else math.nan
+    return interval(r, 1 / (len(x) - 3))
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
     """With Bonett and Wright's interval (Psychometrika 65, 2000)."""
     r, *_ = pearson(ranks_of(x), ranks_of(y))
-    return interval(r, (1 + r**2 / 2) / (len(x) - 3)) if not math.isnan(r) else (r, r, r)
+    return interval(r, (1 + r**2 / 2) / (len(x) - 3))
 
 
 def kendall(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
     """tau-b with Fieller's interval (Biometrika 44, 1957)."""
     a, b = (np.sign(v[:, None] - v) for v in (x, y))
     pairs = math.sqrt((a * a).sum() * (b * b).sum())
-    if pairs == 0 or len(x) < 5:
-        return math.nan, math.nan, math.nan
-    return interval((a * b).sum() / pairs, 0.437 / (len(x) - 4))
+    return interval((a * b).sum() / pairs if pairs else math.nan, 0.437 / (len(x) - 4))
 
 
 def improvement(found: np.ndarray, random: np.ndarray) -> tuple[float, float, float]:
@@ -490,28 +487,28 @@ def improvement(found: np.ndarray, random: np.ndarray) -> tuple[float, float, fl
 
 
 def regrets(y: np.ndarray, resamples: int = 1000, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(mean (D, D), its standard error (D, D)) of what choosing by scenario a costs on b, in points, of accuracies
-    (K networks, S seeds, D scenarios); and (D,) what drawing a network costs.
+    """(regret (D, D), its standard error (D, D), regret of a random choice (D,)) of accuracies (K networks, S seeds, D
+    scenarios). regret[a, b]: points lost on scenario b by choosing the network on a instead of on b.
 
-    Networks are chosen by the scores of all seeds but one, on a and on b, and compared on b by the seed that is left
-    out, in turn: the best of many noisy scores is not as good as it looks. The errors are those of other networks,
-    by bootstrap.
+    A network is chosen by the mean over all seeds but one and scored by the seed left out, in turn, since the best of
+    many noisy scores is not as good as it looks. The standard error is by bootstrap over the networks.
     """
     networks, seeds, _ = y.shape
 
-    def cost(rows: np.ndarray) -> np.ndarray:
-        total = 0
+    def choose(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(regret (D, D), accuracy (D,) of the network chosen by a scenario itself) among some of the networks."""
+        regret, own = 0, 0
         for out in range(seeds):
-            chosen = rows[np.delete(y[rows], out, 1).mean(1).argmax(0)]  # (D,): the best by each scenario
-            scores = y[chosen, out]  # (D by which it is chosen, D on which it is seen)
-            total = total + scores.diagonal() - scores
-        return total / seeds
+            chosen = rows[np.delete(y[rows], out, 1).mean(1).argmax(0)]  # (D,)
+            scores = y[chosen, out]  # (D that chose, D)
+            regret = regret + scores.diagonal() - scores
+            own = own + scores.diagonal()
+        return regret / seeds, own / seeds
 
     rng = np.random.default_rng(seed)
-    again = [cost(rng.integers(networks, size=networks)) for _ in range(resamples)]
-    chosen = [np.delete(y, out, 1).mean(1).argmax(0) for out in range(seeds)]
-    own = np.mean([y[chosen[out], out].diagonal() for out in range(seeds)], 0)  # of the choice by the scenario itself
-    return cost(np.arange(networks)), np.std(again, 0), own - y.mean((0, 1))
+    resampled = [choose(rng.integers(networks, size=networks))[0] for _ in range(resamples)]
+    regret, own = choose(np.arange(networks))
+    return regret, np.std(resampled, 0), own - y.mean((0, 1))
 
 
 def effects(columns: dict[str, np.ndarray], y: np.ndarray) -> dict[str, tuple[float, float]]:
