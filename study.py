@@ -67,15 +67,14 @@ class Network(NamedTuple):
     @property
     def name(self) -> str:
         """Unique: it names the folder of a run, so different networks must not share one."""
-        handcrafted = [name for name, arch in BACKBONES.items() if arch == self.arch]
         text = describe(self.arch)
-        if handcrafted:
-            text = handcrafted[0]
-        elif isinstance(self.arch, dict):
+        if isinstance(self.arch, dict):
             base = next(arch for arch in BACKBONES.values() if arch["block"] == self.arch["block"])
             if self.arch == {**base, "depth": self.arch["depth"]}:
                 text = f"{self.arch['block']} {'-'.join(map(str, self.arch['depth']))}"
-        text += f" x{self.width:g}" * (self.width != 1)
+            text = next((name for name, arch in BACKBONES.items() if arch == self.arch), text)
+        if self.width != 1:
+            text += f" x{self.width:g}"
         if self.heads:
             text += f" heads {crc(json.dumps(self.heads).encode())}"
         if self.weights:
@@ -127,8 +126,8 @@ def networks_of(word: str, args: argparse.Namespace, stem: str, size: int) -> li
         if not number:
             raise ValueError(f"--networks {word}: how many random ones? {word}:8, say")
         return random_networks(spaces, int(number), args, stem, size)
-    grids = GRIDS if name == "ssa" else {name: GRIDS[name]} if name in GRIDS else None
-    if grids:
+    if name == "ssa" or name in GRIDS:
+        grids = GRIDS if name == "ssa" else {name: GRIDS[name]}
         return of_grids(grids, int(number) if number else None)
     if number or not (word in ARCHS or Path(word).is_file()):
         known = ", ".join(["ssa", *GRIDS, *ARCHS])
@@ -184,29 +183,29 @@ def heads_in(path: str, args: argparse.Namespace) -> dict | None:
 
 
 def found_by(folder: str, args: argparse.Namespace) -> list[Network]:
-    """What search.py has found: trained from scratch; of a backbone also with the weights that it inherits, and trained
-    on from them; and the handcrafted network. Raises ValueError or OSError."""
-    path, weights = Path(folder) / "arch.json", Path(folder) / "backbone.pth"
-    found = load_json(str(path))
-    heads = heads_in(str(path), args)
-    arch = load_arch(str(path)) if "backbone" in found else None
-    backbone = next((SPACES[name] for name in found.get("space", []) if name in SPACES), None)
-    if not backbone and "heads" not in found.get("space", []):
-        raise ValueError(
-            f"--search {folder}: '{path}' has no heads or backbone that a search found (views are pretrain.py's flags)"
-        )
+    """What search.py has found, trained from scratch, and the handcrafted network. A found backbone also with the
+    weights that the search left, trained further and as they are. Raises ValueError or OSError."""
+    path, weights = str(Path(folder) / "arch.json"), str(Path(folder) / "backbone.pth")
     family = f"found ({Path(folder).name})"
-    if not backbone:
-        own = [Network(family, args.arch, heads=heads)] if heads else []  # else the search has kept the handcrafted
+    found, heads = load_json(path), heads_in(path, args)
+    searched = found.get("space", [])
+    space = next((SPACES[name] for name in searched if name in SPACES), None)
+    if space:
+        arch, width = load_arch(path), found["backbone"].get("width")
+        if width != args.width:
+            raise ValueError(f"--search {folder}: searched at --width {width}, not {args.width}")
+        return [
+            Network(family, arch, heads=heads),
+            Network(f"{family}, trained on", arch, heads=heads, weights=weights),
+            Network(f"{family}, inherited", arch, heads=heads, weights=weights, trained=False),
+            Network("handcrafted", space.handcrafted),
+        ]
+    if "heads" in searched:
+        own = [Network(family, args.arch, heads=heads)] if heads else []  # none: the search kept the handcrafted heads
         return [*own, Network("handcrafted", args.arch)]
-    if found["backbone"].get("width") != args.width:
-        raise ValueError(f"--search {folder}: searched at --width {found['backbone'].get('width')}, not {args.width}")
-    return [
-        Network(family, arch, heads=heads),
-        Network(f"{family}, trained on", arch, heads=heads, weights=str(weights)),
-        Network(f"{family}, inherited", arch, heads=heads, weights=str(weights), trained=False),
-        Network("handcrafted", backbone.handcrafted),
-    ]
+    raise ValueError(
+        f"--search {folder}: '{path}' has no heads or backbone that a search found (views are pretrain.py's flags)"
+    )
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
