@@ -363,23 +363,23 @@ def progress(run: Run, runs: list[Run], study: Study, begun: float, before: int)
 
 
 def write_table(folder: Path) -> Path:
-    """study.csv, a line a run, sorted: what it is, what is known of it without labels, and its accuracies in % as
-    '<data set> kNN' and '<data set> linear'. Where there are no runs the study.csv that is there stays."""
+    """Writes study.csv, one line for each run: facts, PREDICTORS, and accuracies in % as '<data set> knn' and '<data
+    set> linear'. Without runs, the study.csv that is there stays."""
     path = folder / "study.csv"
     rows = [json.loads(file.read_text()) for file in sorted((folder / "runs").glob("*/row.json"))]
+    if not rows and path.exists():
+        return path
     if not rows:
-        if path.exists():
-            return path
         raise FileNotFoundError(f"there is nothing to report in '{folder}'")
+    facts = ("network", "family", "arch", "width", "heads", "parameters", "macs", "seed", *PREDICTORS, "error")
     sets = sorted({name for row in rows for name in row.get("scores", {})})
     lines = []
     for row in sorted(rows, key=lambda row: (row["family"], row["network"], row["seed"])):
         seconds = dict(row.get("seconds", {}))
-        line = {name: row.get(name) for name in ("network", "family", "arch", "width", "heads", "parameters", "macs")}
-        line |= {name: row.get(name) for name in ("seed", *PREDICTORS, "error")}
-        line |= {name: json.dumps(line[name]) for name in ("arch", "heads")}
-        line |= {"train s": seconds.pop("train", None), "measure s": sum(seconds.values())}
-        line |= {"torch": row.get("versions", {}).get("torch")}
+        line = {name: row.get(name) for name in facts}
+        line["arch"], line["heads"] = json.dumps(row["arch"]), json.dumps(row["heads"])
+        line["train s"], line["measure s"] = seconds.pop("train", None), sum(seconds.values())
+        line["torch"] = row.get("versions", {}).get("torch")
         for name, measure in product(sets, ("knn", "linear")):
             score = row.get("scores", {}).get(name, {}).get(measure)
             line[f"{name} {measure}"] = None if score is None else round(100 * score, 4)
@@ -859,8 +859,8 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple[list[Run], 
         known = load_json(str(path)) if path.exists() else facts
         for what in sorted({*known, *facts}):
             if known.get(what) != facts.get(what):
-                was = f"{what} {known.get(what)}, not {facts.get(what)}"
-                raise ValueError(f"'{path}' says that this study has {was}: choose another --output-dir")
+                has = f"{what} {known.get(what)}, not {facts.get(what)}"
+                raise ValueError(f"'{path}' says that this study has {has}: choose another --output-dir")
         write_json(facts, path)
     return runs_of(networks, args.seeds, folder), Study(images, measured, stem, size, device)
 
@@ -868,23 +868,22 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple[list[Run], 
 def main(args: argparse.Namespace) -> None:
     for name in ("RANK", "WORLD_SIZE"):  # each of torchrun's ranks is a worker of its own, on the GPU of LOCAL_RANK
         os.environ.pop(name, None)
-    if not args.report:
-        try:
-            with user_errors():
+    folder = Path(args.output_dir)
+    try:
+        with user_errors():
+            if not args.report:
                 pretrain.check(args)
                 device = launch.setup(args.device, args.deterministic, args.rank_timeout)
-                args.knn_every = args.epochs  # the monitor looks at the end alone
+                args.knn_every = args.epochs  # the monitor runs once, at the end
                 runs, study = prepare(args, device)
-                say(f"{len(runs)} runs, {len(study.measured)} data sets to measure on: {args.output_dir}")
+                say(f"{len(runs)} runs, {len(study.measured)} data sets to measure on: {folder}")
                 work(runs, args, study)
-        except KeyboardInterrupt:
-            sys.exit(130)
-    folder = Path(args.output_dir)
-    with user_errors():
-        if not folder.is_dir():
-            raise FileNotFoundError(f"there is nothing to report in '{folder}'")
-        with os.fdopen(lock(folder / ".lock", wait=True)):  # several workers end at once
-            report(folder)
+            if not folder.is_dir():
+                raise FileNotFoundError(f"there is nothing to report in '{folder}'")
+            with os.fdopen(lock(folder / ".lock", wait=True)):  # several workers end at once
+                report(folder)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
