@@ -20,9 +20,15 @@ def _svg(width: float, height: float, title: str, parts: list[str]) -> str:
     )
 
 
+def _ticks(low: int, high: int, most: int) -> range:
+    """Round numbers from low to high, about `most` of them."""
+    step = next(s for s in (1, 2, 5, 10, 20, 50, 100) if (high - low) / s <= most)
+    return range(-(-low // step) * step, high + 1, step)
+
+
 def draw_heads(history: list[dict], dims: dict[str, list[int]], title: str) -> str:
     """SVG: softmax(alpha) of each layer over the epochs, and under it what it chose, by true_name; dims by head."""
-    cell, plot, row = 150, (126, 84), 168
+    cell, wide, tall, row = 150, 126, 84, 168
     heads = history[-1]["ops"]
     width = 40 + cell * max(map(len, heads.values()))
     svg = []
@@ -35,32 +41,25 @@ def draw_heads(history: list[dict], dims: dict[str, list[int]], title: str) -> s
         curves = [line["alphas"][head] for line in history]  # (epochs + 1, L, 7)
         peak = max(0.3, max(p for line in curves for layer in line for p in layer))
         svg.append(f'<text x="20" y="{top}" font-weight="bold">{head}</text>')
-        svg.append(
-            f'<text x="90" y="{top}" fill="#666">softmax(alpha), 0 to {peak:.2f}, over {len(history) - 1} epochs; '
-            "chosen below</text>"
-        )
+        scale = f"softmax(alpha), 0 to {peak:.2f}, over {len(history) - 1} epochs; chosen below"
+        svg.append(f'<text x="90" y="{top}" fill="#666">{scale}</text>')
         for layer, op in enumerate(ops):
             label = true_name(op, dims[head][layer], dims[head][layer + 1])
             x0, y0 = 20 + cell * layer, top + 10
-            svg.append(f'<rect x="{x0}" y="{y0}" width="{plot[0]}" height="{plot[1]}" fill="none" stroke="#bbb"/>')
+            svg.append(f'<rect x="{x0}" y="{y0}" width="{wide}" height="{tall}" fill="none" stroke="#bbb"/>')
             for k, (name, colour) in enumerate(COLOURS.items()):
-                points = " ".join(
-                    f"{x0 + plot[0] * t / max(1, len(curves) - 1):.1f},{y0 + plot[1] * (1 - line[layer][k] / peak):.1f}"
-                    for t, line in enumerate(curves)
-                )
+                columns = (x0 + wide * t / max(1, len(curves) - 1) for t in range(len(curves)))
+                rows = (y0 + tall * (1 - line[layer][k] / peak) for line in curves)
+                points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(columns, rows))
                 thick = 2.5 if name == op else 1.2
                 svg.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="{thick}"/>')
-            y1 = y0 + plot[1] + 8
-            svg.append(
-                f'<rect x="{x0}" y="{y1}" width="{plot[0]}" height="24" rx="4" fill="{COLOURS[op]}" '
-                f'fill-opacity="0.18" stroke="{COLOURS[op]}"/>'
-            )
-            svg.append(f'<text x="{x0 + plot[0] / 2}" y="{y1 + 16}" text-anchor="middle">{label}</text>')
+            y1 = y0 + tall + 8
+            colours = f'fill="{COLOURS[op]}" fill-opacity="0.18" stroke="{COLOURS[op]}"'
+            svg.append(f'<rect x="{x0}" y="{y1}" width="{wide}" height="24" rx="4" {colours}/>')
+            svg.append(f'<text x="{x0 + wide / 2}" y="{y1 + 16}" text-anchor="middle">{label}</text>')
             if layer + 1 < len(ops):
-                x1 = x0 + plot[0]
-                svg.append(
-                    f'<path d="M{x1} {y1 + 12} h{cell - plot[0] - 7} m-5 -4 l5 4 l-5 4" fill="none" stroke="#666"/>'
-                )
+                arrow = f"M{x0 + wide} {y1 + 12} h{cell - wide - 7} m-5 -4 l5 4 l-5 4"
+                svg.append(f'<path d="{arrow}" fill="none" stroke="#666"/>')
         top += row
     return _svg(width, top - 12, title, svg)
 
@@ -97,19 +96,16 @@ def draw_backbone(networks: dict[str, tuple[dict, int]], width: float, stem: str
         x = 20
         for s in stages:
             floor = top + 16 + tall
-            mine = [spec for spec in blocks if spec.stage == s]
-            for j, spec in enumerate(mine):
+            of_stage = [spec for spec in blocks if spec.stage == s]
+            for j, spec in enumerate(of_stage):
                 h = max(4, tall * math.sqrt(spec.inner / widest))
-                colour = KERNEL_COLOURS.get(spec.kernel, "#555555")
-                svg.append(
-                    f'<rect x="{x + j * (box + gap)}" y="{floor - h:.1f}" width="{box}" height="{h:.1f}" rx="3" '
-                    f'fill="{colour}"/>'
-                )
-            svg.append(f'<path d="M{x} {floor + 4} h{len(mine) * (box + gap) - gap}" stroke="#666"/>')
+                where = f'x="{x + j * (box + gap)}" y="{floor - h:.1f}" width="{box}" height="{h:.1f}"'
+                svg.append(f'<rect {where} rx="3" fill="{KERNEL_COLOURS.get(spec.kernel, "#555555")}"/>')
+            svg.append(f'<path d="M{x} {floor + 4} h{len(of_stage) * (box + gap) - gap}" stroke="#666"/>')
             kind = "x input" if arch["block"] == "inverted" else "of planes"
             ratio, kernel = arch["inner"][s], arch["kernel"][s]
-            svg.append(f'<text x="{x}" y="{floor + 19}">stage {s + 1}: {mine[-1].c_out} wide</text>')
-            svg.append(f'<text x="{x}" y="{floor + 34}">{len(mine)} deep, {kernel}x{kernel}</text>')
+            svg.append(f'<text x="{x}" y="{floor + 19}">stage {s + 1}: {of_stage[-1].c_out} wide</text>')
+            svg.append(f'<text x="{x}" y="{floor + 34}">{len(of_stage)} deep, {kernel}x{kernel}</text>')
             svg.append(f'<text x="{x}" y="{floor + 49}">inner {ratio:g} {kind}</text>')
             svg.append(f'<text x="{x}" y="{floor + 64}" fill="#666">{macs[1 + s] / 1e6:,.3g} MMACs</text>')
             x += room[s]
@@ -135,19 +131,16 @@ def draw_scores(scores: dict[str, dict[str, list[float]]], title: str) -> str:
             return x0 + panel * (v - low) / (high - low)
 
         svg.append(f'<text x="{x0}" y="{y0}" font-weight="bold">{escape(data)}</text>')
-        step = next(s for s in (1, 2, 5, 10, 20, 50, 100) if (high - low) / s <= 6)
-        for v in range(-(-low // step) * step, high + 1, step):
+        for v in _ticks(low, high, 6):
             svg.append(f'<path d="M{at(v):.1f} {y0 + 8} V{bottom}" stroke="#ddd"/>')
             svg.append(f'<text x="{at(v):.1f}" y="{bottom + 16}" text-anchor="middle" fill="#666">{v} %</text>')
         for r, row in enumerate(rows):
             y = y0 + 20 + line * r
             if p % across == 0:
                 svg.append(f'<text x="{left - 12}" y="{y + 4}" text-anchor="end">{escape(row)}</text>')
-            colour = "#999999" if row.startswith("random") else "#0072B2"
+            style = f'fill="{"#999999" if row.startswith("random") else "#0072B2"}" fill-opacity="0.6" stroke="white"'
             for v in values.get(row, []):
-                svg.append(
-                    f'<circle cx="{at(v):.1f}" cy="{y}" r="4" fill="{colour}" fill-opacity="0.6" stroke="white"/>'
-                )
+                svg.append(f'<circle cx="{at(v):.1f}" cy="{y}" r="4" {style}/>')
             if values.get(row):
                 mean = sum(values[row]) / len(values[row])
                 svg.append(f'<path d="M{at(mean):.1f} {y - 9} v18" stroke="black" stroke-width="2"/>')
@@ -173,10 +166,8 @@ def draw_matrices(panels: dict[str, tuple], title: str, scale: tuple[float, floa
                 x, (fill, ink) = left + cell * c, shade(value, scale or (max(map(max, values)), min(map(min, values))))
                 svg.append(f'<rect x="{x:.0f}" y="{y:.0f}" width="{cell - 1}" height="{cell - 1}" fill="{fill}"/>')
                 text = f"{value:.{digits}f}".replace("0.", ".") if digits else f"{value:.0f}"
-                svg.append(
-                    f'<text x="{x + cell / 2:.0f}" y="{y + 21:.0f}" font-size="11" text-anchor="middle" '
-                    f'fill="{ink}">{text}</text>'
-                )
+                style = f'font-size="11" text-anchor="middle" fill="{ink}"'
+                svg.append(f'<text x="{x + cell / 2:.0f}" y="{y + 21:.0f}" {style}>{text}</text>')
         y0 = top + cell * len(rows) + 40
         width = max(width, left + cell * len(columns) + 4 * max(map(len, columns)))
     return _svg(width, y0 - 20, title, svg)
@@ -200,18 +191,16 @@ SERIES_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#99999
 def draw_costs(series: dict[str, list[tuple[float, float]]], title: str) -> str:
     """SVG: accuracy in % over MMACs on a log scale, {series: [(MMACs, accuracy), ...]}, and its Pareto front."""
     width, height, left, top = 620, 330, 60, 64
-    points = [point for of in series.values() for point in of]
-    x_low, x_high = (math.log2(f(x for x, _ in points)) for f in (min, max))
-    y_low, y_high = math.floor(min(y for _, y in points)), math.ceil(max(y for _, y in points) + 1e-9)
-    x_low, x_high = x_low - 0.1, x_high + 0.1
+    xs, ys = zip(*(point for points in series.values() for point in points))
+    x_low, x_high = math.log2(min(xs)) - 0.1, math.log2(max(xs)) + 0.1
+    y_low, y_high = math.floor(min(ys)), math.ceil(max(ys) + 1e-9)
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = (math.log2(x) - x_low) / (x_high - x_low)
         return left + width * across, top + height * (1 - (y - y_low) / (y_high - y_low))
 
     svg = [f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#bbb"/>']
-    step = next(s for s in (1, 2, 5, 10, 20, 50, 100) if (y_high - y_low) / s <= 8)
-    for y in range(-(-y_low // step) * step, y_high + 1, step):
+    for y in _ticks(y_low, y_high, 8):
         _, row = at(1, y)
         svg.append(f'<path d="M{left} {row:.1f} h{width}" stroke="#eee"/>')
         svg.append(f'<text x="{left - 8}" y="{row + 4:.1f}" text-anchor="end" fill="#666">{y} %</text>')
@@ -220,9 +209,9 @@ def draw_costs(series: dict[str, list[tuple[float, float]]], title: str) -> str:
         svg.append(f'<path d="M{column:.1f} {top} v{height}" stroke="#eee"/>')
         svg.append(f'<text x="{column:.1f}" y="{top + height + 17}" text-anchor="middle" fill="#666">{2.0**k:g}</text>')
     svg.append(f'<text x="{left + width / 2}" y="{top + height + 36}" text-anchor="middle">MMACs an image</text>')
-    for n, (name, of) in enumerate(series.items()):
+    for n, (name, points) in enumerate(series.items()):
         colour, front = SERIES_COLOURS[n % len(SERIES_COLOURS)], []
-        for x, y in sorted(of):
+        for x, y in sorted(points):
             column, row = at(x, y)
             svg.append(f'<circle cx="{column:.1f}" cy="{row:.1f}" r="3.5" fill="{colour}" fill-opacity="0.5"/>')
             if not front or y > front[-1][1]:
@@ -230,9 +219,8 @@ def draw_costs(series: dict[str, list[tuple[float, float]]], title: str) -> str:
         path = " ".join("{:.1f},{:.1f}".format(*at(*point)) for point in front)
         svg.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
         x = left + 160 * n
-        svg.append(
-            f'<circle cx="{x + 5}" cy="46" r="5" fill="{colour}"/><text x="{x + 16}" y="50">{escape(name)}</text>'
-        )
+        svg.append(f'<circle cx="{x + 5}" cy="46" r="5" fill="{colour}"/>')
+        svg.append(f'<text x="{x + 16}" y="50">{escape(name)}</text>')
     return _svg(max(left + width, 8 * len(title)) + 30, top + height + 50, title, svg)
 
 
@@ -259,7 +247,8 @@ def draw_curves(
     width = max(x, 8 * len(title), min(across, len(panels)) * (wide + left))
     for p, (panel, lines) in enumerate(panels.items()):
         x0, y0 = left + p % across * (wide + left), top + p // across * (tall + 76)
-        points = [point for line in lines.values() for point in line if math.isfinite(point[1])] or [(0.0, 0.0)]
+        finite = {name: [point for point in line if math.isfinite(point[1])] for name, line in lines.items()}
+        points = [point for line in finite.values() for point in line] or [(0.0, 0.0)]
         (x_low, x_high), (y_low, y_high) = ((min(v), max(v)) for v in zip(*points))
         y_low, y_high = y_limits or (y_low, y_high)
         if x_low == x_high:
@@ -274,15 +263,13 @@ def draw_curves(
             x, value = x0 + wide * share, x_low + share * (x_high - x_low)
             svg.append(f'<text x="{x:.0f}" y="{y0 + tall + 16}" text-anchor="middle" fill="#666">{value:.3g}</text>')
         svg.append(f'<text x="{x0 + wide / 2}" y="{y0 + tall + 32}" text-anchor="middle">{escape(x_name)}</text>')
-        for name, line in lines.items():
-            finite = [point for point in line if math.isfinite(point[1])]
-            columns = (x0 + wide * (x - x_low) / (x_high - x_low) for x, _ in finite)
-            rows = (y0 + tall * (y_high - y) / (y_high - y_low) for _, y in finite)
-            places = [(f"{column:.1f}", f"{row:.1f}") for column, row in zip(columns, rows)]
-            path = " ".join(f"{column},{row}" for column, row in places)
+        for name, line in finite.items():
+            columns = [x0 + wide * (x - x_low) / (x_high - x_low) for x, _ in line]
+            rows = [y0 + tall * (y_high - y) / (y_high - y_low) for _, y in line]
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(columns, rows))
             svg.append(f'<polyline points="{path}" fill="none" stroke="{colours[name]}" stroke-width="2"/>')
-            if len(places) == 1:
-                svg.append('<circle cx="{}" cy="{}" r="4" fill="{}"/>'.format(*places[0], colours[name]))
+            if len(line) == 1:
+                svg.append(f'<circle cx="{columns[0]:.1f}" cy="{rows[0]:.1f}" r="4" fill="{colours[name]}"/>')
     return _svg(width + 30, top + -(-len(panels) // across) * (tall + 76) - 30, title, svg)
 
 
@@ -310,10 +297,9 @@ def draw_surrogate(worth: dict[str, tuple[float, float]], title: str) -> str:
             svg.append(f'<text x="{middle}" y="{top + tall + 36}" text-anchor="middle">{choice}</text>')
             for option, value, error in options:
                 x += step / 2
-                svg.append(
-                    f'<path d="M{x} {row(value - 2 * error):.1f} V{row(value + 2 * error):.1f}" stroke="{colour}" '
-                    f'stroke-width="2"/><circle cx="{x}" cy="{row(value):.1f}" r="4" fill="{colour}"/>'
-                )
+                bar = f"M{x} {row(value - 2 * error):.1f} V{row(value + 2 * error):.1f}"
+                svg.append(f'<path d="{bar}" stroke="{colour}" stroke-width="2"/>')
+                svg.append(f'<circle cx="{x}" cy="{row(value):.1f}" r="4" fill="{colour}"/>')
                 svg.append(f'<text x="{x}" y="{top + tall + 18}" text-anchor="middle" fill="#666">{option}</text>')
                 x += step / 2
             x += 12
@@ -333,12 +319,10 @@ def draw_halving(shares: list[float], rounds: dict[str, list[list[float]]], best
     def at(share: float, score: float) -> tuple[float, float]:
         return left + width * share, top + tall * (high - score) / (high - low)
 
-    svg = []
-    svg.append(f'<rect x="{left}" y="{top - 8}" width="{width + 8}" height="{tall + 16}" fill="none" stroke="#bbb"/>')
+    svg = [f'<rect x="{left}" y="{top - 8}" width="{width + 8}" height="{tall + 16}" fill="none" stroke="#bbb"/>']
     for score in (low, (low + high) / 2, high):
-        svg.append(
-            f'<text x="{left - 8}" y="{at(0, score)[1] + 4:.1f}" text-anchor="end" fill="#666">{score:.3g}</text>'
-        )
+        _, y = at(0, score)
+        svg.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" fill="#666">{score:.3g}</text>')
     for share in shares:
         x, y = at(share, low)
         svg.append(f'<text x="{x:.1f}" y="{y + 24:.1f}" text-anchor="middle" fill="#666">{100 * share:.0f} %</text>')
