@@ -48,9 +48,6 @@ class Cost:
         self.base, self.table = state["base"].item(), state["table"]
         self.device_table.copy_(self.table)
 
-    def of_target(self, target: float) -> "Cost":
-        return Cost(self.base, self.table, target, self.unit, self.device_table.device)
-
     def of(self, choice: list[int]) -> float:
         return self.base + sum(self.table[s, o].item() for s, o in enumerate(choice))
 
@@ -61,9 +58,9 @@ class Cost:
         """E[cost] / target under the alphas, differentiable."""
         return choices.expected_macs(self.base, self.device_table) / self.target
 
-    def derive(self, scores: Tensor) -> list[int]:
-        """The network with the highest total score (S, O) among those whose cost is in BAND of the target."""
-        return models.derive(scores, self.base, self.table, self.target, self.text)
+    def derive(self, scores: Tensor, share: float = 1.0) -> list[int]:
+        """The network with the highest total score (S, O) among those whose cost is in BAND of share x target."""
+        return models.derive(scores, self.base, self.table, share * self.target, self.text)
 
     def random(self, generator: torch.Generator, band: tuple[float, float] = BAND) -> list[int]:
         return models.random_choice(self.base, self.table, self.target, generator, band)
@@ -200,12 +197,14 @@ def task_of(args: argparse.Namespace, device: torch.device, asked: argparse.Name
 def drawn(cost: Cost, n: int, seed: int) -> list[list[int]]:
     """n different networks of the band, drawn evenly, or all that a hundred times as many draws find."""
     generator = torch.Generator().manual_seed(seed)
-    found: dict[tuple, None] = {}
+    found: list[list[int]] = []
     for _ in range(100 * n):
+        choice = cost.random(generator)
+        if choice not in found:
+            found.append(choice)
         if len(found) == n:
             break
-        found[tuple(cost.random(generator))] = None
-    return [list(choice) for choice in found]
+    return found
 
 
 class Candidate(NamedTuple):
@@ -263,7 +262,7 @@ def fits(task: Task, arch: dict) -> bool:
 def fitting(task: Task, scores: Tensor) -> dict:
     """The best architecture by scores (S, O). A target in ms is lowered by 3 % until the measured time meets it."""
     for k in range(6):
-        arch = task.space.arch(task.cost.of_target(task.cost.target * 0.97**k).derive(scores))
+        arch = task.space.arch(task.cost.derive(scores, 0.97**k))
         if fits(task, arch):
             return arch
     raise ValueError(
@@ -375,20 +374,20 @@ def beside_handcrafted(task: Task, found: Candidate, folder: Path) -> dict:
     "handcrafted": a score each seed, "said"}. The score is kNN accuracy where there are labels."""
     score = "knn" if task.images.labelled else task.args.score
     task = task._replace(args=argparse.Namespace(**{**vars(task.args), "score": score}))
-    both = [train_alone(task, c, k, 1.0, folder) for k, c in enumerate((found, handcrafted(task)))]
+    ours, theirs = (train_alone(task, c, k, 1.0, folder) for k, c in enumerate((found, handcrafted(task))))
     epochs = task.args.final_epochs
     said = f"trained alone for {epochs} epoch{'s' * (epochs > 1)}, {SEEDS} seeds"
-    for name, own in zip(("what was found", "the handcrafted"), both):
-        if isinstance(own, str):
-            return {"said": f"{said}: {name} failed: {own}"}
-    verdict = "better" if min(both[0]) > max(both[1]) else "worse" if max(both[0]) < min(both[1]) else "no better"
-    scores = {name: [SCORES[score] * x for x in own] for name, own in zip(("found", "handcrafted"), both)}
+    for name, scores in (("what was found", ours), ("the handcrafted", theirs)):
+        if isinstance(scores, str):
+            return {"said": f"{said}: {name} failed: {scores}"}
+    verdict = "better" if min(ours) > max(theirs) else "worse" if max(ours) < min(theirs) else "no better"
+    ours, theirs = ([SCORES[score] * x for x in scores] for scores in (ours, theirs))
     if score == "knn":
-        shown = {name: "kNN " + " and ".join(f"{100 * x:.2f} %" for x in own) for name, own in scores.items()}
+        shown = ["kNN " + " and ".join(f"{100 * x:.2f} %" for x in scores) for scores in (ours, theirs)]
     else:
-        shown = {name: f"{score} " + " and ".join(f"{x:.4g}" for x in own) for name, own in scores.items()}
-    said = f"{said}: {shown['found']} with what was found, {shown['handcrafted']} handcrafted: {verdict}"
-    return {"score": score, **scores, "said": said}
+        shown = [f"{score} " + " and ".join(f"{x:.4g}" for x in scores) for scores in (ours, theirs)]
+    said = f"{said}: {shown[0]} with what was found, {shown[1]} handcrafted: {verdict}"
+    return {"score": score, "found": ours, "handcrafted": theirs, "said": said}
 
 
 def leads(one: list[list[float]], other: list[list[float]], noise: list[float]) -> bool:
