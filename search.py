@@ -563,21 +563,19 @@ def score_candidates(search: Search, folder: Path) -> tuple[list[list[int]], np.
     args, path, halves = search.args, folder / "scores.json", (search.held_out[::2], search.held_out[1::2])
     rows = from_main(load_json(str(path))["scored"] if path.exists() else [])
     choices = drawn(search.cost, args.candidates, args.seed)
-    best, begun, before, shown = -math.inf, time.time(), len(rows), time.time()
-    for n, choice in enumerate(choices):
-        if n >= len(rows):
-            method = models.use_batch_statistics(search.subnet(choice))
-            scores = from_main([search.monitor.score(args.score, method, half) for half in halves])
-            rows.append({"choice": choice, "scores": scores if np.isfinite(scores).all() else None})
-            write_json({"score": args.score, "scored": rows}, path)
-            if rows[n]["scores"] is None:
-                say(f"left out, its {args.score} is not finite: {models.describe(search.space.arch(choice))}")
-        best = max(best, statistics.mean(rows[n]["scores"] or [-math.inf]))
-        if time.time() - shown > 10 or n == len(choices) - 1 >= before:
+    begun, before, shown = time.time(), len(rows), time.time()
+    for choice in choices[before:]:
+        method = models.use_batch_statistics(search.subnet(choice))
+        scores = from_main([search.monitor.score(args.score, method, half) for half in halves])
+        rows.append({"choice": choice, "scores": scores if np.isfinite(scores).all() else None})
+        write_json({"score": args.score, "scored": rows}, path)
+        if rows[-1]["scores"] is None:
+            say(f"left out, its {args.score} is not finite: {models.describe(search.space.arch(choice))}")
+        if time.time() - shown > 10 or len(rows) == len(choices):
             shown = time.time()
-            left = (shown - begun) / (n + 1 - before) * (len(choices) - n - 1)
-            shown_best, eta = SCORES[args.score] * best, timedelta(seconds=round(left))
-            say(f"scored {n + 1} of {len(choices)}, best {args.score} {shown_best:.4g}  ETA {eta}")
+            best = SCORES[args.score] * max(statistics.mean(row["scores"] or [-math.inf]) for row in rows)
+            eta = timedelta(seconds=round((shown - begun) / (len(rows) - before) * (len(choices) - len(rows))))
+            say(f"scored {len(rows)} of {len(choices)}, best {args.score} {best:.4g}  ETA {eta}")
     good = [row for row in rows if row["scores"] is not None]
     if len(good) < 10:
         raise ValueError(
