@@ -700,18 +700,13 @@ def main(args: argparse.Namespace) -> dict:
     with user_errors():
         args, device = pretrain.start(check_flags(asked))
         task = task_of(args, device, asked)
-        folder, search = Path(args.output_dir), None
-        if args.strategy == "halving":
-            announce_task(task)
-            announce_cost(task, 0)
-            checkpoint = record_of(task, command)
-        else:
-            search = Search(task)
-            announce_search(search)
-            if args.bench:
-                pretrain.write_bench(args, bench(search), device, command)
-                return {}
-            checkpoint, meter = checkpoint_of(search, command)
+        folder = Path(args.output_dir)
+        search = None if args.strategy == "halving" else Search(task)
+        announce(task, search)
+        if args.bench:
+            pretrain.write_bench(args, bench(search), device, command)
+            return {}
+        checkpoint, meter = checkpoint_of(task, search, command)
     with alone(folder):
         if len(checkpoint.starts) == 1 and is_main():  # what another run has left here
             (folder / "scores.json").unlink(missing_ok=True)
@@ -847,8 +842,8 @@ def next_command(task: Task, winner: Candidate, path: Path) -> str:
     return command_line("pretrain.py", parser, argparse.Namespace(**flags))
 
 
-def announce_task(task: Task) -> None:
-    """Prints what is searched, and the size of the space."""
+def announce(task: Task, search: Search | None) -> None:
+    """Prints what is searched, the size of the space, the split of the images, learning rates and cost."""
     args = task.args
     say(
         f"{args.method}, {' and '.join(args.space)} by {args.strategy}, x{args.width:g}, {len(task.images.pixels):,} "
@@ -865,12 +860,9 @@ def announce_task(task: Task) -> None:
         say(f"{many} of {cost.text(cost.base)} to {cost.text(most)}; the target is {cost.text(cost.target)}")
     if "views" in args.space:
         say(f"{math.prod(map(len, VIEW_SPACE.values())):,} kinds of views: {', '.join(VIEW_SPACE)}")
-
-
-def announce_search(search: Search) -> None:
-    """Prints the task, the split of the images, learning rates and cost."""
-    args = search.args
-    announce_task(search.task)
+    if search is None:
+        announce_cost(task, 0)
+        return
     if search.space and args.method not in ("simclr", "moco"):
         say("a contrastive method (--method simclr or moco) is the better judge of backbones")
     learned = " + ".join(f"{len(rows):,}" for rows in search.rows)
@@ -879,32 +871,25 @@ def announce_search(search: Search) -> None:
     if search.by_gradient:
         say("alpha lr " + " and ".join(f"{group['lr']:.2g}" for group in search.alpha_optimizer.param_groups))
     elif not args.bench:
-        announce_cost(search.task, search.total, step_seconds(search))
+        announce_cost(task, search.total, step_seconds(search))
 
 
-def facts_of(task: Task, heads: dict | None) -> dict:
-    return pretrain.facts_of(Path(__file__).name, task.asked, task.arch, heads, task.images, pretrain.FREE_FLAGS)
-
-
-def record_of(task: Task, command: str) -> Checkpoint:
-    """The checkpoint of a search that has no steps of its own: what is asked for, and what blocks cost."""
-    args = task.args
-    heads, _ = pretrain.build_heads(args, 1)  # the operations' names do not depend on the number of features
+def checkpoint_of(task: Task, search: Search | None, command: str) -> tuple[Checkpoint, Meter | None]:
+    """By halving alone (search: None) there are no steps: it holds only the flags and what blocks cost."""
+    args, folder = task.args, Path(task.args.output_dir)
     things = {"cost": task.cost} if task.cost else {}
-    facts = facts_of(task, heads)
-    return Checkpoint(Path(args.output_dir), things, facts, command, task.device, 0, 0, args.resume)
-
-
-def checkpoint_of(search: Search, command: str) -> tuple[Checkpoint, Meter]:
-    args, folder = search.args, Path(search.args.output_dir)
-    batches = {"loss": search.batches, "alpha_loss": search.alpha_batches}
-    meter = Meter(search.total, batches, search.images.names, folder, args.print_every)
-    things = {"method": search.method, "optimizer": search.optimizer, "alpha_optimizer": search.alpha_optimizer}
-    things.update(meter=meter, gradients=search.gradients)
-    if search.cost:
-        things["cost"] = search.cost
-    how = command, search.device, search.total, args.checkpoint_minutes, args.resume, None, args.tensorboard
-    return Checkpoint(folder, things, facts_of(search.task, search.operations), *how), meter
+    if search:
+        operations, total = search.operations, search.total
+        batches = {"loss": search.batches, "alpha_loss": search.alpha_batches}
+        meter = Meter(total, batches, task.images.names, folder, args.print_every)
+        things.update(method=search.method, optimizer=search.optimizer, alpha_optimizer=search.alpha_optimizer)
+        things.update(meter=meter, gradients=search.gradients)
+    else:
+        operations, _ = pretrain.build_heads(args, 1)  # their names do not depend on the number of features
+        meter, total = None, 0
+    facts = pretrain.facts_of(Path(__file__).name, task.asked, task.arch, operations, task.images, pretrain.FREE_FLAGS)
+    how = command, task.device, total, args.checkpoint_minutes, args.resume, None, args.tensorboard and total > 0
+    return Checkpoint(folder, things, facts, *how), meter
 
 
 def describe_backbone(task: Task, arch: dict) -> dict:
