@@ -380,15 +380,15 @@ class Search:
         return state
 
     def subnet(self, choice: list[int]) -> Method:
-        """A copy of the method with the subnet in place of the supernet; its BN statistics are not its own yet."""
+        """A copy of the method with a subnet in place of the supernet, whose BN statistics it still has."""
         method = copy.deepcopy(self.method)
         for name, child in method.named_children():
             if isinstance(child, SearchBackbone):
                 setattr(method, name, child.subnet(choice))
         return method
 
-    def standalone(self, choice: list[int], n_batches: int) -> Method:
-        """As `subnet`, with BN statistics recalibrated on n_batches of training images."""
+    def recalibrated_subnet(self, choice: list[int], n_batches: int) -> Method:
+        """As `subnet`, with BN statistics of n_batches of training images."""
         method = self.subnet(choice)
         batches = self.batches_of(self.rows[0], purpose=RECALIBRATION, shuffle=False)
         with autocast(self.args, self.device):
@@ -467,7 +467,7 @@ def train(search: Search, meter: Meter, checkpoint: Checkpoint) -> None:
     def look() -> dict:
         if not search.space:
             return search.monitor(search.method)
-        return search.monitor(search.standalone(search.choice(), min(10, args.recalibrate_batches)))
+        return search.monitor(search.recalibrated_subnet(search.choice(), min(10, args.recalibrate_batches)))
 
     if not checkpoint.history:
         checkpoint.history.append({"epoch": 0, **search.state(), **look()})
@@ -524,7 +524,7 @@ def bench(search: Search, steps: int = 15, warm_up: int = 3) -> dict:
     base = "weight step"
     if search.space:
         base = "plain step of the largest" if search.by_gradient else "plain step of a network of the target"
-        plain = search.standalone(search.choices.largest if search.by_gradient else search.choice(), 1)
+        plain = search.recalibrated_subnet(search.choices.largest if search.by_gradient else search.choice(), 1)
         optimizer = optimizer_of(list(plain.named_parameters()), plain, args)
 
         def plain_step(step):
@@ -818,7 +818,7 @@ def announce_cost(task: Task, supernet_steps: int, step_seconds: float | None = 
 
 def step_seconds(search: Search) -> float:
     """Of a step of a network of the target: median of three, on copies."""
-    method, times = search.standalone(search.choice(), 1), []
+    method, times = search.recalibrated_subnet(search.choice(), 1), []
     batches = search.batches_of(search.rows[0], purpose=RECALIBRATION)
     for step in range(4):
         begun = clock(search.device)
@@ -923,7 +923,7 @@ def write_results(
     if space:
         found["backbone"] = describe_backbone(task, winner.arch)
     if search and space and (choice := space.choice(winner.arch)):
-        method = search.standalone(choice, args.recalibrate_batches)
+        method = search.recalibrated_subnet(choice, args.recalibrate_batches)
         facts, encoder = search.monitor(method), method.encoder
     elif run:
         facts = {}
