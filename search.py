@@ -750,7 +750,9 @@ def find(task: Task, search: Search | None, command: str, history: list[dict]) -
     run = None
     with user_errors():
         if args.strategy == "gradient":
-            winner = gradient_winner(search)
+            heads = {name: head.discretise() for name, head in search.heads.items()} or search.operations
+            arch = fitting(task, search.choices.log_probabilities()) if task.space else task.arch
+            winner = Candidate("found", arch, heads)
             found["alphas"] = history[-1]["alphas"]
             if args.final_epochs and len(search.held_out) >= 16:
                 found["alone"] = beside_handcrafted(task, winner, folder)
@@ -785,14 +787,6 @@ def from_supernet(search: Search, history: list[dict], folder: Path) -> tuple[li
     worth = {name: [w, e] for name, w, e in zip(labels, surrogate.worth.tolist(), surrogate.error.tolist())}
     facts = {"said": said, "unknown": unknown, "r2": surrogate.r2, "worth and standard error": worth}
     return finalists, facts
-
-
-def gradient_winner(search: Search) -> Candidate:
-    heads = {name: head.discretise() for name, head in search.heads.items()} or search.operations
-    arch = search.task.arch
-    if search.space:
-        arch = fitting(search.task, search.choices.log_probabilities())
-    return Candidate("found", arch, heads)
 
 
 def announce_cost(task: Task, supernet_steps: int, step_seconds: float | None = None) -> None:
@@ -898,15 +892,13 @@ def describe_backbone(task: Task, arch: dict) -> dict:
     macs, parameters = models.size_of(arch, args.width, task.stem, task.size)
     facts = {"arch": arch, "width": args.width, "stem": task.stem, "image_size": task.size, "macs": macs}
     facts["parameters"] = parameters
-    choice = task.space.choice(arch)
     if cost.unit == "MACs":
-        facts["target_macs"] = cost.target
-        its = cost.text(macs)
+        facts["target_macs"], text = cost.target, cost.text(macs)
     else:
-        measured = measured_ms(task, arch)
+        choice, measured = task.space.choice(arch), measured_ms(task, arch)
         facts |= {"target_ms": cost.target, "ms": measured, "predicted_ms": choice and cost.of(choice)}
-        its = f"{measured:.4g} ms measured, {facts['predicted_ms'] or math.nan:.4g} predicted"
-    say(f"backbone: {models.describe(arch)}, {its} of {cost.text(cost.target)}")
+        text = f"{measured:.4g} ms measured, {facts['predicted_ms'] or math.nan:.4g} predicted"
+    say(f"backbone: {models.describe(arch)}, {text} of {cost.text(cost.target)}")
     return facts
 
 
