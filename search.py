@@ -524,18 +524,7 @@ def bench(search: Search, steps: int = 15, warm_up: int = 3) -> dict:
     base = "weight step"
     if search.space:
         base = "plain step of the largest" if search.by_gradient else "plain step of a network of the target"
-        plain = search.recalibrated_subnet(search.choices.largest if search.by_gradient else search.choice(), 1)
-        optimizer = optimizer_of(list(plain.named_parameters()), plain, args)
-
-        def plain_step(step):
-            views, index = search.batches(step)
-            with autocast(args, device):
-                loss = plain(views, index)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        variants[base] = plain_step
+        variants[base] = plain_step_of(search, search.choices.largest if search.by_gradient else search.choice())
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for step in range(warm_up + steps):
         for name, variant in variants.items():
@@ -551,6 +540,22 @@ def bench(search: Search, steps: int = 15, warm_up: int = 3) -> dict:
     ratio = iteration / took[base]
     say(f"an iteration is {ratio:.3f} times a {base}" + (" network" if base.endswith("largest") else ""))
     return {"seconds": took, "ratio": ratio, "images_per_s": args.batch_size / iteration}
+
+
+def plain_step_of(search: Search, choice: list[int]) -> Callable[[int], None]:
+    """step -> None: a training step of a subnet alone, on a copy."""
+    method = search.recalibrated_subnet(choice, 1)
+    optimizer = optimizer_of(list(method.named_parameters()), method, search.args)
+
+    def plain_step(step: int) -> None:
+        views, index = search.batches(step)
+        with autocast(search.args, search.device):
+            loss = method(views, index)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return plain_step
 
 
 # ---- scores of subnets, and what they say of choices ----------------------------------------------------------------
@@ -811,15 +816,11 @@ def announce_cost(task: Task, supernet_steps: int, step_seconds: float | None = 
 
 
 def step_seconds(search: Search) -> float:
-    """Of a step of a network of the target: median of three, on copies."""
-    method, times = search.recalibrated_subnet(search.choice(), 1), []
-    batches = search.batches_of(search.rows[0], purpose=RECALIBRATION)
+    """Of a step of a network of the target: the median of three."""
+    plain_step, times = plain_step_of(search, search.choice()), []
     for step in range(4):
         begun = clock(search.device)
-        views, index = batches(step)
-        with autocast(search.args, search.device):
-            loss = method(views, index)
-        loss.backward()
+        plain_step(step)
         times.append(clock(search.device) - begun)
     return statistics.median(times[1:])
 
