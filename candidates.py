@@ -232,12 +232,14 @@ def head_spaces(args: argparse.Namespace, arch: str | dict) -> dict[str, HeadSpa
     return spaces
 
 
+def random_heads(args: argparse.Namespace, arch: str | dict, rng: random.Random) -> dict[str, list[str]]:
+    return {name: models.random_head(head.layers, rng) for name, head in head_spaces(args, arch).items()}
+
+
 def random_rest(task: Task, arch: str | dict, rng: random.Random) -> tuple[dict | None, dict | None]:
     """(heads, views): uniform random draws of what --space searches, None for what it does not."""
-    heads = views = None
-    if "heads" in task.args.space:
-        spaces = head_spaces(task.args, arch)
-        heads = {name: models.random_head(head.layers, rng) for name, head in spaces.items()}
+    heads = random_heads(task.args, arch, rng) if "heads" in task.args.space else None
+    views = None
     if "views" in task.args.space:
         views = {name: rng.choice(values) for name, values in VIEW_SPACE.items()}
     return heads, views

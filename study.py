@@ -44,11 +44,11 @@ import torch
 import linear_eval
 import models
 import pretrain
-from candidates import head_spaces, parse_target, spreads
+from candidates import head_spaces, parse_target, random_heads, spreads
 from checkpoint import load_arch, load_backbone, load_heads, load_json, lock, versions, write_atomic, write_json
 from data import Images, load_data
 from launch import Parser, say, user_errors
-from models import ARCHS, BACKBONES, SPACES, describe, random_head
+from models import ARCHS, BACKBONES, SPACES, describe
 from pictures import draw_costs, draw_matrices, draw_scores
 
 # ---- networks -------------------------------------------------------------------------------------------------------
@@ -166,10 +166,7 @@ def random_networks(spaces: list[str], number: int, args: argparse.Namespace, st
     found: dict[str, Network] = {}
     for _ in range(100 * number):
         arch = space.arch(models.random_choice(base, table, target, generator)) if space else args.arch
-        heads = None
-        if "heads" in spaces:
-            dims = head_spaces(args, arch)
-            heads = {name: random_head(head.layers, rng) for name, head in dims.items()}
+        heads = random_heads(args, arch, rng) if "heads" in spaces else None
         network = Network("random " + "+".join(spaces), arch, heads=heads)
         found.setdefault(network.name, network)
         if len(found) == number:
