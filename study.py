@@ -7,13 +7,13 @@
     torchrun study.py --report --output-dir runs/study                        # only the table and pictures
 
 This is the study of SSA (arXiv 2203.08130), which claims that no backbone is the best everywhere. `--networks ssa` is
-its grids of ResNets and MobileNets (GRIDS), without those of grouped convolutions, which our architectures lack.
+its grids of ResNets and MobileNets (GRIDS), without grouped convolutions, which our architectures lack.
 
-Start the same command again, on any machine that sees the folder, to share the work: each run (a network and a seed) is
-a folder that one process at a time has locked. If a process dies its lock is released at once, or, on a network drive,
-when the server notices. Under torchrun each rank is such a worker: many small trainings, not one large one. You can add
-networks, seeds or data sets later; nothing is trained or measured twice. All networks of a seed see the same batches
-and views.
+To share the work, start the same command again on any machine that sees the folder: each run (a network and a seed) has
+a folder that one process at a time locks. When a process dies its lock is released at once, or, on a network drive, as
+the server notices. Under torchrun each rank is a worker of its own, for many small trainings instead of one large one.
+Networks, seeds and data sets can be added later; nothing is trained or measured twice. All networks of a seed see the
+same batches and views.
 """
 
 import launch  # ahead of torch: it says how threads wait
@@ -55,9 +55,9 @@ from pictures import draw_costs, draw_matrices, draw_scores
 
 
 class Network(NamedTuple):
-    """What is trained with each seed."""
+    """A network that is trained with each seed and measured."""
 
-    family: str  # the group in which it is compared: a grid, "handcrafted", "random resnet", ...
+    family: str  # the group in the report: a grid, "handcrafted", "random resnet", ...
     arch: str | dict
     width: float = 1.0  # factor on top of --width
     heads: dict | None = None
@@ -66,7 +66,7 @@ class Network(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Unique: it names the folder of a run, so different networks must not share one."""
+        """Unique, since it names the folders of the runs."""
         text = describe(self.arch)
         if isinstance(self.arch, dict):
             base = next(arch for arch in BACKBONES.values() if arch["block"] == self.arch["block"])
@@ -87,19 +87,19 @@ def crc(content: bytes) -> str:
 
 
 def grid(base: str, *depths: tuple, widths: tuple = (1.0,), inner: tuple = (1,)) -> list[tuple[dict, float]]:
-    """(architecture, width) of a handcrafted network with all combinations of depths (of each stage), widths and
+    """(architecture, width) of all variants of a handcrafted network: depths to choose from in each stage, widths,
     factors of the inner widths."""
-    depths = depths or [(d,) for d in BACKBONES[base]["depth"]]
-    grid = []
+    arch = BACKBONES[base]
+    depths = depths or [(d,) for d in arch["depth"]]
+    variants = []
     for depth, width, factor in product(product(*depths), widths, inner):
-        values = [factor * x for x in BACKBONES[base]["inner"]]
-        grid.append(({**BACKBONES[base], "depth": list(depth), "inner": values}, width))
-    return grid
+        variants.append(({**arch, "depth": list(depth), "inner": [factor * x for x in arch["inner"]]}, width))
+    return variants
 
 
 ANY = (2, 3, 4)
 MOBILENET = ((1,), (2, 3), (3, 4), (4, 5))  # the depths of its first stages
-# 2203.08130's variants, as its code has them. Its ResNets of 2 to 8 groups are not there: our blocks have no groups.
+# the variants in 2203.08130's code, without its ResNets of 2 to 8 groups: our blocks have no groups
 GRIDS = {
     "resnet-basic": [
         *grid("resnet18", ANY, ANY, ANY, ANY),
@@ -117,7 +117,7 @@ GRIDS = {
 
 
 def networks_of(word: str, args: argparse.Namespace, stem: str, size: int) -> list[Network]:
-    """What a word of --networks names. Raises ValueError or OSError."""
+    """The networks that a word of --networks names. Raises ValueError or OSError."""
     name, _, number = word.partition(":")
     if number and not (number.isdigit() and int(number)):
         raise ValueError(f"--networks {word}: a number above 0 is wanted behind the colon")
@@ -142,7 +142,7 @@ def networks_of(word: str, args: argparse.Namespace, stem: str, size: int) -> li
 
 
 def of_grids(grids: dict[str, list[tuple[dict, float]]], number: int | None) -> list[Network]:
-    """All networks of the grids; or `number` of them, from each grid in turn, in an order that is random but fixed."""
+    """All networks of the grids, or `number` of them: from each grid in turn, in a random but fixed order."""
     queues = [[Network(family, *entry) for entry in entries] for family, entries in grids.items()]
     if number is None:
         return [network for queue in queues for network in queue]
@@ -155,8 +155,8 @@ def of_grids(grids: dict[str, list[tuple[dict, float]]], number: int | None) -> 
 
 
 def random_networks(spaces: list[str], number: int, args: argparse.Namespace, stem: str, size: int) -> list[Network]:
-    """Drawn evenly: backbones from those of --target-macs, the operations of heads by name. A longer list begins with
-    the shorter one."""
+    """Different random networks: backbones uniform among those that meet --target-macs, heads uniform in each layer's
+    operation. A longer list begins with the shorter one."""
     generator, rng = torch.Generator().manual_seed(args.seed), random.Random(args.seed)
     space = next((SPACES[name] for name in spaces if name in SPACES), None)
     if space:
@@ -175,7 +175,7 @@ def random_networks(spaces: list[str], number: int, args: argparse.Namespace, st
 
 
 def heads_in(path: str, args: argparse.Namespace) -> dict | None:
-    """Of an arch.json, if there are any."""
+    """The heads of an arch.json; None if it has none."""
     return load_heads(path, list(head_spaces(args, args.arch))) if "heads" in load_json(path) else None
 
 
@@ -209,50 +209,51 @@ def found_by(folder: str, args: argparse.Namespace) -> list[Network]:
 
 
 class Run(NamedTuple):
-    """A network and a seed. Its folder holds what pretrain.py leaves, and row.json: all that the table says of it."""
+    """A network and a seed. Its folder holds what pretrain.py writes, and row.json with the run's part of the table."""
 
     network: Network
     seed: int
     folder: Path
 
     def row(self) -> dict:
-        """What row.json holds; {} before the run is trained."""
+        """The content of row.json; {} before the run is trained."""
         path = self.folder / "row.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
     def missing(self, sources: Iterable[str]) -> list[str]:
-        """The `sources` that still have to be measured; none of them for a run that failed."""
+        """The `sources` that are not measured yet; none for a run that failed."""
         row = self.row()
         return [] if "error" in row else [s for s in sources if dataset(s) not in row.get("scores", {})]
 
 
 def dataset(source: str) -> str:
-    """What the table calls it."""
+    """Its name in the table."""
     return Path(source).name
 
 
 def runs_of(networks: list[Network], seeds: int, folder: Path) -> list[Run]:
-    """Each network once, whatever names it, in their order. One that is not trained has no seeds."""
+    """A run for each network and seed, or only one if it is not trained. A network that is given twice is run once."""
     unique: dict[str, Network] = {}
     for network in networks:
         unique.setdefault(network.name, network)
     runs = []
     for name, network in unique.items():
         for seed in range(seeds if network.trained else 1):
-            place = re.sub(r"[^a-z0-9.]+", "-", name.lower())
-            runs.append(Run(network, seed, folder / "runs" / f"{place}-seed{seed}"))
+            slug = re.sub(r"[^a-z0-9.]+", "-", name.lower())
+            runs.append(Run(network, seed, folder / "runs" / f"{slug}-seed{seed}"))
     return runs
 
 
 def facts_of(run: Run, args: argparse.Namespace) -> dict:
-    """The row's description of the run: architectures as plain data, but a ViT by its name."""
+    """The part of row.json that describes the run. A ViT's architecture is its name."""
     network, arch = run.network, run.network.arch
     arch = BACKBONES.get(arch, arch) if isinstance(arch, str) else arch
     facts = {"network": network.name, "family": network.family, "arch": arch, "heads": network.heads}
     return {**facts, "width": args.width * network.width, "seed": run.seed}
 
 
-PREDICTORS = {  # of accuracy, from the last line of a run's log: (name in the report, sign: larger is better)
+# figures in the last line of a run's log that may predict accuracy: (name in the report, sign that makes larger better)
+PREDICTORS = {
     "loss": ("training loss", -1),
     "held_out_loss": ("held-out loss", -1),
     "infonce": ("InfoNCE of h", -1),
@@ -308,7 +309,9 @@ def train(run: Run, args: argparse.Namespace, study: "Study") -> dict:
 
 
 class Study(NamedTuple):
-    images: Images  # that all train on
+    """What all runs share."""
+
+    images: Images  # to train on
     measured: dict[str, list[Images]]  # by source: [training images, test images]
     stem: str
     size: int
@@ -319,7 +322,7 @@ POLL = 10  # seconds after which a worker that found all runs locked looks again
 
 
 def work(runs: list[Run], args: argparse.Namespace, study: Study) -> None:
-    """A worker's loop: takes a run that no other worker has locked, carries it out, and so on until all are done."""
+    """A worker's loop: carries out runs that no other worker has locked, until all are done."""
     begun, before = time.time(), len(unfinished(runs, study))
     while pending := unfinished(runs, study):
         idle = True
@@ -403,8 +406,8 @@ def read_table(path: str | Path) -> list[dict]:
 
 
 def lookup(path: str | Path) -> dict[str, dict[str, tuple[float, float, int]]]:
-    """A tabular benchmark: {key(arch, width): {column: (mean, standard deviation over seeds, seeds)}} of a study.csv,
-    in which a search strategy is tried in seconds. arch, width: as in the table; columns: those of numbers."""
+    """A study.csv as a tabular benchmark, to try a search strategy on in seconds: {key(arch, width): {column: (mean,
+    standard deviation over seeds, seeds)}}, with arch and width as in the table, for all columns of numbers."""
     lines = [line for line in read_table(path) if line["heads"] is None]
     table = {}
     for name, runs in grouped(lines, lambda line: key(line["arch"], line["width"])).items():
@@ -421,7 +424,7 @@ def key(arch: str | dict, width: float) -> str:
 
 
 def grouped(lines: list[dict], name_of: Callable[[dict], str]) -> dict[str, list[dict]]:
-    """The lines by what name_of says of them, in their order."""
+    """{name_of(line): lines}, in their order."""
     groups: dict[str, list[dict]] = {}
     for line in lines:
         groups.setdefault(name_of(line), []).append(line)
@@ -435,7 +438,7 @@ def accuracies(lines: list[dict], scenarios: list[str]) -> np.ndarray:
 
 # ---- statistics: x, y (n,), float64, n > 4 --------------------------------------------------------------------------
 
-Z = 1.959964  # of a normal distribution 95 % lie within so many standard deviations
+Z = 1.959964  # half a normal distribution's 95 % interval, in standard deviations
 
 
 def ranks_of(x: np.ndarray) -> np.ndarray:
@@ -474,7 +477,7 @@ def improvement(found: np.ndarray, random: np.ndarray) -> tuple[float, float, fl
     """Relative improvement in % of a network's accuracies (S,) over the mean of K random networks' (K, S), with a 95 %
     interval over seeds and random networks; variance: within^2 / S + between^2 / K + within^2 / (K S).
 
-    Both sides must have the same seeds: the interval leaves out the variation that all networks of a seed share."""
+    Both must have the same seeds, since the interval leaves out the variation that all networks of a seed share."""
     between, within = spreads(random)
     networks, seeds = random.shape
     variance = within**2 / len(found) + between**2 / networks + within**2 / (networks * seeds)
@@ -508,9 +511,9 @@ def regrets(y: np.ndarray, resamples: int = 1000, seed: int = 0) -> tuple[np.nda
 
 
 def effects(columns: dict[str, np.ndarray], y: np.ndarray) -> dict[str, tuple[float, float]]:
-    """(points a step, standard error) of each choice on accuracy (K,), by least squares over all that vary. A step: to
-    the next of the values that a choice has, on average."""
-    together: dict[tuple, list[str]] = {}  # by what they say: choices that always go together are one
+    """(points a step, standard error) of each choice: least squares of accuracy y (K,) on all choices that vary. A step
+    is the mean distance between neighbouring values of a choice."""
+    together: dict[tuple, list[str]] = {}  # by rank: choices that always change together are one
     for name, x in columns.items():
         if np.ptp(x) > 0:
             together.setdefault(tuple(np.unique(x, return_inverse=True)[1]), []).append(name)
@@ -569,7 +572,8 @@ class Population(NamedTuple):
 
 
 def populations(table: list[dict], scenarios: list[str]) -> dict[str, Population]:
-    """By name, those of eight networks or more that are measured on all scenarios with all seeds."""
+    """By name, of the networks that are measured on all scenarios with all seeds; those of fewer than eight are left
+    out."""
     found = {}
     for name, lines in grouped(table, population_of).items():
         networks = grouped(lines, itemgetter("network")).values()
@@ -598,7 +602,7 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 
 def scenario_table(p: Population, scenarios: list[str]) -> str:
-    """A line a scenario. The first one is what the others are compared with."""
+    """A line for each scenario, which is compared with the first."""
     regret, error, _ = regrets(p.accuracy)
     rows = []
     for d, scenario in enumerate(scenarios):
@@ -615,7 +619,7 @@ def scenario_table(p: Population, scenarios: list[str]) -> str:
 
 
 def in_short(p: Population, scenarios: list[str]) -> str:
-    """Is one network the best everywhere, and what does it cost not to know which?"""
+    """Whether one network is the best everywhere, and what a wrong choice costs."""
     ranks, bests = p.ranks.mean(1), p.means.argmax(0)
     first = ranks.argmin()
     residual = np.array([spreads(p.accuracy[:, :, d])[1] for d in range(len(scenarios))])
@@ -656,7 +660,7 @@ def predictor_table(groups: dict[str, Population], scenarios: list[str]) -> str:
 
 
 def choice_table(p: Population, scenarios: list[str]) -> str:
-    """What a step of each choice does."""
+    """The effect of each choice on accuracy."""
     on_all, on_first = effects(p.choices(), p.overall), effects(p.choices(), p.means[:, 0])
     rows = []
     for name, (points, error) in on_all.items():
@@ -679,8 +683,8 @@ def network_table(table: list[dict], scenarios: list[str]) -> str:
 
 
 def found_table(table: list[dict], scenarios: list[str]) -> tuple[str, dict]:
-    """(table, accuracies by scenario and family) of what is not of the paper's grids: what searches found, beside
-    random networks, if there are any: mean, deviation over runs, relative improvement over the random ones' mean."""
+    """(table, {scenario: {family: accuracies}}) of networks outside the paper's grids, as those that searches found:
+    mean, deviation over runs, relative improvement over the mean of random networks, if there are any."""
     families = grouped([line for line in table if line["family"] not in GRIDS], itemgetter("family"))
     for name, lines in list(families.items()):
         if name.startswith("random") and all(line["held_out_loss"] is not None for line in lines):
@@ -822,12 +826,12 @@ def get_parser() -> Parser:
     return parser
 
 
-# flags that may change from call to call: they choose what is run, not how it is trained
+# flags that may differ between calls: they choose what is run, not how it is trained
 FREE_FLAGS = pretrain.FREE_FLAGS | {"networks", "search", "seeds", "seed", "target_macs", "measure_on", "report"}
 
 
 def prepare(args: argparse.Namespace, device: torch.device) -> tuple[list[Run], Study]:
-    """Checks all there is to check before anything starts. Raises ValueError or OSError."""
+    """Loads the data and checks all flags before the first run. Raises ValueError or OSError."""
     if not args.networks and not args.search:
         raise ValueError("which networks? --networks ssa, resnet:8, a name or an arch.json, or --search FOLDER")
     if args.seeds <= 0:
