@@ -51,7 +51,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import nullcontext
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -712,7 +712,10 @@ def main(args: argparse.Namespace) -> dict:
             pretrain.write_bench(args, bench(search), device, command)
             return {}
         checkpoint, meter = checkpoint_of(task, search, command)
-    with alone(folder):
+        handle = lock(folder / ".search.lock") if is_main() else None  # one process, or one of several ranks, at a time
+        if is_main() and handle is None:
+            raise ValueError(f"another process is at work in '{folder}': wait, or choose another folder")
+    with nullcontext() if handle is None else os.fdopen(handle):
         if len(checkpoint.starts) == 1 and is_main():  # what another run has left here
             (folder / "scores.json").unlink(missing_ok=True)
             shutil.rmtree(folder / "finalists", ignore_errors=True)
@@ -723,20 +726,6 @@ def main(args: argparse.Namespace) -> dict:
             with checkpoint:
                 checkpoint.after_step(0)  # it has no steps of its own, but another command is refused from now on
         return find(task, search, command, checkpoint.history)
-
-
-@contextmanager
-def alone(folder: Path):
-    """One process at a time, or one of several ranks, searches in a folder."""
-    with user_errors():
-        handle = lock(folder / ".search.lock") if is_main() else None
-        if is_main() and handle is None:
-            raise ValueError(f"another process is at work in '{folder}': wait, or choose another folder")
-    try:
-        yield
-    finally:
-        if handle is not None:
-            os.close(handle)
 
 
 def find(task: Task, search: Search | None, command: str, history: list[dict]) -> dict:
