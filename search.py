@@ -103,11 +103,8 @@ def get_parser() -> Parser:
     pretrain.training_flags(parser)
     group = parser.add_argument_group("search")
     group.add_argument("--space", nargs="+", choices=["heads", "views", *SPACES], default=["heads"], help="to search")
-    group.add_argument(
-        "--strategy",
-        choices=["supernet", "halving", "gradient"],
-        help="default: supernet with a backbone in --space, else halving with views, else gradient",
-    )
+    text = "default: supernet with a backbone in --space, else halving with views, else gradient"
+    group.add_argument("--strategy", choices=["supernet", "halving", "gradient"], help=text)
     group.add_argument("--target-macs", help="40e6, resnet18 or 0.5xresnet18; default: the handcrafted network's")
     group.add_argument("--target-ms", type=float, help="or: longest forward pass on this device, in milliseconds")
     group.add_argument("--latency-batch", type=int, default=1, help="batch size of the pass that --target-ms limits")

@@ -811,12 +811,8 @@ def get_parser() -> Parser:
     parser = Parser(description=__doc__.split("\n\n")[0])
     pretrain.training_flags(parser)
     group = parser.add_argument_group("study (--seed draws the random networks; runs have seeds 0, 1, ...)")
-    group.add_argument(
-        "--networks",
-        nargs="+",
-        default=[],
-        help=f"ssa, {', '.join(GRIDS)}, all or :K of them; names; arch.json files; heads:K or resnet:K, random ones",
-    )
+    text = f"ssa, {', '.join(GRIDS)}, all or :K of them; names; arch.json files; heads:K or resnet:K, random ones"
+    group.add_argument("--networks", nargs="+", default=[], help=text)
     group.add_argument("--search", nargs="+", default=[], metavar="FOLDER", help="of search.py: what it found")
     group.add_argument("--seeds", type=int, default=2, help="runs of each network")
     group.add_argument("--target-macs", help="of random backbones: 40e6 or 0.5xresnet18; left out, the handcrafted's")
