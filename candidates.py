@@ -34,8 +34,8 @@ from views import VIEW_SPACE
 
 
 class Cost:
-    """MACs, or milliseconds, of a space's networks: base, and what each option of a stage adds to it. A checkpoint
-    keeps them, since times are not measured twice alike."""
+    """The cost of a space's networks, in MACs or milliseconds: a base and what each option of a stage adds to it. It is
+    kept in the checkpoint, since a second measurement would give other times."""
 
     def __init__(self, base: float, table: Tensor, target: float, unit: str, device: torch.device):
         self.base, self.table, self.target, self.unit = base, table, target, unit  # table: (S, O), float64 on the CPU
@@ -87,8 +87,8 @@ def milliseconds(
 ) -> list[float]:
     """Each module's median forward time in eval mode. They take turns, so that other load affects all alike."""
     calls = 10 if device.type == "cuda" else 2  # ten per synchronisation: inside a network a block has none of its own
-    # glibc gives a freed block of this size back, and from then on keeps smaller ones; else a block that is timed alone
-    # returns its memory after each pass and waits for pages at the next one, which it does not do within a network
+    # once glibc has freed memory of this size it keeps smaller pieces; else a block timed alone would return its memory
+    # to the system after each pass and wait for new pages at the next, which does not happen within a network
     torch.empty(30 * 2**20, dtype=torch.uint8)
     times: list[list[float]] = [[] for _ in modules]
     for module in modules:
@@ -107,8 +107,8 @@ def milliseconds(
 def latencies(
     space: Space, width: float, stem: str, size: int, batch: int, device: torch.device
 ) -> tuple[float, Tensor]:
-    """(base, table (S, O)) as Space.costs gives them, in ms on this device: each option's first block and the others
-    are timed alone, which costs add up from; a few whole networks say by how much more or less these take together."""
+    """(base, table (S, O)) as of Space.costs, in ms on this device: sums of the times of single blocks, scaled by the
+    factor that a few whole networks take of such a sum."""
     n_options, jobs, blocks_of = len(space.options), {}, {}
     for row, stage in enumerate(space.stages):
         for option in range(n_options):
@@ -145,7 +145,7 @@ def noise(batch: int, channels: int, side: int, device: torch.device) -> Tensor:
 
 
 def parse_target(text: str, width: float, stem: str, size: int) -> float:
-    """MACs of --target-macs: a number, a network's name, or a multiple of one as in 0.5xresnet18, of that width."""
+    """MACs of --target-macs: a number, a network's name, or a multiple of one, as in 0.5xresnet18."""
     match = re.fullmatch(rf"(?:([\d.]+)x)?({'|'.join(BACKBONES)})", text)
     try:
         if match:
@@ -159,7 +159,7 @@ def parse_target(text: str, width: float, stem: str, size: int) -> float:
 
 
 class Task(NamedTuple):
-    """What is searched, and on what: all that the strategies share."""
+    """What is searched, and on which images: all that the strategies share."""
 
     args: argparse.Namespace
     device: torch.device
@@ -167,13 +167,13 @@ class Task(NamedTuple):
     stem: str
     size: int
     space: Space | None  # of backbones
-    arch: str | dict  # the handcrafted, or that of --arch
+    arch: str | dict  # the handcrafted one, or that of --arch
     cost: Cost | None
-    asked: argparse.Namespace  # the flags as given, before check_flags and pretrain.start fill in what was left out
+    asked: argparse.Namespace  # the flags as given; in args, check_flags and pretrain.start have filled in defaults
 
 
 def task_of(args: argparse.Namespace, device: torch.device, asked: argparse.Namespace | None = None) -> Task:
-    """args: as check_flags and pretrain.start give them. Raises ValueError or OSError for what cannot be searched."""
+    """args: of check_flags and pretrain.start. Raises ValueError or OSError for what cannot be searched."""
     images = pretrain.load_training_images(args, device, None)
     stem, size = pretrain.stem_of(args, images), images.pixels.shape[-1]
     space = next((SPACES[name] for name in args.space if name in SPACES), None)
@@ -195,7 +195,7 @@ def task_of(args: argparse.Namespace, device: torch.device, asked: argparse.Name
 
 
 def drawn(cost: Cost, n: int, seed: int) -> list[list[int]]:
-    """n different networks of the band, drawn evenly, or all that a hundred times as many draws find."""
+    """n different networks, uniform in the band; fewer if 100 n draws do not give n."""
     generator = torch.Generator().manual_seed(seed)
     found: list[list[int]] = []
     for _ in range(100 * n):
@@ -208,7 +208,7 @@ def drawn(cost: Cost, n: int, seed: int) -> list[list[int]]:
 
 
 class Candidate(NamedTuple):
-    """What is trained alone. Where heads or views are None they are as the flags have them."""
+    """A network to train alone. Heads or views that are None are those of the flags."""
 
     name: str
     arch: str | dict
@@ -246,7 +246,7 @@ def random_rest(task: Task, arch: str | dict, rng: random.Random) -> tuple[dict 
 
 
 def measured_ms(task: Task, arch: dict) -> float:
-    """Of a forward pass of --latency-batch images, as `latencies` predicts it."""
+    """Measured milliseconds of a forward pass of --latency-batch images."""
     network, _ = build_backbone(arch, task.stem, task.args.width)
     return milliseconds([network], [noise(task.args.latency_batch, 3, task.size, task.device)], task.device)[0]
 
@@ -274,7 +274,7 @@ def fitting(task: Task, scores: Tensor) -> dict:
 
 
 def handcrafted(task: Task) -> Candidate:
-    """As the flags have it; a backbone scaled to the band of the target."""
+    """The handcrafted candidate. If a backbone is searched, it is scaled to the band of the target."""
     arch = fitting(task, models.handcrafted_scores(task.space)) if task.space else task.arch
     return Candidate("handcrafted", arch)
 
@@ -293,11 +293,11 @@ def random_candidates(task: Task, n: int) -> list[Candidate]:
 # ---- successive halving -------------------------------------------------------------------------------------------
 
 
-SEEDS = 2  # of a candidate's runs: more tell candidates from luck, and cost as much again
+SEEDS = 2  # runs of each candidate: more average out luck, at as many times the cost
 
 
 def rungs(n: int) -> list[tuple[int, float]]:
-    """(candidates, share of their training after which the worse half of them goes): 8, 1/3; 4, 2/3; 2, 1."""
+    """(candidates, share of their training after which the worse half is dropped): of 8, (8, 1/3), (4, 2/3), (2, 1)."""
     sizes = [n]
     while sizes[-1] > 2:
         sizes.append(math.ceil(sizes[-1] / 2))
@@ -305,7 +305,7 @@ def rungs(n: int) -> list[tuple[int, float]]:
 
 
 def view_cost(task: Task, views: dict | None) -> float:
-    """Pixels of an image's views, in proportion to those by the flags: what a step with them costs."""
+    """The relative cost of a step with these views: pixels of an image's views over those of the flags' views."""
     areas = []
     for more in (views or {}, {}):
         args = argparse.Namespace(**{**vars(task.args), **more, "compile": False})
@@ -315,8 +315,8 @@ def view_cost(task: Task, views: dict | None) -> float:
 
 
 def remembered(folder: Path, draw: Callable[[], list[Candidate]]) -> list[Candidate]:
-    """The candidates that an earlier start of this search saved, else draw()'s, saved. (A second measurement of times
-    could admit other candidates.)"""
+    """The candidates that an earlier start of this search saved; else those of draw(), which are saved. (Drawn again
+    they could be others, since times are measured.)"""
     path = folder / "finalists" / "candidates.json"
     known = from_main(load_json(str(path))["candidates"] if path.exists() else None)
     if known is not None:
@@ -327,10 +327,10 @@ def remembered(folder: Path, draw: Callable[[], list[Candidate]]) -> list[Candid
 
 
 def halving(task: Task, candidates: list[Candidate], folder: Path) -> tuple[Candidate, Path, dict]:
-    """(winner, the folder of its run, what was seen): at every rung all are trained up to a share of their steps, with
-    SEEDS seeds on the same views, and the half that scores better goes on. Those with dearer views get fewer epochs, so
-    that all cost the same. Each run is one of pretrain.py in a folder of its own, and goes on from its checkpoint. One
-    that breaks is left out, and said. Raises ValueError where all break."""
+    """Successive halving: (winner, folder of its run, facts for arch.json). At every rung the candidates are trained up
+    to a share of their steps, with SEEDS seeds on the same views, and the better half goes on. Those with dearer views
+    get fewer epochs, so that all cost the same. Each run is one of pretrain.py in a folder of its own and resumes from
+    its checkpoint. A candidate that fails is reported and left out. Raises ValueError if all fail."""
     args, seen = task.args, {c.name: [] for c in candidates}
     alive, ratio, noise = list(candidates), None, []
     for size, share in rungs(len(candidates)):
@@ -372,8 +372,8 @@ def halving(task: Task, candidates: list[Candidate], folder: Path) -> tuple[Cand
 
 
 def beside_handcrafted(task: Task, found: Candidate, folder: Path) -> dict:
-    """What a gradient search has found, beside the handcrafted network or heads, each trained alone: {"score", "found",
-    "handcrafted": a score each seed, "said"}. The score is kNN accuracy where there are labels."""
+    """Compares what a gradient search found with the handcrafted network or heads, each trained alone: {"score",
+    "found", "handcrafted": a score for each seed, "said"}. The score is kNN accuracy if there are labels."""
     score = "knn" if task.images.labelled else task.args.score
     task = task._replace(args=argparse.Namespace(**{**vars(task.args), "score": score}))
     ours, theirs = (train_alone(task, c, k, 1.0, folder) for k, c in enumerate((found, handcrafted(task))))
@@ -393,7 +393,7 @@ def beside_handcrafted(task: Task, found: Candidate, folder: Path) -> dict:
 
 
 def leads(one: list[list[float]], other: list[list[float]], noise: list[float]) -> bool:
-    """Whether `one` is better by more than a standard error at the last rung that both were at, if there is one.
+    """Whether `one` is better than `other` by more than a standard error at the last rung that both reached, if any.
     noise: the residual deviation at each rung."""
     rung = min(len(one), len(other)) - 1
     if rung < 0:
@@ -402,7 +402,7 @@ def leads(one: list[list[float]], other: list[list[float]], noise: list[float]) 
 
 
 def train_alone(task: Task, candidate: Candidate, k: int, share: float, folder: Path) -> list[float] | str:
-    """The candidate's scores after that share of its training, a seed each; why it broke, if it did."""
+    """The candidate's scores after that share of its training, one for each seed; or why a run failed."""
     args, scores = task.args, []
     epochs = max(1, round(args.final_epochs / view_cost(task, candidate.views)))
     flags = {"epochs": epochs, "knn_every": epochs * (args.score == "knn"), "resume": True, **(candidate.views or {})}
