@@ -127,7 +127,8 @@ def get_parser() -> Parser:
 
 
 def check_flags(args: argparse.Namespace) -> argparse.Namespace:
-    """With the strategy and what depends on it decided. Raises ValueError for flags that contradict each other."""
+    """A copy of the flags with --strategy and its defaults filled in. Raises ValueError for flags that contradict each
+    other."""
     args = argparse.Namespace(**vars(args))
     backbones = [name for name in args.space if name in SPACES]
     space = " ".join(args.space)
@@ -188,7 +189,7 @@ def check_flags(args: argparse.Namespace) -> argparse.Namespace:
 
 
 class AlphaGradients:
-    """The loss's gradients to all alphas, one (A,) for each alpha step of the epoch."""
+    """Gradients of the loss with respect to all A alphas: a vector (A,) for each alpha step of the epoch."""
 
     def __init__(self, device: torch.device):
         self.device, self.steps = device, []
@@ -219,10 +220,9 @@ class Search:
     """A searchable network, its weights and alphas, and an optimiser for each.
 
     By gradient, alphas and weights learn from disjoint halves of the images, so that alphas cannot fit what the weights
-    have memorised. A method that classifies instances (DIET) has no class for an image that the weights have not seen:
-    on the other half its loss would end above chance. There both learn from all images, each step with its own order
-    and its own augmentation, so what the alphas see is new views of known classes: what generalises is still preferred
-    to what memorises pixels, and unlike in a single-level search the alphas do not share the weights' batch.
+    have memorised. A method that classifies instances (DIET) has no classes for images that the weights have not seen:
+    on these its loss would end above chance. There both learn from all images, in different orders and augmentations.
+    So the alphas see new views of known classes, and never, as in a single-level search, the weights' own batch.
     """
 
     def __init__(self, task: Task):
@@ -280,8 +280,8 @@ class Search:
         return Batches(self.images.pixels, rows, self.multi_crop, self.args.batch_size, self.device, **how)
 
     def sample(self, step: int, alphas: bool, gate: int = 0) -> None:
-        """Gates for one step, with gradients to the alphas or without; in a gradient search's warm-up every other one
-        is the largest. Those of a supernet are drawn evenly from networks near the target."""
+        """Sets the gates for one step. alphas: with gradients to these. In the warm-up of a gradient search every other
+        step takes the largest network. A supernet takes a random network near the target."""
         if not self.space:
             return
         for alpha in self.alphas:
@@ -298,8 +298,8 @@ class Search:
         self.choices.sample(first * (last / first) ** progress, rng)
 
     def near_target(self, step: int) -> list[int]:
-        """The subnet that a supernet's step trains. Only networks in BAND of the target can win, so sampling starts in
-        a wider band, .5 to 1.05 of the target, and narrows to BAND over the first half of the steps."""
+        """The subnet that a supernet's step trains. Sampling starts in a band of .5 to 1.05 of the target, and narrows
+        over the first half of the steps to BAND, where the winner must be."""
         wide = max(0.0, 1 - 2 * step / self.total)
         band = BAND[0] - (BAND[0] - 0.5) * wide, BAND[1] + 0.05 * wide
         seed = np.random.SeedSequence((self.args.seed, GATES, step)).generate_state(1)[0]
@@ -344,12 +344,13 @@ class Search:
     # ---- what is found
 
     def choice(self) -> list[int]:
-        """What the alphas choose so far; of a supernet, which has none, the handcrafted network scaled to the band."""
+        """The network that alphas favour so far; for a supernet, which has none, the handcrafted one scaled to the
+        band."""
         scores = self.choices.log_probabilities() if self.by_gradient else models.handcrafted_scores(self.space)
         return self.cost.derive(scores)
 
     def alpha_names(self) -> list[str]:
-        """Of all alphas' entries, in the order of their gradients."""
+        """Names of all entries of the alphas, in the order of `gradients`."""
         names = []
         for head_name, head in self.heads.items():
             names += [f"{head_name} {layer + 1} {op}" for layer in range(len(head.alpha)) for op in OPS]
@@ -359,7 +360,7 @@ class Search:
         return names
 
     def state(self) -> dict:
-        """Alphas, their entropy and what they choose so far, by head and of the backbone."""
+        """Alphas, their entropy and what they favour so far, for each head and the backbone."""
         if not self.by_gradient:
             return {}
         state = {
@@ -395,8 +396,8 @@ class Search:
 def alpha_gradients(
     method: nn.Module, model: Callable, views: list[Tensor], index: Tensor, alphas: list[Tensor], weights: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """(loss, its gradient to each alpha) of one batch, first order; weights and buffers of the method stay as they are.
-    model: what gives the loss, the method or its compiled form.
+    """(loss, its gradient to each alpha) of one batch, first order. Weights and buffers of the method do not change.
+    model: the method, or its compiled form.
 
     In fp32: in bf16 these gradients are 6 to 20 % off, and one had the opposite sign. With the weights held constant
     nothing below the first choice needs a graph: where heads alone are searched, the encoder runs forward only. The
@@ -421,8 +422,8 @@ def alpha_gradients(
 
 
 def meet_target(choices: Choices, cost: Cost, iterations: int) -> None:
-    """Moves the alphas, as little as it takes, to where E[cost] is in BAND of the target; there it does nothing. The
-    host waits for nothing."""
+    """Moves the alphas as little as possible so that E[cost] is in BAND of the target, by Newton's method along its
+    gradient. The host does not wait for the device."""
     alphas = list(choices.alphas().values())
     for _ in range(iterations):
         choices.requires_grad_(True)
@@ -455,8 +456,8 @@ def alpha_optimizer_of(search: Search) -> torch.optim.Optimizer:
 
 
 def train(search: Search, meter: Meter, checkpoint: Checkpoint) -> None:
-    """The loop: steps of the weights, by gradient in turn with those of the alphas. A line of checkpoint.history an
-    epoch."""
+    """The training loop: weight steps, each after an alpha step once a gradient search's warm-up is over. Every epoch
+    adds a line to checkpoint.history."""
     args, total, per_epoch = search.args, search.total, search.batches.steps_per_epoch
     warmup = warmup_steps(args, search.optimizer, per_epoch)
     profiler = pretrain.profiler_of(args, checkpoint.folder)
@@ -495,7 +496,7 @@ def train(search: Search, meter: Meter, checkpoint: Checkpoint) -> None:
 
 
 def alpha_facts(search: Search, state: dict, facts: dict) -> str:
-    """What a line on the console says of the alphas; adds their signal to the epoch's facts."""
+    """The alphas' part of an epoch's line on the console. Adds their signal to the epoch's facts."""
     more = f"  alpha entropy {statistics.mean(e for layers in state['entropy'].values() for e in layers):.3f}"
     if len(search.gradients.steps) > 1:
         if dead := search.gradients.dead(search.alpha_names()):
@@ -509,9 +510,9 @@ def alpha_facts(search: Search, state: dict, facts: dict) -> str:
 
 
 def bench(search: Search, steps: int = 15, warm_up: int = 3) -> dict:
-    """What an iteration costs, and its ratio: by gradient of alpha and weight step, of heads to the weight step alone,
-    of a backbone to a plain step of the largest network; of a supernet to a step of the handcrafted network scaled to
-    the target. Prints and returns them."""
+    """Prints and returns the time of an iteration (weight and alpha step) and its ratio to a base: for heads the weight
+    step alone, for a backbone by gradient a plain step of the largest network, for a supernet one of the handcrafted
+    network scaled to the target."""
     args, device = search.args, search.device
     # late steps, as most are: alphas move, and a supernet's band is narrow
     last = search.warmup if search.by_gradient else search.total // 2
@@ -559,9 +560,9 @@ def plain_step_of(search: Search, choice: list[int]) -> Callable[[int], None]:
 
 
 def score_candidates(search: Search, folder: Path) -> tuple[list[list[int]], np.ndarray]:
-    """(choices, scores (N, 2)) of random networks of the band that inherit from the supernet, on two halves of the
-    held-out images; more is better. All ranks see all images. Goes on from scores.json; one whose score is not finite
-    is left out."""
+    """Scores random subnets in the band with the supernet's weights on two halves of the held-out images: (choices,
+    scores (N, 2)), higher is better. All ranks see all images. Resumes from scores.json. Subnets whose score is not
+    finite are left out."""
     args, path, halves = search.args, folder / "scores.json", (search.held_out[::2], search.held_out[1::2])
     rows = from_main(load_json(str(path))["scored"] if path.exists() else [])
     choices = drawn(search.cost, args.candidates, args.seed)
@@ -605,7 +606,7 @@ class Surrogate(NamedTuple):
 
 
 def values_of(space: Space, choices: list[list[int]]) -> np.ndarray:
-    """(N, F): one-hot, stage by stage and choice by choice, of the values that networks have."""
+    """One-hot features (N, F) of networks: the value of each choice, stage by stage."""
     sizes = [len(values) for values in space.choices.values()]
     places = np.stack(np.unravel_index(np.array(choices), sizes), -1)  # (N, S, C)
     one_hot = [np.eye(size)[places[..., c]] for c, size in enumerate(sizes)]  # (N, S, size) each
@@ -624,7 +625,7 @@ def ridge(x: np.ndarray, y: np.ndarray, penalty: float) -> tuple[np.ndarray, np.
 
 
 def fit(space: Space, choices: list[list[int]], y: np.ndarray) -> Surrogate:
-    """The penalty is the best in cross-validation."""
+    """A ridge regression whose penalty is the best in cross-validation."""
     x, folds = values_of(space, choices), np.arange(len(y)) % 10
 
     def left_over(penalty: float) -> float:
@@ -662,9 +663,9 @@ def knowledge(surrogate: Surrogate, scores: np.ndarray) -> tuple[str | None, str
 def finalists_of(
     task: Task, surrogate: Surrogate, choices: list[list[int]], scores: np.ndarray, knows: bool
 ) -> list[Candidate]:
-    """The handcrafted network, those of --join, a quarter random ones, and for the rest what the surrogate derives, and
-    surrogates of resampled scores, so that candidates differ where it is not sure. If it knows nothing all of these are
-    random. Where heads or views are searched too, every second one has random ones."""
+    """The handcrafted network, those of --join, the surrogate's best network, the best ones of surrogates of resampled
+    scores, which differ where the surrogate is not sure, and at least a quarter random ones. knows: False for random
+    ones in place of the surrogates'. If heads or views are searched too, every second one has random ones."""
     args, rng = task.args, random.Random(task.args.seed)
     first = handcrafted(task)
     found, known = {first.name: first}, {json.dumps(first.arch)}
@@ -726,7 +727,7 @@ def main(args: argparse.Namespace) -> dict:
 
 
 def find(task: Task, search: Search | None, command: str, history: list[dict]) -> dict:
-    """What comes after the steps: finalists, halving, and what is left in the folder. Returns arch.json."""
+    """What follows the training steps: finalists, halving, and the files in the folder. Returns arch.json."""
     args, folder = task.args, Path(task.args.output_dir)
     found = {
         "space": args.space,
@@ -762,7 +763,7 @@ def find(task: Task, search: Search | None, command: str, history: list[dict]) -
 
 
 def from_supernet(search: Search, history: list[dict], folder: Path) -> tuple[list[Candidate], dict]:
-    """(finalists, what is known), in words too."""
+    """(finalists, facts for arch.json on scores and surrogate), some of which it prints."""
     choices, scores = score_candidates(search, folder)
     surrogate = fit(search.space, choices, scores.mean(1))
     unknown, said = knowledge(surrogate, scores)
@@ -781,7 +782,7 @@ def from_supernet(search: Search, history: list[dict], folder: Path) -> tuple[li
 
 
 def announce_cost(task: Task, supernet_steps: int, step_seconds: float | None = None) -> None:
-    """On the console: what each part of the search will cost, in training steps of a network of the target size."""
+    """Prints what each part of the search will cost, in training steps of a network of the target size."""
     args = task.args
     held_out, rows = pretrain.split(task.images, args)
     per_epoch = len(rows) // args.batch_size
@@ -802,7 +803,7 @@ def announce_cost(task: Task, supernet_steps: int, step_seconds: float | None = 
 
 
 def step_seconds(search: Search) -> float:
-    """Of a step of a network of the target: the median of three."""
+    """Of a training step of a network of the target: the median of three."""
     plain_step, times = plain_step_of(search, search.choice()), []
     for step in range(4):
         begun = clock(search.device)
@@ -812,7 +813,7 @@ def step_seconds(search: Search) -> float:
 
 
 def next_command(task: Task, winner: Candidate, path: Path) -> str:
-    """That pre-trains with what was found."""
+    """The command that pre-trains with what was found."""
     parser = pretrain.get_parser()
     flags = {name: getattr(task.asked, name, default) for name, default in vars(parser.parse_args([])).items()}
     flags["output_dir"] = str(path.parent.with_name(f"{path.parent.name}-found"))
@@ -856,7 +857,7 @@ def announce(task: Task, search: Search | None) -> None:
 
 
 def checkpoint_of(task: Task, search: Search | None, command: str) -> tuple[Checkpoint, Meter | None]:
-    """By halving alone (search: None) there are no steps: it holds only the flags and what blocks cost."""
+    """(checkpoint, meter). Without a `search` there are no steps: the checkpoint holds the flags and the cost table."""
     args, folder = task.args, Path(task.args.output_dir)
     things = {"cost": task.cost} if task.cost else {}
     if search:
@@ -874,7 +875,7 @@ def checkpoint_of(task: Task, search: Search | None, command: str) -> tuple[Chec
 
 
 def describe_backbone(task: Task, arch: dict) -> dict:
-    """What arch.json says of what was found; on the console too."""
+    """The found backbone, for arch.json; prints a summary."""
     args, cost = task.args, task.cost
     macs, parameters = models.size_of(arch, args.width, task.stem, task.size)
     facts = {"arch": arch, "width": args.width, "stem": task.stem, "image_size": task.size, "macs": macs}
@@ -892,7 +893,7 @@ def describe_backbone(task: Task, arch: dict) -> dict:
 def write_results(
     task: Task, search: Search | None, winner: Candidate, run: Path | None, found: dict, history: list[dict]
 ) -> dict:
-    """arch.json, pictures and weights. Returns the monitor's facts of what was found."""
+    """Writes arch.json, pictures and weights. Returns the monitor's figures of what was found."""
     args, folder, space = task.args, Path(task.args.output_dir), task.space
     facts, encoder = history[-1] if history else {}, None
     if winner.heads and "heads" in args.space:
