@@ -601,9 +601,8 @@ def markdown(rows: list[dict[str, str]]) -> str:
     return "\n".join(linear_eval.markdown(rows)) if rows else ""
 
 
-def scenario_table(p: Population, scenarios: list[str]) -> str:
+def scenario_table(p: Population, scenarios: list[str], regret: np.ndarray, error: np.ndarray) -> str:
     """A line for each scenario, which is compared with the first."""
-    regret, error, _ = regrets(p.accuracy)
     rows = []
     for d, scenario in enumerate(scenarios):
         best = p.means[:, d].argmax()
@@ -618,7 +617,7 @@ def scenario_table(p: Population, scenarios: list[str]) -> str:
     return markdown(rows)
 
 
-def in_short(p: Population, scenarios: list[str]) -> str:
+def in_short(p: Population, scenarios: list[str], regret: np.ndarray, drawn: np.ndarray) -> str:
     """Whether one network is the best everywhere, and what a wrong choice costs."""
     ranks, bests = p.ranks.mean(1), p.means.argmax(0)
     first = ranks.argmin()
@@ -630,7 +629,6 @@ def in_short(p: Population, scenarios: list[str]) -> str:
         f"{equal} of them."
     )
     if len(scenarios) > 1:
-        regret, _, drawn = regrets(p.accuracy)
         text += (
             f" On the other scenarios, choosing a network by {scenarios[0]} costs {regret[0, 1:].mean():.2f} points "
             f"compared with choosing by the scenario itself; drawing one at random costs {drawn[1:].mean():.2f}."
@@ -753,7 +751,8 @@ def report(folder: Path) -> None:
         paragraphs.append("Broken: " + "; ".join(said))
     for group, p in groups.items():
         paragraphs.append(f"## {group}: {len(p.names)}, {p.accuracy.shape[1]} seeds")
-        paragraphs += [in_short(p, scenarios), scenario_table(p, scenarios)]
+        regret, error, drawn = regrets(p.accuracy)
+        paragraphs += [in_short(p, scenarios, regret, drawn), scenario_table(p, scenarios, regret, error)]
         paragraphs += ["What a choice does, one step of it, all else equal:", choice_table(p, scenarios)]
     if groups:
         paragraphs.append("## Which network is good, and can one know?")
