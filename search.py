@@ -134,8 +134,8 @@ def check_flags(args: argparse.Namespace) -> argparse.Namespace:
     space = " ".join(args.space)
     if len(set(args.space)) < len(args.space) or len(backbones) > 1:
         raise ValueError(f"--space {space}: name one backbone space at the most, and nothing twice")
-    usual = "supernet" if backbones else "halving" if "views" in args.space else "gradient"
-    args.strategy = args.strategy or usual
+    if args.strategy is None:
+        args.strategy = "supernet" if backbones else "halving" if "views" in args.space else "gradient"
     if args.strategy == "supernet" and not backbones:
         raise ValueError(f"--strategy supernet is for backbones: --space {' or '.join(SPACES)}")
     if args.strategy == "gradient" and "views" in args.space:
@@ -168,20 +168,16 @@ def check_flags(args: argparse.Namespace) -> argparse.Namespace:
         raise ValueError("--score held_out_loss compares neither views nor a method that knows no held-out image")
     if args.join and args.strategy != "supernet":
         raise ValueError(f"--join means nothing to --strategy {args.strategy}: it adds to a supernet's finalists")
-    least = {"gates": 1, "latency_batch": 1, "final_epochs": 1, "finalists": 2, "candidates": 2}
-    if args.strategy == "supernet":
-        least["candidates"] = 20  # or there is no regression
-    if args.strategy == "gradient":
-        least["final_epochs"] = 0  # no comparison
+    least = {"gates": 1, "latency_batch": 1, "finalists": 2}
+    least["candidates"] = 20 if args.strategy == "supernet" else 2  # the surrogate's regression needs 20
+    least["final_epochs"] = 0 if args.strategy == "gradient" else 1  # 0: no comparison with the handcrafted
     for name, low in least.items():
         if getattr(args, name) < low:
             raise ValueError(f"{launch.dashed(name)} {getattr(args, name)}: must be {low} or above")
     if args.target_ms is not None and args.target_ms <= 0:
         raise ValueError(f"--target-ms {args.target_ms:g}: must be above 0")
     if args.strategy == "halving" and (args.bench or args.profile):
-        raise ValueError(
-            "--bench and --profile look at a supernet's steps; those of --strategy halving are pretrain.py's"
-        )
+        raise ValueError("--bench and --profile look at a supernet's steps; for halving give them to pretrain.py")
     return args
 
 
@@ -818,9 +814,10 @@ def next_command(task: Task, winner: Candidate, path: Path) -> str:
     flags = {name: getattr(task.asked, name, default) for name, default in vars(parser.parse_args([])).items()}
     flags["output_dir"] = str(path.parent.with_name(f"{path.parent.name}-found"))
     flags |= winner.views or {}
-    for flag, is_found in (("arch", task.space), ("heads", "heads" in task.args.space and winner.heads)):
-        if is_found:
-            flags[flag] = str(path)
+    if task.space:
+        flags["arch"] = str(path)
+    if "heads" in task.args.space and winner.heads:
+        flags["heads"] = str(path)
     return command_line("pretrain.py", parser, argparse.Namespace(**flags))
 
 
