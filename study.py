@@ -554,8 +554,8 @@ class Population(NamedTuple):
         return [runs[0]["network"] for runs in self.runs]
 
     def facts(self, name: str) -> np.ndarray:
-        """A column of the table: (K,), means over seeds, nan where a run has none."""
-        return np.array([[run[name] for run in runs] for runs in self.runs], float).mean(1)
+        """A column of the table: (K,), means over seeds, nan where it is missing."""
+        return np.array([[run.get(name) for run in runs] for runs in self.runs], float).mean(1)
 
     def choices(self) -> dict[str, np.ndarray]:
         """What each network has chosen, numbers (K,) by name."""
