@@ -109,15 +109,27 @@ def test_regret_is_what_another_choice_costs_and_is_not_fooled_by_noise():
     rng = np.random.default_rng(0)
     quality = rng.normal(0, 1, (30, 2))
     y = np.repeat(quality[:, None, :], 3, 1)  # without noise
-    cost, _, drawn = study.regrets(y, resamples=2)
+    cost, _, drawn = study.regrets(y, samples=2)
     best, other = quality[:, 1].argmax(), quality[:, 0].argmax()
     assert cost.diagonal().tolist() == [0, 0]
     assert cost[0, 1] == pytest.approx(quality[best, 1] - quality[other, 1])
     assert drawn == pytest.approx(quality.max(0) - quality.mean(0))
-    noise = [study.regrets(rng.normal(0, 1, (30, 2, 2)), resamples=2)[0][0, 1] for _ in range(400)]
+    noise = [study.regrets(rng.normal(0, 1, (30, 2, 2)), samples=2)[0][0, 1] for _ in range(400)]
     assert abs(np.mean(noise)) < 0.2  # of one seed alone it would seem to be 2
-    errors = [study.regrets(y + rng.normal(0, 0.01, y.shape), resamples=200)[1][0, 1] for _ in range(2)]
-    assert all(0 < e < 3 for e in errors)
+
+
+def test_the_interval_of_a_regret_holds_the_truth():
+    rng = np.random.default_rng(0)
+
+    def drawn():  # (40 networks, 2 seeds, 2 scenarios that correlate by .5)
+        quality = rng.multivariate_normal([0, 0], [[1, 0.5], [0.5, 1]], (40, 1))
+        return quality + rng.normal(0, 3, (2, 2)) + rng.normal(0, 0.7, (40, 2, 2))
+
+    truth, intervals = np.mean([study.regrets(drawn(), samples=1)[0][0, 1] for _ in range(2000)]), []
+    for _ in range(300):
+        cost, error, _ = study.regrets(drawn(), samples=60)
+        intervals.append((cost, cost[0, 1] - 1.96 * error[0, 1], cost[0, 1] + 1.96 * error[0, 1]))
+    assert 0.9 < coverage(intervals, truth) < 0.98
 
 
 def test_effects_of_choices_and_their_errors():
