@@ -228,31 +228,26 @@ def diet_loss(
     again for the gradient, so B x N of them are never held: beside h and weight it takes 8 B chunk bytes, and 4 N K for
     weight's gradient. chunk: None is as many rows as make 64 MiB.
 
-    With n, weight holds this rank's rows (`shard`) of (n, K), and the loss and gradients of h are those of this rank's
-    images among all ranks' together: ranks exchange features and partial sums, never logits or weights. The gradient of
-    weight is that of the mean over ranks, so it is not to be averaged again.
+    On several ranks, n is required: weight holds this rank's rows (`shard`) of (n, K), and the loss and the gradient of
+    h are those of this rank's images. Ranks exchange features and partial sums, never logits or weights. The gradient
+    of weight is already that of the mean over ranks; it must not be averaged again.
     """
-    world = 1 if n is None else ranks()[1]
     n = n or len(weight)
     checked = index.device.type == "cpu" and not torch.compiler.is_compiling()  # on a GPU it would be a wait
     if checked and not ((index >= 0) & (index < n)).all():
         raise IndexError(f"an image's index must be 0 to {n - 1}: {index.tolist()}")
-    return _DietLoss.apply(h, weight, index, smoothing, n, chunk, world)
+    return _DietLoss.apply(h, weight, index, smoothing, n, chunk)
 
 
 class _DietLoss(torch.autograd.Function):
     """diet_loss; its gradient to a logit is (softmax_j - (1 - eps) [j = n] - eps / N) / B."""
 
     @staticmethod
-    def forward(ctx, h, weight, index, smoothing, n, chunk, world):
-        all_h = h.detach()  # (B, K)
-        first = rank = 0
-        if world > 1:
-            all_h = gather(all_h).flatten(0, 1)  # (W, B, K) -> (W B, K)
-            index = gather(index).flatten(0, 1)
-            first, _ = shard(n)
-            rank, _ = ranks()
-        row = index - first  # of weight, where this rank owns the image's class
+    def forward(ctx, h, weight, index, smoothing, n, chunk):
+        rank, world = ranks()
+        all_h = gather(h.detach()).flatten(0, 1)  # (W, B, K) -> (W B, K)
+        first, _ = shard(n)
+        row = gather(index).flatten(0, 1) - first  # of weight, where this rank owns the image's class
         owned = (row >= 0) & (row < len(weight))
         chunk = chunk or max(1024, 2**23 // len(all_h))
         lse = all_h.new_full((len(all_h),), -math.inf)
@@ -260,9 +255,8 @@ class _DietLoss(torch.autograd.Function):
             lse = torch.logaddexp(lse, (all_h @ rows.T).logsumexp(1))  # of (W B, chunk)
         at_target = torch.where(owned, (all_h * weight[row.clamp(0, len(weight) - 1)]).sum(1), 0.0)
         linear = (1 - smoothing) * at_target + smoothing / n * (all_h @ weight.sum(0))
-        if world > 1:
-            lse = gather(lse).logsumexp(0)  # (W, W B) -> (W B,)
-            linear = reduced(linear)
+        lse = gather(lse).logsumexp(0)  # (W, W B) -> (W B,)
+        linear = reduced(linear)
         own = slice(rank * len(h), (rank + 1) * len(h))  # this rank's images
         ctx.save_for_backward(all_h, weight, row[:, None], lse[:, None])
         ctx.constants = smoothing, n, chunk, world, own
@@ -285,11 +279,9 @@ class _DietLoss(torch.autograd.Function):
                 to_h.addmm_(to_z, rows)
                 if to_weight is not None:
                     torch.mm(to_z.T, all_h, out=to_weight[start : start + chunk])
-        if world > 1:
-            dist.all_reduce(to_h)
-            if to_weight is not None:
-                to_weight /= world
-        return to_h[own], to_weight, None, None, None, None, None
+        if world > 1 and to_weight is not None:
+            to_weight /= world
+        return reduced(to_h)[own], to_weight, None, None, None, None
 
 
 # ---- what methods are made of ---------------------------------------------------------------------------------------
