@@ -34,7 +34,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 from torch.nn.utils.parametrizations import weight_norm
 from torchvision.ops import StochasticDepth
 
@@ -841,14 +840,12 @@ class DIET(Method):
         f = encoder.feature_dim
         k = out_dim or f
         self.projector = no_projector(heads, out_dim) if projector == "none" else mlp(f, f, k)
-        first, end = shard(n_images)
-        self.classifier = skip_init(nn.Linear, k, end - first, bias=False)
-        rows = self.classifier.weight.data
-        for start in range(0, n_images, 65_536):  # nn.Linear's start, the same numbers however many ranks there are
-            block = torch.empty(min(65_536, n_images - start), k).uniform_(-(k**-0.5), k**-0.5)
-            low, high = max(first, start), min(end, start + len(block))
-            if low < high:
-                rows[low - first : high - first] = block[low - start : high - start]
+        own_rank, world = ranks()
+        for rank in range(world):  # every rank draws all rows, so that they do not depend on the number of ranks
+            first, end = shard(n_images, rank)
+            rows = nn.Linear(k, end - first, bias=False)
+            if rank == own_rank:
+                self.classifier = rows
         self.register_state_dict_post_hook(_whole_classifier)
         self.register_load_state_dict_pre_hook(_own_classifier)
 
