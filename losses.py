@@ -680,8 +680,9 @@ class SwAV(Method):
         f = encoder.feature_dim
         d = out_dim or 128
         self.projector = heads["projector"] if heads else mlp(f, head_width(f, 4096), d)
-        self.prototypes = nn.Linear(d, prototypes or max(2, min(3000, n_images // 10)), bias=False)
-        nn.init.normal_(self.prototypes.weight).data.copy_(F.normalize(self.prototypes.weight.data, dim=1))
+        k = prototypes or max(2, min(3000, n_images // 10))
+        self.prototypes = nn.Linear(d, k, bias=False)
+        self.prototypes.weight.data = F.normalize(torch.randn(k, d), dim=1)
         size = queue_length(queue_size, min(3840, max(1, n_images // 8)), n_images)
         self.register_buffer("queue", torch.zeros(2, size, d))
         self.register_buffer("filled", torch.zeros((), dtype=torch.long))
@@ -854,7 +855,7 @@ class DIET(Method):
         """The least that the loss can be: the entropy of a smoothed target."""
         low = self.smoothing / self.n
         high = 1 - self.smoothing + low
-        return -(high * math.log(high) if high else 0) - ((self.n - 1) * low * math.log(low) if low else 0)
+        return -high * math.log(high) - ((self.n - 1) * low * math.log(low) if low else 0)
 
     def normalised(self, loss: float) -> float:
         """(log N - L) / (log N - floor): 0 at chance, 1 at best."""
