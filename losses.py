@@ -174,11 +174,7 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.1) -> T
 @torch.no_grad()
 @in_fp32
 def sinkhorn(
-    scores: Tensor,
-    epsilon: float = 0.05,
-    iterations: int = 3,
-    queue: Tensor | None = None,
-    weight: Tensor | float = 1.0,
+    scores: Tensor, epsilon: float = 0.05, iterations: int = 3, queue: Tensor | None = None, weight: Tensor | float = 1
 ) -> Tensor:
     """Codes (N, K) of scores (N, K): rows that sum to 1, prototypes used evenly. SwAV, 2006.09882 section 3.1.
 
@@ -287,9 +283,7 @@ class _DietLoss(torch.autograd.Function):
 
 # Keywords of several methods: type and help. Each keyword of a method's __init__ is a flag of the scripts.
 OutDim = Annotated[int | None, "dimensions of z, of dino outputs of its last layer; left out, the method's own"]
-Projector = Annotated[
-    Literal["none", "mlp"], "none: the loss is on the features themselves, to see what a projector adds"
-]
+Projector = Annotated[Literal["none", "mlp"], "none: the loss takes the features, to see what a projector adds"]
 Teacher = Annotated[Literal["none", "ema"], "where targets come from: the network itself, or its steadier average"]
 MomentumTeacher = Annotated[float, "EMA momentum of the teacher; closer to 1 for long runs and small batches"]
 Temperature = Annotated[float, "divides similarities or scores ahead of the softmax; lower makes hard cases count more"]
@@ -749,12 +743,8 @@ class DINO(Method):
         out_dim: OutDim = None,
         momentum_teacher: MomentumTeacher = 0.99,
         temperature: Temperature = 0.1,
-        teacher_temperature: Annotated[
-            tuple[float, float], "the teacher's, at first and after its warm-up; above .07 is unstable, .04 is safe"
-        ] = (0.04, 0.07),
-        teacher_warmup: Annotated[
-            float | None, "share of the run in which the teacher's temperature rises; left out: .25, without BN .15"
-        ] = None,
+        teacher_temperature: Annotated[tuple[float, float], "first, last; .04 safe, above .07 unstable"] = (0.04, 0.07),
+        teacher_warmup: Annotated[float | None, "share of the run; left out: .25, without BN .15"] = None,
         center_momentum: Annotated[float, "EMA momentum of the centre; higher for small batches"] = 0.9,
         head_bn: Annotated[bool | None, "BN in the projector; left out, as in the encoder, so a ViT's has none"] = None,
     ):
