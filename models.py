@@ -758,20 +758,13 @@ def recalibrate(module: nn.Module, batches: Iterable, forward: Callable | None =
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [m.momentum for m in norms]
     training = module.training
-    calls = dict.fromkeys(norms, 0)
-
-    def average(norm, _):  # momentum None averages too, but then BN reads its count back from a GPU each time
-        calls[norm] += 1
-        norm.momentum = 1 / calls[norm]
-
-    hooks = [m.register_forward_pre_hook(average) for m in norms]
     for m in norms:
         m.reset_running_stats()
+        m.momentum = None  # a plain mean over the batches
     module.train()
     for batch in batches:
         (forward or module)(batch)
-    for m, hook, momentum in zip(norms, hooks, momenta):
-        hook.remove()
+    for m, momentum in zip(norms, momenta):
         m.momentum = momentum
     return module.train(training)
 
