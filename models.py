@@ -498,7 +498,7 @@ class Choices(nn.Module):
         self.space = space
         for name, values in space.choices.items():
             setattr(self, f"{name}_alpha", nn.Parameter(torch.zeros(len(space.stages), len(values))))
-        self.set_largest()
+        self.set(self.largest)
 
     def __deepcopy__(self, memo):
         return self
@@ -534,9 +534,6 @@ class Choices(nn.Module):
             for row, value in enumerate(value_of_stage.tolist()):
                 gate[row, value].fill_(1.0)  # an assignment would copy the 1 from the host
         self.known_choice = list(choice)
-
-    def set_largest(self) -> None:
-        self.set(self.largest)
 
     def choice(self) -> list[int]:
         """The options that the gates hold now, as Space.arch takes them; of sampled ones it waits for the device."""

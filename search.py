@@ -286,7 +286,7 @@ class Search:
             self.choices.set(self.near_target(step))
             return
         if step < self.warmup and step % 2:
-            self.choices.set_largest()
+            self.choices.set(self.choices.largest)
             return
         first, last = self.args.tau
         progress = max(0.0, (step - self.warmup) / max(1, self.total - self.warmup))
