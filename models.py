@@ -219,9 +219,6 @@ class Pointwise(nn.Conv2d):
     """A 1x1 convolution without bias, of the pixels alone that its stride leaves: the backward of torch's own, strided,
     corrupts memory on a CPU in channels_last (torch 2.11 and 2.15; 8 channels in, 64 px)."""
 
-    def __init__(self, c_in: int, c_out: int, stride: int):
-        super().__init__(c_in, c_out, 1, stride, bias=False)
-
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x[:, :, :: self.stride[0], :: self.stride[1]], self.weight)
 
@@ -229,7 +226,8 @@ class Pointwise(nn.Conv2d):
 def _shortcut(spec: BlockSpec) -> nn.Module | None:
     if not spec.reshapes:
         return None
-    return nn.Sequential(Pointwise(spec.c_in, spec.c_out, spec.stride), nn.BatchNorm2d(spec.c_out))
+    conv = Pointwise(spec.c_in, spec.c_out, 1, spec.stride, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(spec.c_out))
 
 
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck, "inverted": InvertedResidual}
@@ -288,10 +286,11 @@ class ResNet(nn.Module):
     def stages(self, x: Tensor) -> list[Tensor]:
         """The feature maps (B, C, h, w) of the four stages."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        maps = [x]
+        maps = []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            maps.append(layer(maps[-1]))
-        return maps[1:]
+            x = layer(x)
+            maps.append(x)
+        return maps
 
     def forward(self, x: Tensor) -> Tensor:
         return self.stages(x)[-1].mean((2, 3))  # (B, F, h, w) -> (B, F)
@@ -478,9 +477,7 @@ MOBILENET_CHOICES = {"depth": (1, 2, 3, 4), "inner": (2.0, 4.0, 6.0), "kernel": 
 # ResNet18 and MobileNetV2 are points of their spaces; ResNet50, with its stage of 6 blocks, is not.
 SPACES: dict[str, Space] = {
     "resnet": Space("resnet18", (0, 1, 2, 3), RESNET_CHOICES),
-    "resnetk1": Space(
-        "resnet18", (0, 1, 2, 3), {"depth": (1, 2, 3, 4), "inner": (0.25, 0.5, 1.0), "kernel": (1, 3, 5)}
-    ),
+    "resnetk1": Space("resnet18", (0, 1, 2, 3), {**RESNET_CHOICES, "inner": (0.25, 0.5, 1.0), "kernel": (1, 3, 5)}),
     "bottleneck": Space("resnet50", (0, 1, 2, 3), RESNET_CHOICES),
     "mobilenet": Space("mobilenet_v2", (1, 2, 3, 4, 5), MOBILENET_CHOICES),
 }
