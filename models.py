@@ -18,7 +18,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import accumulate, chain, count, groupby, pairwise, product
+from itertools import accumulate, count, groupby, pairwise, product
 from typing import NamedTuple
 
 import numpy as np
@@ -583,10 +583,10 @@ class SearchBackbone(nn.Module):
                         self.masked.append((row, choice, f"{prefix}.{name}", masks.shape[:-1]))
 
     def _shapes(self, choice: str, value: float) -> dict[str, torch.Size]:
-        """Of the parameters of the subnet that is the largest in all but one choice."""
+        """Shapes, by the supernet's names, of the subnet that is the largest in all but one choice."""
         option = tuple(value if name == choice else values[-1] for name, values in self.space.choices.items())
-        network, names = self.skeleton([self.space.options.index(option)] * len(self.space.stages))
-        return {names[name]: parameter.shape for name, parameter in network.named_parameters()}
+        _, parts = self.skeleton([self.space.options.index(option)] * len(self.space.stages))
+        return dict(parts.values())
 
     def masked_weights(self) -> dict[str, Tensor]:
         """The supernet's parameters under the gates, by name: those that a choice touches."""
@@ -606,17 +606,16 @@ class SearchBackbone(nn.Module):
         network.train(self.training)
         return functional_call(network, self.slices(choice), x)
 
-    def skeleton(self, choice: Sequence[int]) -> tuple[nn.Module, dict[str, str]]:
-        """(the subnet without memory, its names -> those of the same things in the supernet)"""
+    def skeleton(self, choice: Sequence[int]) -> tuple[nn.Module, dict[str, tuple[str, torch.Size]]]:
+        """(the subnet on the meta device, {name of its tensor: (name in the supernet, shape in the subnet)})"""
         synced = any(isinstance(m, nn.SyncBatchNorm) for m in self.supernet.modules())
         return _skeleton(self.space, tuple(choice), self.width, self.stem, synced)
 
     def slices(self, choice: Sequence[int]) -> dict[str, Tensor]:
         """Views of the supernet's parameters and buffers that make up a subnet, by its names."""
-        network, names = self.skeleton(choice)
-        supernet = dict(chain(self.supernet.named_parameters(), self.supernet.named_buffers()))
-        own = chain(network.named_parameters(), network.named_buffers())
-        return {name: _slice(supernet[names[name]], tensor.shape) for name, tensor in own}
+        _, parts = self.skeleton(choice)
+        supernet = self.supernet.state_dict(keep_vars=True)
+        return {name: _slice(supernet[source], shape) for name, (source, shape) in parts.items()}
 
     def subnet(self, choice: Sequence[int]) -> nn.Module:
         """A network with a copy of its part of the weights; its BN statistics want `recalibrate`."""
@@ -656,20 +655,18 @@ def _meta_block(block: str, spec: BlockSpec) -> nn.Module:
 
 
 @lru_cache(maxsize=256)
-def _skeleton(
-    space: Space, choice: tuple[int, ...], width: float, stem: str, synced: bool
-) -> tuple[nn.Module, dict[str, str]]:
+def _skeleton(space: Space, choice: tuple[int, ...], width: float, stem: str, synced: bool) -> tuple[nn.Module, dict]:
     arch = space.arch(choice)
     with torch.device("meta"):
         network = NETWORKS[arch["block"]](arch, width, stem, _meta_block)
     renamed = {}
     for own, supernets in zip(network.prefixes(arch), network.prefixes(space.arch([-1] * len(choice)))):
         renamed.update(zip(own, supernets))
-    names = {}
-    for name, _ in chain(network.named_parameters(), network.named_buffers()):
+    parts = {}
+    for name, tensor in network.state_dict().items():
         prefix = ".".join(name.split(".")[:2])
-        names[name] = renamed.get(prefix, prefix) + name[len(prefix) :]
-    return (nn.SyncBatchNorm.convert_sync_batchnorm(network) if synced else network), names
+        parts[name] = renamed.get(prefix, prefix) + name[len(prefix) :], tensor.shape
+    return (nn.SyncBatchNorm.convert_sync_batchnorm(network) if synced else network), parts
 
 
 def in_mmacs(macs: float) -> str:
