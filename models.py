@@ -77,8 +77,7 @@ ARCHS = (*BACKBONES, *VITS)
 def check_arch(arch: object, source: str = "arch") -> dict:
     """An architecture as in BACKBONES; else ValueError, which says what is wrong with that of `source`."""
     if not isinstance(arch, dict) or set(arch) != {"block", *FIELDS}:
-        *names, last = (f'"{name}"' for name in ("block", *FIELDS))
-        raise ValueError(f"{source}: an architecture has {', '.join(names)} and {last}, and nothing else")
+        raise ValueError(f"{source}: an architecture has the keys {', '.join(('block', *FIELDS))}, and no others")
     if not isinstance(arch["block"], str) or arch["block"] not in BLOCKS:
         raise ValueError(f"{source}: unknown block {arch['block']!r}: choose from {', '.join(BLOCKS)}")
     stages = 7 if arch["block"] == "inverted" else 4
