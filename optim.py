@@ -80,35 +80,32 @@ def kind_of(p: Tensor) -> str:
 UNDECAYED = {"sgd": (), "adamw": ("vector",), "lars": ("vector", "depthwise")}  # kinds without weight decay
 
 
-def parameter_groups(named: list[tuple[str, nn.Parameter]], method: nn.Module, optimizer: str) -> list[dict]:
-    """Groups by whether the learning rate stays (SimSiam's predictor) and by kind of tensor."""
-    groups = []
-    for constant in (False, True):
-        for kind in ("matrix", "depthwise", "vector"):
-            params = [p for n, p in named if n.startswith(method.constant_lr) == constant and kind_of(p) == kind]
-            group = {"params": params, "constant": constant, "decays": kind not in UNDECAYED[optimizer]}
-            if optimizer == "lars":
-                group["scale"] = kind != "vector"
-            if params:
-                groups.append(group)
-    return groups
-
-
 def optimizer_of(
     named: list[tuple[str, nn.Parameter]], method: nn.Module, args: argparse.Namespace
 ) -> torch.optim.Optimizer:
-    """SGD with momentum .9, AdamW or LARS, by `settings_of`; its state is there from the start, so that a checkpoint's
-    can be checked against it."""
+    """SGD with momentum .9, AdamW or LARS, by `settings_of`. Parameters are grouped by whether their learning rate
+    stays constant, as that of SimSiam's predictor does, and by kind."""
     settings = settings_of(method, args)
-    scale = args.batch_size / 256
-    groups = parameter_groups(named, method, settings.optimizer)
-    for group in groups:
-        group["peak"] = settings.lr * scale
-        group["final_lr"] = settings.final_lr * scale
-        group["first_decay"] = settings.weight_decay
-        group["final_decay"] = settings.final_weight_decay
-        group["weight_decay"] = settings.weight_decay if group["decays"] else 0.0
-    lr, device = settings.lr * scale, named[0][1].device.type
+    lr, final_lr = settings.lr * args.batch_size / 256, settings.final_lr * args.batch_size / 256
+    groups = []
+    for constant in (False, True):
+        for kind in ("matrix", "depthwise", "vector"):
+            decays = kind not in UNDECAYED[settings.optimizer]
+            group = {
+                "params": [p for n, p in named if n.startswith(method.constant_lr) == constant and kind_of(p) == kind],
+                "constant": constant,
+                "peak": lr,
+                "final_lr": final_lr,
+                "decays": decays,
+                "first_decay": settings.weight_decay,
+                "final_decay": settings.final_weight_decay,
+                "weight_decay": settings.weight_decay if decays else 0.0,
+            }
+            if settings.optimizer == "lars":
+                group["scale"] = kind != "vector"
+            if group["params"]:
+                groups.append(group)
+    device = named[0][1].device.type
     if settings.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, lr, momentum=0.9, fused=device == "cuda" or None)
     elif settings.optimizer == "adamw":
