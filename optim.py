@@ -124,19 +124,17 @@ def with_state(optimizer: torch.optim.Optimizer, method: nn.Module) -> torch.opt
     """The optimiser with its state at zero. What it saves is whole, though of some of the method's parameters every
     rank has its own rows; what it loads must be of the same shapes (ValueError), which torch does not look at."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            state = {name: torch.zeros_like(p) for name in STATE[type(optimizer)]}
-            if isinstance(optimizer, torch.optim.AdamW):
-                state["step"] = torch.zeros((), device=p.device if group["fused"] else "cpu")
-            optimizer.state[p] = state
-    own = {id(method.get_parameter(name)) for name in method.sharded}
+    for p in params:
+        optimizer.state[p] = {name: torch.zeros_like(p) for name in STATE[type(optimizer)]}
+        if isinstance(optimizer, torch.optim.AdamW):
+            optimizer.state[p]["step"] = torch.zeros((), device=p.device if optimizer.defaults["fused"] else "cpu")
+    sharded = {id(method.get_parameter(name)) for name in method.sharded}
 
     def change(state: dict, change_rows) -> dict:
-        changed = {}
-        for i, tensors in state["state"].items():
-            rows = id(params[i]) in own
-            changed[i] = {k: change_rows(x, method.n) if rows and x.ndim else x for k, x in tensors.items()}
+        changed = dict(state["state"])
+        for i, tensors in changed.items():
+            if id(params[i]) in sharded:
+                changed[i] = {k: change_rows(x, method.n) if x.ndim else x for k, x in tensors.items()}
         return {**state, "state": changed}
 
     def save(_, state: dict) -> dict:
