@@ -13,8 +13,8 @@ from models import ViT
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose steps are as long as each tensor's own norm says. 1708.03888, as 2210.02808 has it:
-    d = g + decay p, q = .001 |p| / |d|, m = .9 m + q d, p = p - lr m; groups with scale=False have q = 1."""
+    """SGD with momentum, each tensor's step scaled by the tensor's norm. 1708.03888, in the form of 2210.02808:
+    d = g + decay p, q = .001 |p| / |d|, m = .9 m + q d, p = p - lr m. Groups with scale=False have q = 1."""
 
     def __init__(self, params, lr: float, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "scale": True})
@@ -36,27 +36,25 @@ class LARS(torch.optim.Optimizer):
 
 
 class Settings(NamedTuple):
-    """How a method is optimised; learning rates at batch size 256."""
+    """How a method is optimised; learning rates are for a batch size of 256."""
 
     optimizer: str
     lr: float
     weight_decay: float
     final_lr: float = 0.0
-    final_weight_decay: float | None = None  # None: it stays
+    final_weight_decay: float | None = None  # None: constant
 
 
-# A ViT by SGD does not learn: 2e-3 at batch 1024 and .04 to .4, 2104.14294 and 2210.02808
+# ViTs do not learn with SGD. lr 2e-3 at batch 1024, weight decay from .04 to .4: 2104.14294 and 2210.02808
 OF_A_VIT = Settings("adamw", 5e-4, 0.04, 2.5e-6, 0.4)
 OTHERS = {"sgd": (0.12, 5e-4), "adamw": (1e-3, 0.05), "lars": (0.48, 1e-6)}  # where --optimizer is not the method's
-
-
-# Batches below the smallest of published CIFAR runs take its rate, but no more than twice what linear scaling gives:
-# with half of it, at 64, short runs learned 2 points less (results/README.md); still smaller ones were not measured.
+# The smallest batch of published CIFAR runs. Smaller batches take its learning rate, but at most twice the linearly
+# scaled one, with which short runs at batch 64 learned 2 points less (results/README.md). Below 64: not measured.
 SMALLEST_BATCH = 128
 
 
 def settings_of(method: nn.Module, args: argparse.Namespace) -> Settings:
-    """What the flags say, else the method's own, or, in place of SGD, what ViTs are trained by."""
+    """The method's settings, or in place of SGD those of a ViT, overridden by the flags."""
     lr = method.lr if method.fixed_lr is None else method.fixed_lr * 256 / args.batch_size
     settings = Settings(method.optimizer, lr, method.weight_decay)
     if isinstance(method.encoder, ViT) and settings.optimizer == "sgd":
@@ -71,7 +69,7 @@ def settings_of(method: nn.Module, args: argparse.Namespace) -> Settings:
 
 
 def kind_of(p: Tensor) -> str:
-    """ "vector" (biases and norms), "depthwise" (kernels of one channel each) or "matrix"."""
+    """Returns "vector" (biases and norms), "depthwise" (depthwise convolutions) or "matrix"."""
     if p.ndim < 2:
         return "vector"
     return "depthwise" if p.ndim == 4 and p.shape[1] == 1 < p.shape[0] else "matrix"
@@ -116,13 +114,14 @@ def optimizer_of(
     return with_state(optimizer, method)
 
 
-# Fused SGD fails where some parameters have a buffer and others do not; .9 x 0 + g is g
+# The state of each optimiser. Fused SGD fails where only some parameters have a buffer. Zero is the same as none:
+# .9 x 0 + g is g.
 STATE = {torch.optim.SGD: ("momentum_buffer",), torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), LARS: ("momentum",)}
 
 
 def with_state(optimizer: torch.optim.Optimizer, method: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser with its state at zero. What it saves is whole, though of some of the method's parameters every
-    rank has its own rows; what it loads must be of the same shapes (ValueError), which torch does not look at."""
+    """The optimiser with its state initialised to zero. A loaded state must have the same shapes (ValueError), which
+    torch does not check. The state of sharded parameters is saved whole, and each rank loads its own rows."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for p in params:
         optimizer.state[p] = {name: torch.zeros_like(p) for name in STATE[type(optimizer)]}
@@ -157,7 +156,7 @@ def with_state(optimizer: torch.optim.Optimizer, method: nn.Module) -> torch.opt
 
 
 def distributed(method: nn.Module, **options) -> nn.Module:
-    """The method in DDP if there are several ranks; parameters that are sharded over ranks by rows are not averaged."""
+    """The method, in DDP if there are several ranks. DDP leaves sharded parameters alone."""
     if ranks()[1] == 1:
         return method
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(method, list(method.sharded))
@@ -165,7 +164,7 @@ def distributed(method: nn.Module, **options) -> nn.Module:
 
 
 def clip_gradients(method: nn.Module, most: float) -> None:
-    """Scales all gradients down together to a norm of `most`. Every rank's rows of a sharded parameter count, so that
+    """Clips the total norm of all gradients to `most`. It counts the rows of sharded parameters on all ranks, so that
     all ranks scale alike."""
     named = [(name, p) for name, p in method.named_parameters() if p.grad is not None]
     whole = nn.utils.get_total_norm([p.grad for name, p in named if name not in method.sharded]) ** 2
@@ -175,7 +174,8 @@ def clip_gradients(method: nn.Module, most: float) -> None:
 
 
 def warmup_steps(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> int:
-    """By default none of SGD, with which published CIFAR runs start at full rate: it would cost a short run a tenth."""
+    """--warmup-epochs in steps. The default is 10 epochs, at most a tenth of the run, and none for SGD: published CIFAR
+    runs with SGD start at the full learning rate."""
     if args.warmup_epochs is not None:
         return round(args.warmup_epochs * steps_per_epoch)
     if isinstance(optimizer, torch.optim.SGD):
@@ -184,14 +184,14 @@ def warmup_steps(args: argparse.Namespace, optimizer: torch.optim.Optimizer, ste
 
 
 def cosine(step: int, first_step: int, last_step: int, first: float, last: float) -> float:
-    """From `first` to `last` by half a cosine."""
+    """Cosine annealing from `first` to `last`."""
     progress = (step - first_step) / max(1, last_step - first_step)
     return last + (first - last) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, step: int, warmup: int, total: int) -> float:
-    """Linear warm-up, then a cosine to the group's final_lr, where its lr is not constant; weight decay by a cosine
-    over the whole run, where it has an end. Returns the first group's lr."""
+    """Sets the learning rate of groups that are not constant: linear warm-up, then a cosine to final_lr. Where weight
+    decay has a final value, it follows a cosine over the whole run. Returns the first group's learning rate."""
     for group in optimizer.param_groups:
         if not group["constant"] and step < warmup:
             group["lr"] = group["peak"] * (step + 1) / warmup
