@@ -113,9 +113,7 @@ def adjust(
     colour: Annotated[float | None, "times the recipe's colour jitter; lower where colours matter"] = None,
     blur: Annotated[Triple, "probability in the first global, the second, the locals, at any image size"] = None,
     solarize: Annotated[Triple, "probability in the first global, the second, the locals"] = None,
-    balance: Annotated[
-        Pair, "loss weights: pairs of globals, pairs with a local; the second is the harder task"
-    ] = None,
+    balance: Annotated[Pair, "loss weights of pairs of globals and of pairs with a local, the harder task"] = None,
 ) -> Recipe:
     """The recipe with some knobs turned; None leaves one as it is.
 
@@ -139,7 +137,6 @@ def adjust(
     small = any(size is not None and size < 8 for size in (global_size, local_size))
     if (locals or 0) < 0 or small or min(balance or [0]) < 0:
         raise ValueError("views need 0 or more locals, edges of 8 pixels or more and weights of 0 or more")
-
     if local_share is not None and (local_size is not None or not 0 < local_share <= 1):
         raise ValueError(f"a local share of {local_share:g}: must be above 0, up to 1, and without a local size")
     if colour is not None and not 0 <= colour <= 2.5:
@@ -147,12 +144,12 @@ def adjust(
 
     first, second = recipe.globals[0], recipe.globals[-1]
     local = recipe.locals[0] if recipe.locals else first._replace(scale=(0.05, first.scale[0]), share=96 / 224)
+    if local_share is not None:
+        local = local._replace(size=None, share=local_share)
     views = []
     for k, view in enumerate((first, second, local)):
         scale, size = (global_scale, global_size) if k < 2 else (local_scale, local_size)
         view = view._replace(scale=tuple(scale or view.scale), size=size or view.size)
-        if k == 2 and local_share is not None:
-            view = view._replace(size=None, share=local_share)
         if colour is not None:
             *strengths, hue = (colour * x for x in view.jitter)
             view = view._replace(jitter=(*strengths, min(0.5, hue)))
