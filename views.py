@@ -3,10 +3,10 @@
     crop = MultiCrop("simsiam", 32)                     # a recipe, and the edge of a global view
     views = crop(pixels, np.random.default_rng(0))      # uint8 (n, 3, H, W) -> [(n, 3, S, S), ...], globals first
 
-Sampling parameters (`sample`, in numpy) and computing views (`render`) are separate. The parameters of all views are
-one tensor, which is copied to a GPU in one go and determines the views, on a CPU or GPU, eager or compiled; each rank
-takes its slice. The order is crop, flip, colour jitter, grey, blur, solarize, normalise, each as torchvision's
-functional operation on a float image does it.
+Parameters are sampled in numpy (`sample`), and views are computed from them (`render`). The parameters of all views are
+one tensor, which is copied to a GPU at once, and of which each rank takes its slice. They determine the views, on a CPU
+or GPU, eager or compiled. The order is crop, flip, colour jitter, grey, blur, solarize, normalise, each the same as
+torchvision's functional operation on a float image.
 """
 
 import math
@@ -29,7 +29,7 @@ class View(NamedTuple):
 
     scale: tuple[float, float] = (0.2, 1.0)  # of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width : height
-    size: int | None = None  # edge in pixels; None is `share` of MultiCrop's, to the nearest multiple of 4
+    size: int | None = None  # edge in pixels; None: `share` of MultiCrop's size, rounded to a multiple of 4
     share: float = 1.0
     bicubic: bool = False  # else bilinear; both antialiased
     flip: float = 0.5
@@ -38,7 +38,7 @@ class View(NamedTuple):
     grey: float = 0.2
     blur: float = 0.5
     sigma: tuple[float, float] = (0.1, 2.0)
-    reach: int | None = None  # pixels to either side that the blur takes in; None is a twentieth of the edge
+    reach: int | None = None  # pixels on either side that the blur covers; None: a twentieth of the edge
     solarize: float = 0.0
     erase: float = 0.0  # a box of .02 to .33 of the view becomes the mean colour
 
@@ -46,8 +46,8 @@ class View(NamedTuple):
 class Recipe(NamedTuple):
     globals: tuple[View, ...]
     locals: tuple[View, ...] = ()
-    balance: tuple[float, float] | None = None  # lambda_gg, lambda_gl; None is the mean over all pairs of views
-    blur_above: int = 64  # px of the globals: the published recipes for small images have no blur
+    balance: tuple[float, float] | None = None  # lambda_gg, lambda_gl; None: the mean over all pairs of views
+    blur_above: int = 64  # blur only if globals have more pixels: published recipes for small images have none
 
 
 Pair = tuple[float, float] | None
@@ -87,7 +87,7 @@ RECIPES = {
     "sslight-cnn": multi_crop_recipe(0.3, 128 / 224, 6, (0.4, 0.6)),
     "sslight-vit": multi_crop_recipe(0.3, 128 / 224, 10, (0.4, 0.6)),
     "sslight-swav": multi_crop_recipe(0.3, 128 / 224, 6, (0.4, 0.6), **_swav),
-    # as published CIFAR benchmarks have them: no locals, which would be of 12 px, and SwAV's colours half as strong
+    # as in published CIFAR benchmarks: no locals, which would have 12 px, and half of SwAV's colour jitter
     "dino-small": multi_crop_recipe(0.14, 1, 0, blur=_never),
     "swav-small": multi_crop_recipe(0.14, 1, 0, jitter=(0.4, 0.4, 0.4, 0.1), blur=_never, solarize=_never),
     # 2406.10743: one view; strengths 0 (none), 1 (crop and flip), 2 (and colours), 3 (and blur and erasing)
@@ -115,10 +115,10 @@ def adjust(
     solarize: Annotated[Triple, "probability in the first global, the second, the locals"] = None,
     balance: Annotated[Pair, "loss weights of pairs of globals and of pairs with a local, the harder task"] = None,
 ) -> Recipe:
-    """The recipe with some knobs turned; None leaves one as it is.
+    """The recipe with some settings changed; None keeps a setting.
 
-    A recipe without locals gets them, if asked for some, from its first global view: areas below that one's, 3/7 of its
-    edge. One with a single view that is asked for two gets it twice.
+    If a recipe has no locals, they are made from its first global view, with smaller areas and 3/7 of its edge. If it
+    has a single global view, a second one is the same.
     """
     if boundary is not None:
         if global_scale or local_scale:
@@ -172,7 +172,7 @@ VIEW_SPACE = {  # keywords of `adjust`, and what search.py --space views chooses
     "colour": (0.5, 0.75, 1.0, 1.5),
 }
 
-# What is drawn for a view of an image, and how many numbers each is
+# The parameters of a view of an image, and how many numbers each one has
 PARAMETERS = {
     "box": 4,  # top, left, height, width of the crop
     "flip": 1,  # 0 or 1, as are grey and solarize
@@ -189,7 +189,7 @@ _ORDERS = np.array(list(permutations(range(3))), np.float32)
 
 
 def named(parameters: Tensor | np.ndarray) -> dict[str, Tensor | np.ndarray]:
-    """(..., P) -> {name: (...) or (..., k)}, views of it, as PARAMETERS has them."""
+    """(..., P) -> {name: (...) or (..., k)}: slices for the names in PARAMETERS, sharing memory."""
     parts, start = {}, 0
     for name, k in PARAMETERS.items():
         parts[name] = parameters[..., start] if k == 1 else parameters[..., start : start + k]
@@ -219,12 +219,12 @@ class MultiCrop:
         return self.render(pixels, parameters.to(pixels.device))
 
     def sample(self, n: int, height: int, width: int, rng: np.random.Generator) -> Tensor:
-        """(V, n, P) on the CPU: what PARAMETERS lists, for every view of n images."""
+        """Parameters (V, n, P) of all views of n images, on the CPU."""
         return torch.from_numpy(sample_views(self.views, n, height, width, rng))
 
     def render(self, pixels: Tensor, parameters: Tensor) -> list[Tensor]:
-        """Pure: the same pixels (n, 3, H, W) and parameters (V, n, P) give the same views. In fp32 whatever autocast is
-        on: bf16 would round their colours."""
+        """Pure: the same pixels (n, 3, H, W) and parameters (V, n, P) give the same views. Runs in fp32 even under
+        autocast, as bf16 would round colours."""
         with torch.autocast(pixels.device.type, enabled=False), torch.no_grad():
             return self._render(pixels, parameters)
 
@@ -242,10 +242,10 @@ class MultiCrop:
 def sample_views(views: Sequence[View], n: int, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
     """Parameters (V, n, P) of views of n images, distributed as in torchvision's transforms."""
     limits = _limits(tuple(views), height * width)
-    u = rng.random((16, len(views), n), np.float32)  # all at once: a call costs more than its numbers
+    u = rng.random((16, len(views), n), np.float32)  # in one call, as a call costs more than its numbers
     u_box, u_chance, u_jitter, (u_order, u_sigma, u_erase) = np.split(u, [4, 9, 13])
     out = np.zeros((len(views), n, sum(PARAMETERS.values())), np.float32)
-    p = named(out)  # to write to
+    p = named(out)  # writes to p go to out
 
     p["box"][:] = sample_boxes(views, u_box, height, width, rng)
     p["flip"][:], p["grey"][:], p["solarize"][:], jittered, blurred = u_chance < limits["chance"]
@@ -265,7 +265,7 @@ def sample_views(views: Sequence[View], n: int, height: int, width: int, rng: np
 
 @lru_cache
 def _limits(views: tuple[View, ...], area: int) -> dict[str, np.ndarray]:
-    """What the views' numbers are drawn between, (k, V, 1) each; area of the images, in pixels."""
+    """Probabilities and ranges of the views, (k, V, 1) each. area: of the images, in pixels."""
     limits = {
         "chance": [(v.flip, v.grey, v.solarize, v.jitter_p, v.blur) for v in views],
         "jitter": [v.jitter for v in views],
@@ -277,8 +277,8 @@ def _limits(views: tuple[View, ...], area: int) -> dict[str, np.ndarray]:
 
 
 def sample_boxes(views: Sequence[View], u: np.ndarray, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """Crops (V, n, 4) as RandomResizedCrop draws them: ten tries, the first legal one counts. u (4, V, n) is for the
-    first try's area and shape, and for the place; the other tries are drawn where needed."""
+    """Crops (V, n, 4), distributed as in RandomResizedCrop: ten tries, of which the first legal one counts. u (4, V, n)
+    gives the first try's area and ratio, and the position. More tries are drawn where needed."""
     limits = _limits(tuple(views), height * width)
     u_area, u_ratio, u_top, u_left = u
     h, w, legal = _shapes(limits["area"], limits["log_ratio"], u_area, u_ratio, height, width)  # (V, n) each
@@ -300,7 +300,7 @@ def sample_boxes(views: Sequence[View], u: np.ndarray, height: int, width: int, 
 
 
 def _shapes(area: np.ndarray, log_ratio: np.ndarray, u_area: np.ndarray, u_ratio: np.ndarray, height: int, width: int):
-    """(heights, widths, whether they fit), (k, n) each, of crops between the limits area and log_ratio (2, k, 1)."""
+    """Returns heights, widths and whether they fit, (k, n) each, for crops within area and log_ratio (2, k, 1)."""
     small, large = area
     low, high = log_ratio
     root = np.exp((low + u_ratio * (high - low)) / 2)  # of width : height
@@ -310,7 +310,7 @@ def _shapes(area: np.ndarray, log_ratio: np.ndarray, u_area: np.ndarray, u_ratio
 
 
 def sample_erased(side: int, n: int, rng: np.random.Generator) -> np.ndarray:
-    """(n, 4) boxes in a view of that edge as RandomErasing draws them: ten tries, the first that fits counts."""
+    """Boxes (n, 4) in a view, distributed as in RandomErasing: ten tries, of which the first that fits counts."""
     u = rng.random((22, n), np.float32)
     area = side**2 * (0.02 + u[:10] * 0.31)
     aspect = np.exp(math.log(0.3) + u[10:20] * math.log(3.3 / 0.3))
@@ -325,9 +325,9 @@ def sample_erased(side: int, n: int, rng: np.random.Generator) -> np.ndarray:
 def resize_matrix(
     start: Tensor, length: Tensor, size: int, extent: int, flip: Tensor | None = None, bicubic: bool = False
 ) -> Tensor:
-    """(n, size, extent): row o of image i holds the weights with which the pixels of [start_i, start_i + length_i)
-    make pixel o: a triangle, or Keys' cubic, as wide as the reduction, cut at the crop's edge and normalised, which is
-    torchvision's antialiased bilinear and bicubic resize, exactly."""
+    """Weights (n, size, extent) that resize pixels [start_i, start_i + length_i) of image i, a row per output pixel.
+    The kernel is a triangle or Keys' cubic, as wide as the reduction, cut at the crop's edge and normalised. This is
+    exactly torchvision's antialiased bilinear or bicubic resize."""
     scale = (length / size)[:, None]
     out = torch.arange(size, device=start.device, dtype=torch.float32).expand(len(start), size)
     if flip is not None:
@@ -346,8 +346,8 @@ def resize_matrix(
 
 
 def blur_matrix(sigma: Tensor, size: int, reach: int | None = None) -> Tensor:
-    """(n, size, size): a Gaussian over `reach` pixels to either side, mirrored at the border; None is a twentieth of
-    the edge (2002.05709)."""
+    """(n, size, size): a Gaussian blur over `reach` pixels on either side, reflected at the border. None: a twentieth
+    of the edge (2002.05709)."""
     reach = reach or max(1, size // 20)
     offset = torch.arange(-reach, reach + 1, device=sigma.device)
     kernel = torch.exp(-0.5 * (offset / sigma.clamp(min=1e-3)[:, None]) ** 2)
@@ -362,7 +362,7 @@ def blur_matrix(sigma: Tensor, size: int, reach: int | None = None) -> Tensor:
 def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
     """(n, 3, S, S) in 0..1 -> the same with the hue of HSV moved by (n,) turns."""
     r, g, b = x.unbind(1)
-    # Hue in sixths of a turn, by ordering the channels, not by asking which is largest: torch.where is slow on a CPU.
+    # The hue in sixths of a turn. Channels are sorted, as torch.where on the largest one is slow on a CPU.
     high, low = torch.maximum(g, b), torch.minimum(g, b)
     value, middle = torch.maximum(r, high), torch.minimum(r, high)
     chroma = value - torch.minimum(low, middle)
@@ -390,13 +390,13 @@ def render_view(
 
 
 def _everywhere(x: Tensor) -> bool:
-    """Whether to apply an operation to all images and then select: on a GPU, and compiled, to look up which images need
-    it would be a synchronisation."""
+    """Whether to apply an operation to all images and then select. On a GPU, and when compiled, looking up which images
+    need it would be a synchronisation."""
     return x.is_cuda or torch.compiler.is_compiling()
 
 
 def _where(mask, function, x, *arguments):
-    """function(x, *arguments) on the images of the mask (n,); may write to x."""
+    """Applies function(x, *arguments) to the images in mask (n,). May write to x."""
     if _everywhere(x):
         return torch.where(mask.view(-1, 1, 1, 1), function(x, *arguments), x)
     rows = mask.nonzero()[:, 0]
@@ -405,11 +405,11 @@ def _where(mask, function, x, *arguments):
     return x
 
 
-BYTEWISE = 96  # px of a view; from here on a CPU crops image by image, see crop_bytes
+BYTEWISE = 96  # views of at least as many pixels are cropped by crop_bytes on a CPU
 
 
 def _crop(pixels: Tensor, box: Tensor, flip: Tensor, size: int, bicubic: bool) -> Tensor:
-    """Crop, resize and flip as two products with a matrix of weights an image: exact, and one call for all of them."""
+    """Crops, resizes and flips all images by two batched products with `resize_matrix`."""
     n, _, height, width = pixels.shape
     top, left, h, w = box.unbind(1)
     y_weights = resize_matrix(top, h, size, height, bicubic=bicubic).div_(255)
@@ -417,12 +417,12 @@ def _crop(pixels: Tensor, box: Tensor, flip: Tensor, size: int, bicubic: bool) -
     x = pixels.permute(0, 2, 1, 3).float().reshape(n, height, 3 * width)  # rows first: two plain batched products
     x = (y_weights @ x).view(n, size * 3, width) @ x_weights.transpose(1, 2)
     x = x.view(n, size, 3, size).transpose(1, 2).contiguous()
-    return x.clamp_(0, 1) if bicubic else x  # which overshoots at edges
+    return x.clamp_(0, 1) if bicubic else x  # bicubic overshoots at edges
 
 
 def crop_bytes(pixels: Tensor, box: Tensor, flip: Tensor, size: int, bicubic: bool) -> Tensor:
-    """The same, an image at a time, by torch's resize of bytes: rounded after each direction, as PIL does, so about
-    half a grey level off; 4 times faster than `_crop` for a view of 224 px and 14 times for one of 96."""
+    """The same as `_crop`, an image at a time by torch's uint8 resize, 4 times as fast for views of 224 px and 14 times
+    for 96 px. Like PIL it rounds after each direction, an error of about half a grey level."""
     mode, out = "bicubic" if bicubic else "bilinear", []
     for image, (top, left, h, w), flipped in zip(pixels, box.int().tolist(), flip.tolist()):
         part = image[None, :, top : top + h, left : left + w]
@@ -432,8 +432,8 @@ def crop_bytes(pixels: Tensor, box: Tensor, flip: Tensor, size: int, bicubic: bo
 
 
 def blend_(x: Tensor, step: Tensor, factor: Tensor) -> None:
-    """One of brightness (0), contrast (1) and saturation (2), in place; step (n,) says which for each image, factor
-    (n, 3) how much. All are clamp(f x + (1 - f) reference), the reference being black, the mean luma or the luma."""
+    """Adjusts brightness (0), contrast (1) or saturation (2) in place: step (n,) is which one for each image, factor
+    (n, 3) by how much. All are clamp(f x + (1 - f) reference) with black, the mean luma or the luma as reference."""
     f = factor.gather(1, step[:, None].long()).view(-1, 1, 1, 1)
     to_mean, to_luma = ((1 - f) * (step == k).view(-1, 1, 1, 1) for k in (1, 2))
     luma = rgb_to_grayscale_image(x)  # (n, 1, S, S)
@@ -442,13 +442,13 @@ def blend_(x: Tensor, step: Tensor, factor: Tensor) -> None:
 
 
 def blur(x: Tensor, sigma: Tensor, reach: int | None) -> Tensor:
-    """(n, 3, S, S) by a Gaussian of sigma (n,) pixels."""
+    """Blurs (n, 3, S, S) by a Gaussian of sigma (n,) pixels."""
     matrix = blur_matrix(sigma, x.shape[-1], reach)[:, None]
     return matrix @ x @ matrix.transpose(2, 3)
 
 
 def erase(x: Tensor, box: Tensor) -> Tensor:
-    """(n, 3, S, S), normalised, with the box of each image at zero, the mean colour."""
+    """Fills the box of each image (n, 3, S, S) with zero, the mean colour of a normalised image."""
     top, left, h, w = box[:, :, None].unbind(1)
     place = torch.arange(x.shape[-1], device=x.device)
     rows, columns = (place >= top) & (place < top + h), (place >= left) & (place < left + w)
