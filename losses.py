@@ -1,25 +1,25 @@
-"""Self-supervised losses, and the methods that hold what each needs: heads, an EMA teacher, a queue.
+"""Self-supervised losses, and methods: modules with the heads, EMA teacher or queue that a loss needs.
 
 Losses are pure functions of (N, D) tensors, computed in fp32 even under autocast. A method is a module:
 
-    method(views, index) -> scalar loss          views: V tensors (B, 3, S, S); index (B,): of the training images
-    method.after_step(progress)                  after the optimiser's step; progress of the run, 0..1
+    method(views, index) -> scalar loss          views: V tensors (B, 3, S, S); index (B,) of the training images
+    method.after_step(progress)                  to be called after optimizer.step(); progress of the run, 0..1
 
-`forward` consists of two calls, which a benchmark or a notebook can make separately:
+`forward` is two calls, which a benchmark or a notebook can make separately:
 
-    outputs = method.outputs(views, index)       the networks: a tuple of tensors
+    outputs = method.outputs(views, index)       a tuple of tensors, from the networks
     loss = method.loss(*outputs)                 the loss computed from them
 
-Letters are as in the papers: h (B, F) features, z (B, D) projections, p predictions; q, k queries and keys. The first
-two views are global, the others local; only globals serve as targets. A loss is the mean over all pairs of views or,
+Symbols follow the papers: features h (B, F), projections z (B, D), predictions p, queries q and keys k. The first two
+views are global, the others local, and only global views are targets. A loss is the mean over all pairs of views or,
 with `method.balance = (lambda_gg, lambda_gl)`, weighs global-global and global-local pairs (SSLight, 2210.02808).
 
-Under torch.distributed each rank has its share of the batch, and losses gather what they compare it with. The mean of
-the ranks' gradients is then that of one process with the whole batch, except for BN, whose statistics are per rank.
+Under torch.distributed each rank has a share of the batch, and losses gather the embeddings that they need from all
+ranks. The mean gradient over ranks is that of one process with the whole batch, except for BN's per-rank statistics.
 
-To add a method, write a loss function, a class and a line in METHODS. Each keyword of __init__ becomes a flag, with its
-annotation as the help. The class sets `projector`, which gives the monitor its z; `Class.heads(F, out_dim)` names the
-heads that a search may fill. tests/test_losses.py runs over METHODS and says what it needs to know of a new one.
+To add a method, write a loss function, a class and a line in METHODS. Keywords of __init__ become flags, with their
+annotations as help texts. The class must set `projector`, with which the monitor computes z. `Class.heads(F, out_dim)`
+names the heads that can be searched. tests/test_losses.py runs over METHODS.
 """
 
 import copy
@@ -41,12 +41,12 @@ from torchvision.ops import StochasticDepth
 
 
 def ranks() -> tuple[int, int]:
-    """(rank, world): 0 and 1 where nothing is distributed."""
+    """Returns (rank, world size): (0, 1) in a single process."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 class _Gather(torch.autograd.Function):
-    """all_gather whose backward sums every rank's gradient: torch's own changes its name between versions."""
+    """all_gather with the sum of all ranks' gradients as backward. The name of torch's own differs between versions."""
 
     @staticmethod
     def forward(ctx, x):
@@ -56,18 +56,18 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.clone(memory_format=torch.contiguous_format)  # all_reduce works in place
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # all_reduce is in-place
         dist.all_reduce(gradient)
         return gradient[dist.get_rank()]
 
 
 def gather(x: Tensor) -> Tensor:
-    """(...) -> (world, ...), with gradients back to every rank."""
+    """(...) -> (world, ...), differentiable."""
     return _Gather.apply(x) if ranks()[1] > 1 else x[None]
 
 
 def reduced(x: Tensor, operation: "dist.ReduceOp" = dist.ReduceOp.SUM) -> Tensor:
-    """The sum, or another reduction, over ranks; without gradient."""
+    """The sum over ranks, or another reduction; not differentiable."""
     if ranks()[1] > 1:
         x = x.clone()
         dist.all_reduce(x, operation)
@@ -75,23 +75,23 @@ def reduced(x: Tensor, operation: "dist.ReduceOp" = dist.ReduceOp.SUM) -> Tensor
 
 
 def shard(n: int, rank: int | None = None) -> tuple[int, int]:
-    """(first, end): a rank's rows of n, by default this one's; ranks have equally many, but for one."""
+    """Returns (first, end): a rank's rows out of n, by default this rank's. Sizes differ by at most one row."""
     own_rank, world = ranks()
     rank = own_rank if rank is None else rank
     return n * rank // world, n * (rank + 1) // world
 
 
 def own_rows(x: Tensor, n: int) -> Tensor:
-    """This rank's rows of x: (n, ...) -> (about n / world, ...). Raises ValueError where x has not n rows."""
+    """This rank's rows of x: (n, ...) -> (about n / world, ...). Raises ValueError if x does not have n rows."""
     if len(x) != n:
         raise ValueError(f"{len(x)} rows, a row an image, are not those of {n} images")
     return x[slice(*shard(n))]
 
 
 def whole_rows(x: Tensor, n: int) -> Tensor:
-    """The rows of all ranks, one rank after another: (about n / world, ...) -> (n, ...). All ranks call it.
+    """The rows of all ranks: (about n / world, ...) -> (n, ...). All ranks must call it.
 
-    Of several ranks it is on the CPU, so a GPU holds one other rank's rows at most. On one rank it is x itself.
+    With several ranks the result is on the CPU, so that a GPU holds the rows of at most one other rank.
     """
     own_rank, world = ranks()
     if world == 1:
@@ -109,17 +109,17 @@ def whole_rows(x: Tensor, n: int) -> Tensor:
 
 
 def no_autocast(x: Tensor) -> torch.autocast:
-    """A context in which operations on x's device keep their inputs' precision."""
+    """A context without autocast on the device of x."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 def fp32(x):
-    """Half-precision tensors, as autocast gives them, in fp32; anything else, fp64 too, as it is."""
+    """Casts half-precision tensors to fp32 and returns anything else unchanged."""
     return x.float() if torch.is_tensor(x) and x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def in_fp32(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The loss of its inputs in fp32, with autocast off, which would round the products inside to bf16 again."""
+    """Decorator: the loss runs on fp32 inputs with autocast off, which would compute products in bf16."""
 
     @wraps(loss)
     def wrapped(x: Tensor, *args, **kwargs) -> Tensor:
@@ -131,25 +131,24 @@ def in_fp32(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @in_fp32
 def neg_cosine(p: Tensor, z: Tensor) -> Tensor:
-    """Mean of -cos(p_n, z_n) over (N, D); z is a target and carries no gradient. SimSiam, 2011.10566 eq. 1-2."""
+    """Mean of -cos(p_n, z_n) over (N, D), with no gradient to the target z. SimSiam, 2011.10566 eq. 1-2."""
     assert p.shape == z.shape
     return -F.cosine_similarity(p, z.detach(), dim=1).mean()
 
 
 @in_fp32
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
-    """SimCLR's loss (2002.05709 eq. 1) over two views (N, D) of N images: mean over the 2N anchors.
+    """NT-Xent, SimCLR's loss (2002.05709 eq. 1), of two views (N, D) of N images: the mean over 2N anchors.
 
-    An anchor's candidates are all 2N embeddings but itself, those of other ranks included; it is ln(2N - 1) at full
-    collapse.
+    An anchor is compared with all other embeddings, also of other ranks. At full collapse the loss is ln(2N - 1).
     """
     assert z1.shape == z2.shape
     n = len(z1)
     z = F.normalize(torch.stack([z1, z2]), dim=2)  # (2, N, D)
-    candidates = gather(z).flatten(0, 2)  # (W, 2, N, D) -> (2 W N, D), a rank's two views after another
+    candidates = gather(z).flatten(0, 2)  # (W, 2, N, D) -> (2 W N, D)
     anchors = z.flatten(0, 1)  # (2N, D)
     logits = anchors @ candidates.T / temperature  # (2N, 2 W N)
-    offset = ranks()[0] * 2 * n  # where this rank's anchors stand among the candidates
+    offset = ranks()[0] * 2 * n  # of this rank's anchors among the candidates
     row = torch.arange(2 * n, device=z.device)
     logits = logits.scatter(1, (row + offset)[:, None], float("-inf"))
     return F.cross_entropy(logits, (row + n) % (2 * n) + offset)
@@ -157,10 +156,8 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
 
 @in_fp32
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.1) -> Tensor:
-    """MoCo's loss (1911.05722 eq. 1): query q (N, D), its positive key k (N, D), negatives queue (K, D).
-
-    Keys carry no gradient.
-    """
+    """InfoNCE, MoCo's loss (1911.05722 eq. 1), of queries q (N, D), their positive keys k (N, D) and a queue (K, D) of
+    negative keys of unit length. No gradient flows through keys."""
     assert q.shape == k.shape
     q = F.normalize(q, dim=1)
     k = F.normalize(k.detach(), dim=1)
@@ -174,10 +171,10 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.1) -> T
 def sinkhorn(
     scores: Tensor, epsilon: float = 0.05, iterations: int = 3, queue: Tensor | None = None, weight: Tensor | float = 1
 ) -> Tensor:
-    """Codes (N, K) of scores (N, K): rows that sum to 1, prototypes used evenly. SwAV, 2006.09882 section 3.1.
+    """Codes (N, K) of scores (N, K): rows sum to 1, and all prototypes are used equally. SwAV, 2006.09882 section 3.1.
 
-    Prototypes share out the samples of all ranks together, and, each counted `weight` times, those of a queue (Q, K)
-    that is the same on every rank. No gradient flows through codes.
+    Samples are those of all ranks and, each counted `weight` times, of a queue with scores (Q, K), the same on all
+    ranks. No gradient flows through codes.
     """
     n = len(scores)
     logits = scores / epsilon
@@ -185,7 +182,7 @@ def sinkhorn(
     if queue is not None:
         logits = torch.cat([logits, queue / epsilon])  # (N + Q, K)
         highest = torch.maximum(highest, logits[n:].max())
-    q = torch.exp(logits - highest)  # exp(highest) is a common factor, which the normalisation takes out
+    q = torch.exp(logits - highest)  # normalisation removes the common factor exp(highest)
     for _ in range(iterations):
         per_prototype = reduced(q[:n].sum(0)) + weight * q[n:].sum(0)  # (K,)
         q = q / per_prototype.clamp(min=1e-30)
@@ -195,7 +192,7 @@ def sinkhorn(
 
 @in_fp32
 def swav_loss(scores: Tensor, codes: Tensor, temperature: float = 0.1) -> Tensor:
-    """Cross-entropy of codes (N, K) and the softmax of another view's scores (N, K). 2006.09882 eq. 2."""
+    """Cross-entropy between codes (N, K) and the softmax of another view's scores (N, K). SwAV, 2006.09882 eq. 2."""
     assert scores.shape == codes.shape
     return -(codes.detach() * F.log_softmax(scores / temperature, 1)).sum(1).mean()
 
@@ -204,7 +201,7 @@ def swav_loss(scores: Tensor, codes: Tensor, temperature: float = 0.1) -> Tensor
 def dino_loss(
     student: Tensor, teacher: Tensor, center: Tensor, temperature: float = 0.1, teacher_temperature: float = 0.07
 ) -> Tensor:
-    """Cross-entropy of the centred, sharpened teacher (N, K) and the student (N, K); center (K,). 2104.14294 eq. 1."""
+    """Cross-entropy between the centred, sharpened teacher (N, K) and the student (N, K). DINO, 2104.14294 eq. 1."""
     assert student.shape == teacher.shape
     target = ((teacher.detach() - center) / teacher_temperature).softmax(1)
     return -(target * F.log_softmax(student / temperature, 1)).sum(1).mean()
@@ -214,26 +211,26 @@ def dino_loss(
 def diet_loss(
     h: Tensor, weight: Tensor, index: Tensor, smoothing: float = 0.8, n: int | None = None, chunk: int | None = None
 ) -> Tensor:
-    """Cross-entropy, with label smoothing, of the classifier weight (N, K) on features h (B, K); the class of an image
-    is its index (B,) in 0..N-1. DIET, 2406.10743. Raises IndexError for one that is not.
+    """Cross-entropy with label smoothing of a linear classifier weight (N, K) on features h (B, K), where an image's
+    class is its index (B,) in 0..N-1. DIET, 2406.10743. Raises IndexError for any other index.
 
-    L = LSE(z) - (1 - eps) z_n - eps mean_j z_j, z = h weight^T, in fp32. Logits are made a chunk of rows at a time, and
-    again for the gradient, so B x N of them are never held: beside h and weight it takes 8 B chunk bytes, and 4 N K for
-    weight's gradient. chunk: None is as many rows as make 64 MiB.
+    L = LSE(z) - (1 - eps) z_n - eps mean_j z_j, z = h weight^T, in fp32. Logits are computed in chunks of rows, and
+    again in backward, so that all B x N are never in memory. It takes 8 B chunk bytes, by default 64 MiB, beside h and
+    weight, and 4 N K for the gradient of weight.
 
-    On several ranks, n is required: weight holds this rank's rows (`shard`) of (n, K), and the loss and the gradient of
-    h are those of this rank's images. Ranks exchange features and partial sums, never logits or weights. The gradient
-    of weight is already that of the mean over ranks; it must not be averaged again.
+    With several ranks, n is required: weight holds this rank's rows (`shard`) of (n, K), and the loss and the gradient
+    of h are those of this rank's images. Ranks exchange features and partial sums, never logits or weights. The
+    gradient of weight is already that of the mean over ranks; it must not be averaged again.
     """
     n = n or len(weight)
-    checked = index.device.type == "cpu" and not torch.compiler.is_compiling()  # on a GPU it would be a wait
+    checked = index.device.type == "cpu" and not torch.compiler.is_compiling()  # a GPU would have to synchronise
     if checked and not ((index >= 0) & (index < n)).all():
         raise IndexError(f"an image's index must be 0 to {n - 1}: {index.tolist()}")
     return _DietLoss.apply(h, weight, index, smoothing, n, chunk)
 
 
 class _DietLoss(torch.autograd.Function):
-    """diet_loss; its gradient to a logit is (softmax_j - (1 - eps) [j = n] - eps / N) / B."""
+    """diet_loss. The gradient of logit j is (softmax_j - (1 - eps) [j = n] - eps / N) / B."""
 
     @staticmethod
     def forward(ctx, h, weight, index, smoothing, n, chunk):
@@ -261,7 +258,7 @@ class _DietLoss(torch.autograd.Function):
         smoothing, n, chunk, world, own = ctx.constants
         to_h = torch.zeros_like(all_h)
         to_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        with no_autocast(gradient):  # torch.compile traces this under the autocast of the forward pass
+        with no_autocast(gradient):  # torch.compile traces backward under the forward pass's autocast
             for start in range(0, len(weight), chunk):
                 rows = weight[start : start + chunk]
                 at = row - start
@@ -279,7 +276,7 @@ class _DietLoss(torch.autograd.Function):
 
 # ---- what methods are made of ---------------------------------------------------------------------------------------
 
-# Keywords of several methods: type and help. Each keyword of a method's __init__ is a flag of the scripts.
+# Keywords that several methods share: type and help text of the flag.
 OutDim = Annotated[int | None, "dimensions of z, of dino outputs of its last layer; left out, the method's own"]
 Projector = Annotated[Literal["none", "mlp"], "none: the loss takes the features, to see what a projector adds"]
 Teacher = Annotated[Literal["none", "ema"], "where targets come from: the network itself, or its steadier average"]
@@ -291,7 +288,7 @@ Heads = dict[str, nn.Module] | None
 
 
 class HeadSpace(NamedTuple):
-    """A head before its operations are chosen: the layers that a search fills; features in, between and out."""
+    """A searchable head: number of layers, and of features at the input, between layers and at the output."""
 
     layers: int
     in_dim: int
@@ -300,7 +297,7 @@ class HeadSpace(NamedTuple):
 
 
 def mlp(*dims: int, bn: bool = True, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
-    """Linear BN ReLU ... Linear: hidden layers with BN (and then no bias) or without, a bare Linear at the end."""
+    """Linear BN ReLU ... Linear. Without BN, hidden layers have biases."""
     layers: list[nn.Module] = []
     for in_dim, out_dim in pairwise(dims[:-1]):
         layers.append(nn.Linear(in_dim, out_dim, bias=not bn))
@@ -311,20 +308,20 @@ def mlp(*dims: int, bn: bool = True, activation: type[nn.Module] = nn.ReLU) -> n
 
 
 def head_width(feature_dim: int, published: int) -> int:
-    """Hidden units of a head: the published number, but 4 x feature_dim for encoders with fewer features than ViT-Ti's
-    192, so that the head does not outgrow the encoder."""
+    """Hidden units of a head: the published number, or 4 x feature_dim for encoders with fewer features than ViT-Ti
+    (192), so that the head does not outgrow the encoder."""
     return published if feature_dim >= 192 else 4 * feature_dim
 
 
 def no_projector(heads: Heads, out_dim: int | None) -> nn.Module:
-    """What stands in place of a projector where z is h. Raises ValueError for heads or dimensions of one."""
+    """The identity in place of a projector. Raises ValueError if heads or their dimensions were asked for."""
     if heads or out_dim:
         raise ValueError("without a projector there are neither searched heads nor output dimensions to choose")
     return nn.Identity()
 
 
 def queue_length(size: int | None, default: int, n_images: int) -> int:
-    """The size asked for, or the default. Raises ValueError for one in which an image would meet itself."""
+    """The given size or the default. Raises ValueError if an image could meet itself in the queue."""
     size = default if size is None else size
     if not 1 <= size <= max(16, n_images):
         raise ValueError(f"a queue of {size} is empty or larger than the {n_images} images: give it 1 to {n_images}")
@@ -332,24 +329,24 @@ def queue_length(size: int | None, default: int, n_images: int) -> int:
 
 
 def encode(encoder: nn.Module, views: list[Tensor]) -> Tensor:
-    """V views (B, 3, S, S) -> (V B, F), in their order; neighbours of one resolution share a call."""
+    """V views (B, 3, S, S) -> (V B, F), in order. Adjacent views of equal resolution share a forward pass."""
     h = [encoder(torch.cat(list(same))) for _, same in groupby(views, key=attrgetter("shape"))]
     return torch.cat(h) if len(h) > 1 else h[0]
 
 
 def embed(encoder: nn.Module, head: nn.Module, views: list[Tensor], separate: bool) -> Tensor:
-    """V views (B, 3, S, S) -> (V B, D), in their order; each is a batch of its own to BN, or all are one."""
+    """V views (B, 3, S, S) -> (V B, D), in order. separate: BN takes each view as a batch of its own."""
     if separate:
         return torch.cat([head(encoder(view)) for view in views])
     return head(encode(encoder, views))
 
 
 def mean_over_pairs(loss, targets, views, balance: tuple[float, float] | None, symmetric=False, **options) -> Tensor:
-    """Mean of loss(view, target, **options) over the pairs of a view and a target that is not of the same view.
+    """Mean of loss(view, target, **options) over all pairs of a view and the target of another view.
 
-    targets are of the first views, in their order; of the views the first two are global. With a balance and locals:
-    lambda_gg times the mean over global-global pairs plus lambda_gl times that over global-local ones. symmetric:
-    loss(a, b) is loss(b, a), so the two globals are one pair.
+    targets belong to the first views, in order; the first two views are global. With a balance and local views:
+    lambda_gg times the mean over global-global pairs plus lambda_gl times the mean over global-local pairs. symmetric:
+    loss(a, b) equals loss(b, a), so the two global views are one pair.
     """
     gg, gl = [], []
     for v, view in enumerate(views):
@@ -365,7 +362,7 @@ def mean_over_pairs(loss, targets, views, balance: tuple[float, float] | None, s
 
 
 def momentum_copy(module: nn.Module) -> nn.Module:
-    """A copy without gradients, for a moving average; alphas stay shared: it takes the student's architecture."""
+    """An EMA teacher: a copy without gradients. Alphas stay shared, so that it has the student's architecture."""
     alphas = {id(p): p for name, p in module.named_parameters() if name.endswith("alpha")}
     teacher = copy.deepcopy(module, dict(alphas))
     for m in teacher.modules():
@@ -379,29 +376,29 @@ def momentum_copy(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def momentum_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student: parameters only, for BN buffers are of the teacher's
-    own inputs."""
+    """teacher <- momentum * teacher + (1 - momentum) * student, for parameters. The teacher's BN buffers follow its own
+    inputs."""
     pairs = [(t, s) for t, s in zip(teacher.parameters(), student.parameters(), strict=True) if t is not s]
     if pairs:
         torch._foreach_lerp_([t for t, _ in pairs], [s for _, s in pairs], 1 - momentum)
 
 
 class Method(nn.Module):
-    """What all methods have. A subclass adds outputs(views, index), loss(*outputs) and
+    """Base class. A subclass implements outputs(views, index), loss(*outputs) and
 
         __init__(encoder, heads=None, n_images=50_000, *, <hyper-parameters>)
 
-    heads: modules for the names of `Class.heads`; None builds the handcrafted ones. n_images: that are trained on.
+    heads: modules by the names in `Class.heads`, or None for the handcrafted ones. n_images: number of training images.
     """
 
-    recipe: str  # of views, in views.RECIPES
-    small_recipe: str | None = None  # that of images up to 64 px, where it is another one
-    optimizer, lr, weight_decay = "sgd", 0.12, 5e-4  # on CIFAR; lr at batch 256, with which it is scaled
-    fixed_lr: float | None = None  # in place of lr, where it is the same at any batch
-    constant_lr: tuple[str, ...] = ()  # parameters, by the start of their name, whose learning rate stays
+    recipe: str  # a name in views.RECIPES
+    small_recipe: str | None = None  # the recipe for images up to 64 px, if different
+    optimizer, lr, weight_decay = "sgd", 0.12, 5e-4  # for CIFAR; lr is for batch size 256 and scales with it
+    fixed_lr: float | None = None  # replaces lr if it does not scale with the batch size
+    constant_lr: tuple[str, ...] = ()  # prefixes of the names of parameters whose learning rate is constant
     balance: tuple[float, float] | None = None  # lambda_gg, lambda_gl
-    classifies_instances = False  # whether every training image is a class, and so has weights of its own
-    sharded: tuple[str, ...] = ()  # parameters of which every rank holds its own rows
+    classifies_instances = False  # whether every training image is a class
+    sharded: tuple[str, ...] = ()  # parameters of which each rank holds its own rows
 
     def __init__(self, encoder: nn.Module):
         super().__init__()
@@ -416,36 +413,36 @@ class Method(nn.Module):
         return self.loss(*self.outputs(views, index))
 
     def outputs(self, views: list[Tensor], index: Tensor | None = None) -> tuple[Tensor, ...]:
-        """What the loss takes: z (B, D) of each view, where a method has nothing else."""
+        """The inputs of `loss`: by default z (B, D) of each view."""
         return embed(self.encoder, self.projector, views, self.separate(views)).chunk(len(views))
 
     def separate(self, views: list[Tensor]) -> bool:
-        """Whether each view is a separate batch, with BN statistics of its own: yes for two views, as in SimSiam's,
-        MoCo's and lightly's code. With more, the encoder takes all views of one resolution as one batch, and the head
-        takes all views as one, as in 2210.02808."""
+        """Whether each view is a separate batch with its own BN statistics. Two views are, as in the code of SimSiam,
+        MoCo and lightly. Of more views, the encoder takes all of one resolution as a batch, and the head takes all
+        views as a batch, as in 2210.02808."""
         return len(views) == 2
 
     def add_teacher(self, *names: str) -> None:
-        """A `momentum_copy` of each of these modules, as momentum_<name>."""
+        """Adds a `momentum_copy` of these modules as momentum_<name>."""
         for name in names:
             setattr(self, f"momentum_{name}", momentum_copy(getattr(self, name)))
 
     def update_teacher(self, momentum: float) -> None:
-        """A `momentum_update` of each of these copies."""
+        """A `momentum_update` of all momentum_<name> modules."""
         for name, teacher in self.named_children():
             if name.startswith("momentum_"):
                 momentum_update(teacher, getattr(self, name.removeprefix("momentum_")), momentum)
 
     def drop_last_layer_grad(self) -> None:
-        """Called after backward in the first epochs: the last_layer, where a method has one, takes no step."""
+        """Freezes the last_layer, if there is one. Called after backward in the first epochs."""
         if hasattr(self, "last_layer"):
             self.last_layer.zero_grad()
 
     def after_step(self, progress: float) -> None:
-        """After the optimiser's step; progress in 0..1 of the run."""
+        """Called after the optimiser's step; progress of the run in 0..1."""
 
     def chance(self, batch: int) -> float | None:
-        """The loss at chance, with that many images over all ranks: ln K where it is a cross-entropy over K things."""
+        """The loss at chance, ln K for a cross-entropy over K classes; batch is the batch size over all ranks."""
         return None
 
 
@@ -453,14 +450,14 @@ class Method(nn.Module):
 
 
 class SimSiam(Method):
-    """2011.10566 section 3: loss 1/2 [-cos(p1, sg z2) - cos(p2, sg z1)]; the predictor's learning rate stays constant.
+    """2011.10566 section 3: loss 1/2 [-cos(p1, sg z2) - cos(p2, sg z1)]; the predictor's learning rate is constant.
 
-    D is 4 F up to 2048, as for ResNet18; the predictor's hidden layer has D / 4. With the EMA teacher the targets are
-    BYOL's (2006.07733).
+    D is 4 F, at most 2048 as for ResNet18; the predictor's hidden layer has D / 4 units. With an EMA teacher, targets
+    are those of BYOL (2006.07733).
     """
 
     recipe = "simsiam"
-    fixed_lr = 0.06  # the paper's .03 B / 256 at its batch of 512 on CIFAR; scaled down it learns less
+    fixed_lr = 0.06  # the paper's .03 B / 256 at its CIFAR batch size B = 512; scaled down it learns less
     constant_lr = ("predictor",)
 
     @staticmethod
@@ -519,11 +516,11 @@ class SimSiam(Method):
 
 
 class SimCLR(Method):
-    """2002.05709 section 2: NT-Xent between the projections of two views; other ranks' images are negatives too. Local
-    views are paired with each of the globals.
+    """2002.05709 section 2: NT-Xent between the projections of two views. Images of other ranks are negatives too.
+    Local views are paired with both global views.
 
-    The handcrafted projector is Linear BN ReLU Linear; a searched one is the whole head, its last operation with BN and
-    activation (2302.00059).
+    The handcrafted projector is Linear BN ReLU Linear. A searched one is the whole head, and its last operation may
+    have BN and an activation (2302.00059).
     """
 
     recipe = "simclr"
@@ -558,19 +555,20 @@ class SimCLR(Method):
 
 
 class MoCo(Method):
-    """1911.05722 section 3 (2003.04297: v2). symmetric, as on CIFAR: both global views have keys, and every view is a
-    query to those of the others; else the first global view alone has, and every other is a query (2210.02808).
+    """1911.05722 section 3; v2: 2003.04297. symmetric, as on CIFAR: both global views give keys, and every view is a
+    query for the keys of other views. Otherwise only the first global view gives keys, and all other views are queries
+    (2210.02808).
 
-    The momentum encoder has a momentum head of its own. The queue (K, D) holds the last K keys of all ranks; by
-    default K is the largest power of two up to an eighth of the images, 65,536 at most, so that a key has left before
-    its image returns. Deviations: the mean of the two terms where 2302.00059 adds them; no shuffling of BN over ranks.
+    The queue (K, D) holds the last K keys of all ranks. By default K is the largest power of two up to an eighth of the
+    images, at most 65,536, so that a key has left the queue before its image returns. Deviations: the mean of the two
+    terms, which 2302.00059 adds up; no shuffling BN.
     """
 
     recipe = "moco"
 
     @staticmethod
     def heads(feature_dim: int, out_dim: int | None = None) -> dict[str, HeadSpace]:
-        """The searched cell keeps F features; Linear(F, D) follows."""
+        """The searched head has F features throughout and is followed by Linear(F, D)."""
         return {"projector": HeadSpace(4, feature_dim, feature_dim, feature_dim)}
 
     def __init__(
@@ -606,7 +604,7 @@ class MoCo(Method):
         self.keys: Tensor | None = None  # (1 or 2, B, D) of the last batch
 
     def outputs(self, views: list[Tensor], index: Tensor | None = None) -> tuple[Tensor, ...]:
-        """q of every view that is a query, then the keys, each (B, D)."""
+        """q of every query view, then the keys, each (B, D)."""
         separate = self.separate(views)
         queries = views if self.n_keys == 2 else views[1:]
         q = embed(self.encoder, self.projector, queries, separate)  # (V B, D)
@@ -627,7 +625,7 @@ class MoCo(Method):
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """Queue the step's keys, in the order that one process would have them in; move the momentum networks."""
+        """Appends the keys to the queue, in the order of a single process, and updates the momentum networks."""
         keys = gather(self.keys).transpose(0, 1).flatten(0, 2)  # (W, 2, B, D) -> (2 W B, D)
         keys = keys[-len(self.queue) :]
         rows = (self.pointer + torch.arange(len(keys), device=keys.device)) % len(self.queue)
@@ -637,12 +635,12 @@ class MoCo(Method):
 
 
 class SwAV(Method):
-    """2006.09882 section 3: a view's prototype scores predict the codes of the global views, Sinkhorn's over the whole
-    batch.
+    """2006.09882 section 3: the prototype scores of a view predict the codes of the other global views, which are
+    computed by Sinkhorn's algorithm over the whole batch.
 
-    Prototypes have rows of unit length. A queue of the last embeddings of both global views joins the batch for the
-    codes, once it is full and `queue_from` of the run is done (epoch 15 of 200 in 2210.02808). Deviation: a tenth of
-    the images at the most for the prototypes and an eighth for the queue, so that small data sets fill them.
+    Prototypes have unit length. A queue of past embeddings of both global views is used for the codes once it is full
+    and `queue_from` of the run has passed (epoch 15 of 200 in 2210.02808). Deviation: at most as many prototypes as a
+    tenth of the images, and a queue of at most an eighth, for small data sets.
     """
 
     recipe, small_recipe = "swav", "swav-small"
@@ -678,7 +676,7 @@ class SwAV(Method):
         size = queue_length(queue_size, min(3840, max(1, n_images // 8)), n_images)
         self.register_buffer("queue", torch.zeros(2, size, d))
         self.register_buffer("filled", torch.zeros((), dtype=torch.long))
-        self.register_buffer("queue_counts", torch.zeros(()))  # 1 once it does
+        self.register_buffer("queue_counts", torch.zeros(()))  # weight of the queue: 0, then 1
         self.embeddings: Tensor | None = None  # (2, B, D) of the last batch's globals
 
     @property
@@ -686,7 +684,7 @@ class SwAV(Method):
         return self.prototypes
 
     def outputs(self, views: list[Tensor], index: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Scores (B, K) of every view, then the embeddings (B, D) of the two globals, of unit length."""
+        """Scores (B, K) of every view, then unit-length embeddings (B, D) of the two global views."""
         z = embed(self.encoder, self.projector, views, self.separate(views))  # (V B, D)
         z = F.normalize(fp32(z), dim=1)
         with no_autocast(z):
@@ -707,7 +705,7 @@ class SwAV(Method):
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """Bring the prototypes back to unit length; queue the embeddings of all ranks, the newest first."""
+        """Normalises the prototypes and prepends the embeddings of all ranks to the queue."""
         self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
         size = self.queue.shape[1]
         new = gather(self.embeddings).transpose(0, 1).flatten(1, 2)[:, :size]  # (W, 2, B, D) -> (2, W B, D)
@@ -717,19 +715,19 @@ class SwAV(Method):
 
 
 class DINO(Method):
-    """2104.14294 section 3.1: the student's softmax on every view predicts the momentum teacher's, centred and
-    sharpened, on the globals.
+    """2104.14294 section 3.1: the student's softmax on every view predicts the momentum teacher's centred and sharpened
+    softmax on the other global views.
 
-    The teacher's momentum goes from .99, as on CIFAR (.996 on ImageNet), to 1 by a cosine; BN is in its own train mode.
-    The centre is an average over all ranks. The last layer has weights of unit norm, which a CNN's keeps. Deviation: no
-    biases ahead of BN; in networks narrower than ViT-Ti fewer hidden units and outputs.
+    The teacher's momentum rises from .99, for CIFAR (.996 on ImageNet), to 1 by a cosine; its BN is in train mode. The
+    centre is averaged over all ranks. The last layer is weight-normalised, with norms fixed at 1 if the head has BN.
+    Deviations: no biases before BN; fewer hidden units and outputs for encoders narrower than ViT-Ti.
     """
 
     recipe, small_recipe = "dino", "dino-small"
 
     @staticmethod
     def heads(feature_dim: int, out_dim: int | None = None) -> dict[str, HeadSpace]:
-        """The searched head replaces the hidden layers and the bottleneck; the weight-normed last layer follows."""
+        """The searched head replaces the hidden layers and the bottleneck, not the last layer."""
         return {"projector": HeadSpace(4, feature_dim, feature_dim, 256)}
 
     def __init__(
@@ -769,12 +767,12 @@ class DINO(Method):
         self.teacher_outputs: Tensor | None = None  # (2, B, K) of the last batch
 
     def outputs(self, views: list[Tensor], index: Tensor | None = None) -> tuple[Tensor, ...]:
-        """(B, K) of the student for every view, then of the teacher for the two globals."""
+        """Student outputs (B, K) of every view, then teacher outputs of the two global views."""
         separate = self.separate(views)
         z = embed(self.encoder, self.projector, views, separate)  # (V B, 256)
         with torch.no_grad():
             t = embed(self.momentum_encoder, self.momentum_projector, views[:2], separate)  # (2 B, 256)
-        with no_autocast(z):  # products of K things, to a temperature of .04: bf16 is too coarse
+        with no_autocast(z):  # bf16 is too coarse for a temperature of .04
             student = self.last_layer(F.normalize(fp32(z), dim=1, eps=1e-6))
             with torch.no_grad():
                 teacher = self.momentum_last_layer(F.normalize(fp32(t), dim=1, eps=1e-6))
@@ -791,7 +789,7 @@ class DINO(Method):
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """Move centre, teacher and the teacher's temperature."""
+        """Updates the centre, the teacher and the teacher's temperature."""
         mean = gather(fp32(self.teacher_outputs).mean((0, 1))).mean(0)  # (2, B, K) -> (K,)
         self.center.lerp_(mean.to(self.center.dtype), 1 - self.center_momentum)
         self.update_teacher(1 - (1 - self.momentum_teacher) * (math.cos(math.pi * progress) + 1) / 2)
@@ -801,12 +799,12 @@ class DINO(Method):
 
 
 class DIET(Method):
-    """2406.10743: every training image is a class of its own, and a linear classifier on the features tells them apart;
-    no pairs, no teacher, and by default no projector.
+    """2406.10743: every training image is a class of its own, predicted by a linear classifier on the features. There
+    are no pairs, no teacher and, by default, no projector. With several views the loss is their mean.
 
-    The classifier (N, K) has no bias; for N images and K features its weights, gradient and AdamW's two moments take
-    16 N K bytes, 410 MB for CIFAR-10 at K = 512, so each rank holds its `shard` of the rows. state_dict() has the whole
-    on every rank (all ranks call it), and load_state_dict takes the whole. With several views the loss is their mean.
+    For N images and K features, the classifier's weight (N, K), its gradient and AdamW's moments take 16 N K bytes, 410
+    MB for CIFAR-10 at K = 512. Each rank holds its `shard` of the rows. state_dict(), which all ranks must call, has
+    the whole weight, and load_state_dict() takes it.
     """
 
     recipe, optimizer, lr, weight_decay = "diet", "adamw", 1e-3, 0.05
@@ -840,18 +838,18 @@ class DIET(Method):
 
     @property
     def floor(self) -> float:
-        """The least that the loss can be: the entropy of a smoothed target."""
+        """The minimum of the loss: the entropy of a smoothed target."""
         low = self.smoothing / self.n
         high = 1 - self.smoothing + low
         return -high * math.log(high) - ((self.n - 1) * low * math.log(low) if low else 0)
 
     def normalised(self, loss: float) -> float:
-        """(log N - L) / (log N - floor): 0 at chance, 1 at best."""
+        """(log N - L) / (log N - floor): 0 at chance, 1 at the minimum."""
         chance = self.chance(1)
         return (chance - loss) / (chance - self.floor)
 
     def outputs(self, views: list[Tensor], index: Tensor | None = None) -> tuple[Tensor, ...]:
-        """h (V B, K), then the index of each, (V B,)."""
+        """h (V B, K) and index (V B,)."""
         if index is None:
             raise ValueError("DIET's target is the image's index: outputs(views, index)")
         return self.projector(encode(self.encoder, views)), index.repeat(len(views))
@@ -871,7 +869,7 @@ def _whole_classifier(method: DIET, state: dict, prefix: str, metadata) -> None:
 
 def _own_classifier(method: DIET, state: dict, prefix: str, *others) -> None:
     for name in method.sharded:
-        if prefix + name in state:  # else torch says that it is missing
+        if prefix + name in state:  # otherwise torch reports a missing key
             state[prefix + name] = own_rows(state[prefix + name], method.n)
 
 
