@@ -1,15 +1,15 @@
 """Backbones with torchvision's keys, MLP heads, and the searchable forms of both. Imports no other file here.
 
 build_backbone(arch, stem, width)   (module, feature_dim); the module takes images (B, 3, H, W) to features h (B, F)
-SearchBackbone(space, width, stem)  the supernet of a space in SPACES, its alphas, and its subnets as slices of it
-build_head(spec, dims)              a chain of the operations in OPS, those of NASiam (arXiv 2302.00059)
-SearchHead(dims)                    the mixture of all operations in each layer, with its alpha (L, 7)
+SearchBackbone(space, width, stem)  the supernet of a space in SPACES, its alphas, and its subnets as slices
+build_head(spec, dims)              a chain of operations in OPS, those of NASiam (arXiv 2302.00059)
+SearchHead(dims)                    a mixture of all operations in each layer, with alpha (L, 7)
 PRESETS                             the seven genotypes that NASiam's authors published
 
-To add a backbone of known blocks, add an entry to BACKBONES; an operation, to OPS; a space, to SPACES. A new kind of
-choice (squeeze-excite, say) needs a field of BlockSpec, an entry in FIELDS, a value in each of BACKBONES, a module in a
-block that does nothing where its masked weights are zero, its entries in MASKS, and a term of the block's `macs`. Older
-arch.json files lack the new field and are refused. `derive` looks at all options: keep them below about 50 per stage.
+New backbones of known blocks go to BACKBONES, operations to OPS, and spaces to SPACES. A new kind of choice, such as
+squeeze-excite, needs a field of BlockSpec, an entry in FIELDS, a value in each of BACKBONES, a module in a block that
+does nothing if its masked weights are zero, entries in MASKS, and a term in the block's `macs`. Older arch.json files
+without the field are refused. `derive` enumerates all networks: keep to about 50 options per stage.
 """
 
 import copy
@@ -33,7 +33,7 @@ from torchvision.ops import Conv2dNormActivation, StochasticDepth
 
 
 class BlockSpec(NamedTuple):
-    """All that a block is built from."""
+    """The arguments of a block."""
 
     stage: int
     c_in: int
@@ -41,24 +41,24 @@ class BlockSpec(NamedTuple):
     inner: int
     kernel: int
     stride: int
-    index: int = 0  # its place in its stage
+    index: int = 0  # within its stage
 
     @property
     def reshapes(self) -> bool:
         return self.stride > 1 or self.c_in != self.c_out
 
     def strided(self, side: int) -> int:
-        """The side of the feature map that comes out of one that goes in."""
+        """The side of the output's feature map, given that of the input."""
         return -(-side // self.stride)
 
 
-# The fields of a stage and their legal values: types (exact, so no bool for an int), minimum, maximum, whether odd.
+# The fields of a stage and their legal values: exact types (bool is no int), minimum, maximum, whether odd.
 FIELDS = {
     "depth": ([int], 1, 64, False),
-    "inner": ([int, float], 1 / 64, 64, False),  # a share of the planes; of inverted blocks: a multiple of c_in
+    "inner": ([int, float], 1 / 64, 64, False),  # a factor of the planes, or in inverted blocks of c_in
     "kernel": ([int], 1, 31, True),
 }
-# An architecture, as it stands in arch.json: the block, and for each of FIELDS a list over the stages.
+# Architectures as in arch.json: the block, and for each of FIELDS a list over the stages.
 BACKBONES: dict[str, dict] = {
     "resnet18": {"block": "basic", "depth": [2, 2, 2, 2], "inner": [1.0] * 4, "kernel": [3] * 4},
     "resnet34": {"block": "basic", "depth": [3, 4, 6, 3], "inner": [1.0] * 4, "kernel": [3] * 4},
@@ -75,7 +75,7 @@ ARCHS = (*BACKBONES, *VITS)
 
 
 def check_arch(arch: object, source: str = "arch") -> dict:
-    """An architecture as in BACKBONES; else ValueError, which says what is wrong with that of `source`."""
+    """Returns arch if it is an architecture as in BACKBONES, else raises ValueError; `source` starts the message."""
     if not isinstance(arch, dict) or set(arch) != {"block", *FIELDS}:
         raise ValueError(f"{source}: an architecture has the keys {', '.join(('block', *FIELDS))}, and no others")
     if not isinstance(arch["block"], str) or arch["block"] not in BLOCKS:
@@ -91,7 +91,7 @@ def check_arch(arch: object, source: str = "arch") -> dict:
 
 
 def describe(arch: str | dict) -> str:
-    """A line for a person: depth x inner width, kernel, stage after stage."""
+    """A readable line: the block, then depth x inner width and kernel of each stage."""
     if isinstance(arch, str):
         return arch
     stages = zip(arch["depth"], arch["inner"], arch["kernel"])
@@ -99,19 +99,19 @@ def describe(arch: str | dict) -> str:
 
 
 class Plan(NamedTuple):
-    channels: int  # of the stem's convolution
+    channels: int  # of the stem's convolution, as kernel and stride
     kernel: int
     stride: int
-    pool: int  # stride of the max-pool behind it; 1: none
+    pool: int  # stride of the stem's max-pool; 1: no pool
     blocks: list[BlockSpec]
     last: int | None  # channels of MobileNetV2's last 1x1 convolution
 
 
 def plan(arch: dict, width: float = 1.0, stem: str = "imagenet") -> Plan:
-    """The channels and strides that torchvision's networks have, for any depths, inner widths and kernels.
+    """The channels and strides of torchvision's networks, for any depths, inner widths and kernels.
 
-    stem  "imagenet": a convolution of stride 2, in ResNets 7x7 with a max-pool behind it; "small", for up to 64 px: 3x3
-    of stride 1 and no pool, and MobileNetV2 keeps the resolution in its second stage too: 32 px end at 4x4.
+    stem: "imagenet" is a convolution of stride 2, in ResNets 7x7 with a max-pool. "small", for up to 64 px, is a 3x3
+    convolution of stride 1 without pool; MobileNetV2's second stage has stride 1 too, so that 32 px end at 4x4.
     """
     inverted = arch["block"] == "inverted"
     if inverted:
@@ -141,9 +141,9 @@ def plan(arch: dict, width: float = 1.0, stem: str = "imagenet") -> Plan:
 
 
 def stage_macs(arch: dict, width: float = 1.0, stem: str = "imagenet", size: int = 224) -> list[int]:
-    """Multiply-accumulates of the stem, of every stage, and of the last convolution, if there is one, for one image."""
+    """Multiply-accumulates for one image: of the stem, each stage, and the last convolution if there is one."""
     channels, kernel, stride, pool, blocks, last = plan(arch, width, stem)
-    side = -(-size // stride)  # padded: rounded up
+    side = -(-size // stride)  # rounded up
     parts = [side**2 * kernel**2 * 3 * channels] + [0] * len(arch["depth"])
     side = -(-side // pool)
     for spec in blocks:
@@ -160,7 +160,7 @@ def macs(arch: dict, width: float = 1.0, stem: str = "imagenet", size: int = 224
 
 
 class BasicBlock(resnet.BasicBlock):
-    """torchvision's, of any inner width and kernel."""
+    """torchvision's BasicBlock with any inner width and kernel."""
 
     def __init__(self, spec: BlockSpec):
         super().__init__(spec.c_in, spec.c_out, spec.stride, _shortcut(spec))
@@ -176,7 +176,7 @@ class BasicBlock(resnet.BasicBlock):
 
 
 class Bottleneck(resnet.Bottleneck):
-    """torchvision's, of any inner width and kernel; c_out: four times the planes."""
+    """torchvision's Bottleneck with any inner width and kernel; c_out is four times the planes."""
 
     def __init__(self, spec: BlockSpec):
         super().__init__(spec.c_in, spec.c_out // self.expansion, spec.stride, _shortcut(spec))
@@ -195,8 +195,8 @@ class Bottleneck(resnet.Bottleneck):
 
 
 class InvertedResidual(mobilenetv2.InvertedResidual):
-    """torchvision's, of any kernel; inner is c_in times the expansion. An expansion of 1 leaves out the first
-    convolution, which moves the keys: a space must not have it as an option."""
+    """torchvision's InvertedResidual with any kernel; inner is c_in times the expansion. An expansion of 1 has no first
+    convolution and so other keys: it must not be an option of a space."""
 
     def __init__(self, spec: BlockSpec):
         super().__init__(spec.c_in, spec.c_out, spec.stride, spec.inner / spec.c_in)
@@ -215,8 +215,8 @@ def _conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 
 
 class Pointwise(nn.Conv2d):
-    """A 1x1 convolution without bias, of the pixels alone that its stride leaves: the backward of torch's own, strided,
-    corrupts memory on a CPU in channels_last (torch 2.11 and 2.15; 8 channels in, 64 px)."""
+    """A strided 1x1 convolution without bias that slices its input. Backward of torch's own strided one corrupts memory
+    on a CPU in channels_last (torch 2.11 and 2.15; 8 input channels, 64 px)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x[:, :, :: self.stride[0], :: self.stride[1]], self.weight)
@@ -230,8 +230,8 @@ def _shortcut(spec: BlockSpec) -> nn.Module | None:
 
 
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck, "inverted": InvertedResidual}
-# What a choice masks in a block of the supernet. Inner channels are masked where the next convolution takes them in,
-# that is after BN and activation: before BN, which undoes any scale, their gates would have no gradients.
+# The parameters of a supernet's block that a choice masks. Inner channels are masked at the input of the next
+# convolution, after BN and activation. Before BN, which undoes any scale, their gates would have no gradient.
 MASKS = {
     "basic": {
         "kernel": ["conv1.weight", "conv2.weight"],
@@ -260,10 +260,8 @@ def new_block(block: str, spec: BlockSpec) -> nn.Module:
 
 
 class ResNet(nn.Module):
-    """torchvision's ResNet (1512.03385) without its classifier; images (B, 3, H, W) -> h (B, F).
-
-    The last BN of each residual branch starts at zero, as SimSiam's authors do.
-    """
+    """torchvision's ResNet (1512.03385) without the classifier: images (B, 3, H, W) -> h (B, F). The last BN of each
+    residual branch is initialised to zero, as in SimSiam's code."""
 
     def __init__(self, arch: dict, width: float = 1.0, stem: str = "imagenet", make_block: Callable = new_block):
         super().__init__()
@@ -279,7 +277,7 @@ class ResNet(nn.Module):
         self.conv1.apply(_kaiming)
 
     @staticmethod
-    def prefixes(arch: dict) -> list[list[str]]:  # of the keys of each stage's blocks
+    def prefixes(arch: dict) -> list[list[str]]:  # of the state dict's keys, by stage and block
         return [[f"layer{stage + 1}.{index}" for index in range(depth)] for stage, depth in enumerate(arch["depth"])]
 
     def stages(self, x: Tensor) -> list[Tensor]:
@@ -296,7 +294,7 @@ class ResNet(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """torchvision's MobileNetV2 (1801.04381) without its classifier; images (B, 3, H, W) -> h (B, F)."""
+    """torchvision's MobileNetV2 (1801.04381) without the classifier: images (B, 3, H, W) -> h (B, F)."""
 
     def __init__(self, arch: dict, width: float = 1.0, stem: str = "imagenet", make_block: Callable = new_block):
         super().__init__()
@@ -306,17 +304,17 @@ class MobileNetV2(nn.Module):
             *(make_block("inverted", spec) for spec in blocks),
             Conv2dNormActivation(blocks[-1].c_out, self.feature_dim, 1, activation_layer=nn.ReLU6),
         )
-        self.ends = set(accumulate(arch["depth"]))  # where in `features` a stage ends
+        self.ends = set(accumulate(arch["depth"]))  # indices in `features` of each stage's last block
         self.features[0].apply(_kaiming)
         self.features[-1].apply(_kaiming)
 
     @staticmethod
-    def prefixes(arch: dict) -> list[list[str]]:  # here the last convolution is one stage more
+    def prefixes(arch: dict) -> list[list[str]]:  # the last convolution counts as a stage
         numbers = count(1)  # features.0 is the stem
         return [[f"features.{next(numbers)}" for _ in range(depth)] for depth in (*arch["depth"], 1)]
 
     def stages(self, x: Tensor) -> list[Tensor]:
-        """The feature maps (B, C, h, w) of the seven stages, the last one behind the last 1x1 convolution."""
+        """The feature maps (B, C, h, w) of the seven stages; the last includes the last 1x1 convolution."""
         maps = []
         for n, module in enumerate(self.features):
             x = module(x)
@@ -329,12 +327,12 @@ class MobileNetV2(nn.Module):
 
 
 class ViT(nn.Module):
-    """torchvision's VisionTransformer (2010.11929) without its classifier; images (B, 3, H, W) -> h (B, dim), the class
+    """torchvision's VisionTransformer (2010.11929) without the classifier: images (B, 3, H, W) -> h (B, dim), the class
     token after the last norm.
 
-    stem  "imagenet": patches of 16 px on a grid of 14 x 14; "small": of 4 px on one of 8 x 8. Images of other sizes
-    have the position embeddings interpolated, bicubically as in DINO. drop_path: the share of images that skip a
-    branch, rising linearly over the blocks (1603.09382), in training.
+    stem: "imagenet" has 14 x 14 patches of 16 px, "small" 8 x 8 of 4 px. For images of other sizes, position embeddings
+    are interpolated bicubically, as in DINO. drop_path: probability that an image skips a residual branch in training,
+    rising linearly over the blocks (1603.09382).
     """
 
     def __init__(self, dim: int, heads: int, layers: int = 12, stem: str = "imagenet", drop_path: float = 0.0):
@@ -345,7 +343,7 @@ class ViT(nn.Module):
         self.conv_proj = nn.Conv2d(3, dim, self.patch, self.patch)
         self.encoder = vision_transformer.Encoder(grid**2 + 1, layers, heads, dim, 4 * dim, 0.0, 0.0, norm)
         for block, p in zip(self.encoder.layers, np.linspace(0, drop_path, layers).tolist()):
-            if p:  # after the attention and after the MLP, where torchvision has dropout, which has no keys either
+            if p:  # replaces torchvision's dropout after the attention and the MLP, which has no keys either
                 block.dropout = block.mlp[-1] = StochasticDepth(p, "row")
         self.feature_dim = dim
         fan_in = 3 * self.patch**2
@@ -353,7 +351,7 @@ class ViT(nn.Module):
         nn.init.zeros_(self.conv_proj.bias)
 
     def tokens(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, 1 + patches, dim), with position embeddings of that size."""
+        """(B, 3, H, W) -> (B, 1 + patches, dim), with position embeddings added."""
         height, width = x.shape[2:]
         if height % self.patch or width % self.patch:
             raise ValueError(f"views of {height} x {width} px: a ViT needs multiples of its patch, {self.patch}")
@@ -376,8 +374,8 @@ class ViT(nn.Module):
         return [patches.transpose(1, 2).unflatten(2, (x.shape[2] // self.patch, -1))]
 
     def last_blocks(self, x: Tensor, n: int) -> Tensor:
-        """The class tokens after each of the last n blocks, normed, side by side: (B, n dim), as DINO's linear
-        evaluation takes them (2104.14294)."""
+        """The normalised class tokens after each of the last n blocks, concatenated: (B, n dim), as in DINO's linear
+        evaluation (2104.14294)."""
         x = self.tokens(x)
         out = []
         for k, block in enumerate(self.encoder.layers):
@@ -392,7 +390,7 @@ MAX_PARAMETERS = 2_000_000_000
 
 
 def size_of(arch: str | dict, width: float, stem: str, size: int) -> tuple[int | None, int]:
-    """(MACs of an image of that size, parameters); of a ViT no MACs. Raises ValueError where it cannot be built."""
+    """Returns (MACs for an image, None for a ViT; parameters). Raises ValueError if the network cannot be built."""
     with torch.device("meta"):
         network, _ = build_backbone(arch, stem, width)
     spec = BACKBONES.get(arch) if isinstance(arch, str) else arch
@@ -402,9 +400,9 @@ def size_of(arch: str | dict, width: float, stem: str, size: int) -> tuple[int |
 def build_backbone(
     arch: str | dict, stem: str = "imagenet", width: float = 1.0, drop_path: float = 0.0
 ) -> tuple[nn.Module, int]:
-    """(module, feature_dim) of a name in ARCHS or of an architecture as in BACKBONES; width: a factor of all channels.
+    """Returns (module, feature_dim) for a name in ARCHS or an architecture as in BACKBONES. width scales all channels.
 
-    Raises ValueError for any other architecture, one of too many parameters, or a drop_path that has no meaning.
+    Raises ValueError for any other architecture, one with too many parameters, or a drop_path without a ViT.
     """
     named = isinstance(arch, str)
     if named and arch not in ARCHS:
@@ -417,7 +415,7 @@ def build_backbone(
         raise ValueError(f"a drop path of {drop_path:g} means nothing to {describe(arch)}: it is for a ViT")
     spec = BACKBONES[arch] if named else check_arch(arch)
     network = NETWORKS[spec["block"]]
-    if not named or width > 8:  # anyone's numbers: how large would it be?
+    if not named or width > 8:  # it may be of any size
         with torch.device("meta"):
             size = sum(p.numel() for p in network(spec, width, stem).parameters())
         if size > MAX_PARAMETERS:
@@ -433,11 +431,11 @@ def build_backbone(
 
 @dataclass(frozen=True)
 class Space:
-    """Architectures with every choice made anew in each of some stages; the rest is as in a handcrafted one."""
+    """Architectures that differ from a handcrafted one by the choices made in each of some stages."""
 
     handcrafted: str
     stages: tuple[int, ...]
-    choices: dict[str, tuple] = field(hash=False)  # values for some of FIELDS, the largest last
+    choices: dict[str, tuple] = field(hash=False)  # values of some of FIELDS, the largest last
 
     @property
     def options(self) -> list[tuple]:
@@ -453,7 +451,7 @@ class Space:
         return arch
 
     def choice(self, arch: str | dict) -> list[int] | None:
-        """The choice that makes up an architecture; None where it is no point of the space."""
+        """The inverse of `arch`; None if the architecture is not in the space."""
         arch = BACKBONES[arch] if isinstance(arch, str) else arch
         try:
             choice = [self.options.index(tuple(arch[name][stage] for name in self.choices)) for stage in self.stages]
@@ -462,8 +460,8 @@ class Space:
         return choice if self.arch(choice) == arch else None
 
     def costs(self, width: float, stem: str, size: int) -> tuple[int, Tensor]:
-        """(base, table (S, O)): MACs of the smallest network, and what each option adds to it, which is independent of
-        the other stages since widths between stages are fixed: a network's MACs are base + the sum of its choices'."""
+        """Returns (base, table (S, O)): MACs of the smallest network, and what each option adds to it. Widths between
+        stages are fixed, so that stages are independent: a network's MACs are base + the sum of its entries."""
         one_hot = np.eye(len(self.stages), dtype=int)
         base = macs(self.arch(0 * one_hot[0]), width, stem, size)
         options = range(len(self.options))
@@ -480,13 +478,13 @@ SPACES: dict[str, Space] = {
     "bottleneck": Space("resnet50", (0, 1, 2, 3), RESNET_CHOICES),
     "mobilenet": Space("mobilenet_v2", (1, 2, 3, 4, 5), MOBILENET_CHOICES),
 }
-BAND = 0.95, 1.0  # a network meets its target with MACs in this band of it
+BAND = 0.95, 1.0  # a network meets its target if its MACs are within these multiples of it
 
 
 class Choices(nn.Module):
-    """An alpha (S, options) for each choice of a space, and the gates sampled last: one-hot, of the same shapes.
+    """An alpha (S, options) for each choice of a space, and the current one-hot gates of the same shapes.
 
-    A copy is the same object: a momentum teacher has the student's alphas and takes its gates.
+    A deep copy is the same object, so that a momentum teacher shares the student's alphas and gates.
     """
 
     def __init__(self, space: Space):
@@ -507,8 +505,8 @@ class Choices(nn.Module):
         return {name: self.get_parameter(f"{name}_alpha") for name in self.space.choices}
 
     def sample(self, tau: float, rng: np.random.Generator) -> None:
-        """Gates from a Gumbel softmax of temperature tau (1611.01144), hard, with straight-through gradients where
-        alphas have any. The noise comes from the host, in one copy, so that ranks and devices sample the same."""
+        """Samples hard gates by Gumbel softmax of temperature tau (1611.01144), with straight-through gradients if
+        alphas require them. The noise is drawn on the host, so that all ranks and devices sample the same gates."""
         alphas = self.alphas()
         first, *_ = alphas.values()
         sizes = [alpha.shape[1] for alpha in alphas.values()]
@@ -523,7 +521,7 @@ class Choices(nn.Module):
             self.gates[name] = hard + (soft - soft.detach()) if alpha.requires_grad else hard
 
     def set(self, choice: Sequence[int]) -> None:
-        """Gates of one option a stage; copies nothing to a GPU."""
+        """Sets the gates to one option a stage, without a copy to a GPU."""
         self.gates = {name: torch.zeros_like(alpha) for name, alpha in self.alphas().items()}
         values = np.unravel_index(choice, [gate.shape[1] for gate in self.gates.values()])
         for gate, value_of_stage in zip(self.gates.values(), values):
@@ -532,7 +530,7 @@ class Choices(nn.Module):
         self.known_choice = list(choice)
 
     def choice(self) -> list[int]:
-        """The options that the gates hold now, as Space.arch takes them; of sampled ones it waits for the device."""
+        """The options of the current gates, as for Space.arch. Synchronises with the device if they were sampled."""
         if self.known_choice is None:
             option = 0
             for gate in self.gates.values():
@@ -541,26 +539,26 @@ class Choices(nn.Module):
         return self.known_choice
 
     def log_probabilities(self) -> Tensor:
-        """(S, O): of every option, the sum over its choices, which are independent."""
+        """Log probabilities (S, O) of all options, the sums over their independent choices."""
         total, *others = (alpha.log_softmax(1) for alpha in self.alphas().values())
         for other in others:
             total = (total[:, :, None] + other[:, None, :]).flatten(1)
         return total
 
     def expected_macs(self, base: int, table: Tensor) -> Tensor:
-        """E[MACs] under the alphas, in closed form and differentiable; (base, table) as Space.costs gives them."""
+        """E[MACs] under the alphas, differentiable; base and table are as in Space.costs."""
         return base + (self.log_probabilities().exp() * table).sum()
 
 
 class SearchBackbone(nn.Module):
-    """The supernet: the largest network of a space, of which every choice masks part (2203.08130; the design is ours).
+    """The supernet: the largest network of a space, partly masked by each choice (2203.08130; the design is ours).
 
-    A kernel is the centre of the largest, inner channels are the first ones, and a block that depth leaves out has its
-    last BN at zero. So the masked network costs what the largest costs, every option gets a gradient, and what is left
-    out changes nothing: a subnet, sliced out of the weights, gives the same numbers but for the order of sums.
+    A smaller kernel is the centre of the largest, fewer inner channels are the first ones, and a block beyond the depth
+    has its last BN at zero. The masked network costs as much as the largest, and every option gets a gradient. The
+    subnet, sliced out of the weights, has the same outputs but for the order of sums.
 
-    Gates with gradients run the masked network, whose shapes never change, as a compiler wants it. Gates without run
-    the subnet, at its own cost; weights outside it have no gradient, so that no optimiser moves them.
+    If gates require gradients, forward runs the masked network, whose shapes never change, which suits a compiler. If
+    not, it runs the subnet at its own cost; other weights get no gradient, so that optimisers leave them alone.
     """
 
     def __init__(self, space: Space, width: float = 1.0, stem: str = "imagenet"):
@@ -571,7 +569,7 @@ class SearchBackbone(nn.Module):
         self.supernet, self.feature_dim = build_backbone(arch, stem, width)
         shapes = {choice: [self._shapes(choice, value) for value in values] for choice, values in space.choices.items()}
         rows = {prefix: row for row, s in enumerate(space.stages) for prefix in self.supernet.prefixes(arch)[s]}
-        self.masked = []  # what the n-th buffer of masks is for: (row of the gates, choice, parameter, shape)
+        self.masked = []  # (row of the gates, choice, parameter, shape) for the n-th buffer of masks
         for prefix, row in rows.items():
             for name, parameter in self.supernet.get_submodule(prefix).named_parameters():
                 for choice, names in MASKS[arch["block"]].items():
@@ -588,7 +586,7 @@ class SearchBackbone(nn.Module):
         return dict(parts.values())
 
     def masked_weights(self) -> dict[str, Tensor]:
-        """The supernet's parameters under the gates, by name: those that a choice touches."""
+        """The parameters that have masks, masked by the gates, by name."""
         weights = {}
         for n, (row, choice, name, size) in enumerate(self.masked):
             masks = getattr(self, f"masks_{n}")  # (elements, options)
@@ -611,13 +609,13 @@ class SearchBackbone(nn.Module):
         return _skeleton(self.space, tuple(choice), self.width, self.stem, synced)
 
     def slices(self, choice: Sequence[int]) -> dict[str, Tensor]:
-        """Views of the supernet's parameters and buffers that make up a subnet, by its names."""
+        """The subnet's parameters and buffers, views of the supernet's, by the subnet's names."""
         _, parts = self.skeleton(choice)
         supernet = self.supernet.state_dict(keep_vars=True)
         return {name: _slice(supernet[source], shape) for name, (source, shape) in parts.items()}
 
     def subnet(self, choice: Sequence[int]) -> nn.Module:
-        """A network with a copy of its part of the weights; its BN statistics want `recalibrate`."""
+        """A subnet with a copy of its weights. Its BN statistics need `recalibrate`."""
         network, _ = build_backbone(self.space.arch(choice), self.stem, self.width)
         network.to(next(self.supernet.parameters()))  # device and precision
         network.load_state_dict(self.slices(choice))
@@ -625,7 +623,7 @@ class SearchBackbone(nn.Module):
 
 
 def _slice(large: Tensor, shape: Sequence[int]) -> Tensor:
-    """The part of a supernet's tensor that a subnet has: of channels the first ones, of a kernel the centre."""
+    """A subnet's part of a supernet's tensor: the first channels and the centre of the kernel."""
     for dim, n in enumerate(shape):
         if n < large.shape[dim]:
             start = (large.shape[dim] - n) // 2 if dim > 1 else 0
@@ -634,8 +632,8 @@ def _slice(large: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _masks(small: list[Sequence[int] | None], large: Sequence[int]) -> Tensor:
-    """(..., options): ones where the slice of shape small[option] lies, zeros elsewhere; None: nothing of it is used.
-    Of size 1 along dimensions where all options have all, and along what the parameter puts out: see MASKS."""
+    """Masks (..., options): ones in the slice of shape small[option], zeros elsewhere; all zeros for None. They have
+    size 1 along the output dimension (see MASKS) and along dimensions that all options use whole."""
     least = [min(sizes) for sizes in zip(*filter(None, small))]
     size = [n if dim > 0 and n > least[dim] else 1 for dim, n in enumerate(large)]
     masks = torch.zeros(*size, len(small))
@@ -645,8 +643,8 @@ def _masks(small: list[Sequence[int] | None], large: Sequence[int]) -> Tensor:
     return masks
 
 
-# A search visits a new subnet nearly every step, so blocks, which take long to make, are kept for the next. A block's
-# spec says which block of its stage it is, so no network holds one twice.
+# A search visits a new subnet nearly every step, and blocks take long to build, so they are cached. A spec includes the
+# block's index in its stage, so that no network contains a block twice.
 @lru_cache(maxsize=4096)
 def _meta_block(block: str, spec: BlockSpec) -> nn.Module:
     with torch.device("meta"):
@@ -675,16 +673,16 @@ def in_mmacs(macs: float) -> str:
 def derive(
     scores: Tensor, base: float, table: Tensor, target: float, text: Callable[[float], str] = in_mmacs
 ) -> list[int]:
-    """The choice with the highest total score (S, O) among all whose MACs, or other cost, lie in BAND of the target, by
-    enumeration. Raises ValueError where there is none, with costs as `text` has them.
+    """The choice with the highest sum of scores (S, O) among all whose cost, by default MACs, is in BAND of the target.
+    Raises ValueError if there is none; `text` formats costs.
 
-    With scores = log probabilities the likeliest network that meets the target; each stage's own argmax would miss it.
+    With log probabilities as scores this is the most likely network at that cost, which an argmax in each stage misses.
     """
     scores = scores.detach().double().cpu()
     stages, options = table.shape
-    # all combinations of all stages but the first: with that one too they would take O times the memory
+    # combinations of all stages but the first, with which they would take O times the memory
     rest_score, rest_cost = (_sums(of_options[1:]) for of_options in (scores, table))
-    found = []  # the best of those with each first option
+    found = []  # the best network for each option of the first stage
     for first in range(options):
         cost = base + table[0, first] + rest_cost
         in_band = (cost >= BAND[0] * target) & (cost <= BAND[1] * target)
@@ -700,7 +698,7 @@ def derive(
 
 
 def _sums(table: Tensor) -> Tensor:
-    """Of all combinations of an entry from each row of (S, O): (O^S,)."""
+    """Sums of all combinations of one entry per row: (S, O) -> (O^S,)."""
     total = torch.zeros(1, dtype=torch.float64)
     for row in table:
         total = (total[:, None] + row).flatten()
@@ -710,7 +708,7 @@ def _sums(table: Tensor) -> Tensor:
 def random_choice(
     base: int, table: Tensor, target: float, generator: torch.Generator, band: tuple[float, float] = BAND
 ) -> list[int]:
-    """A choice drawn evenly from those whose MACs lie in a band, no narrower than BAND, of the target."""
+    """A uniformly random choice among those whose cost is in a band of the target; the band must include BAND."""
     stages, options = table.shape
     while True:
         choices = torch.randint(options, (4096, stages), generator=generator)
@@ -718,12 +716,12 @@ def random_choice(
         good = choices[(cost >= band[0] * target) & (cost <= band[1] * target)]
         if len(good):
             return good[0].tolist()
-        derive(table, base, table, target)  # raises
+        derive(table, base, table, target)  # raises ValueError if there is no such choice
 
 
 def handcrafted_scores(space: Space) -> Tensor:
-    """(S, O), with which `derive` finds the network nearest to the handcrafted one: minus the sum, over the choices, of
-    the squared logarithm of how many times the handcrafted's value an option has."""
+    """Scores (S, O) with which `derive` finds the network nearest to the handcrafted one: minus the sum over choices of
+    the squared logarithm of (the option's value / the handcrafted one)."""
     arch = BACKBONES[space.handcrafted]
     distances = torch.zeros(len(space.stages), len(space.options))
     for s, stage in enumerate(space.stages):
@@ -733,8 +731,7 @@ def handcrafted_scores(space: Space) -> Tensor:
 
 
 def use_batch_statistics(module: nn.Module) -> nn.Module:
-    """BN by the statistics of the batch at hand in eval mode too, as if none had ever been gathered: cheaper than to
-    recalibrate, for a look at a subnet in large batches."""
+    """Makes BN use batch statistics in eval mode too. This is cheaper than `recalibrate` and needs large batches."""
     for m in module.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             m.running_mean = m.running_var = None
@@ -743,8 +740,7 @@ def use_batch_statistics(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def recalibrate(module: nn.Module, batches: Iterable, forward: Callable | None = None) -> nn.Module:
-    """BN statistics anew: the mean over batches, in place of those that other networks have left. forward: what takes
-    a batch, by default the module itself."""
+    """Resets BN statistics to the mean over batches. forward is called with each batch; by default it is the module."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [m.momentum for m in norms]
     training = module.training
@@ -763,23 +759,23 @@ def recalibrate(module: nn.Module, batches: Iterable, forward: Callable | None =
 
 
 def _linear(activation: type[nn.Module], in_dim: int, out_dim: int) -> nn.Module:
-    """Linear, BN, activation; where the layer widens, a bare Linear."""
+    """Linear, BN, activation; only Linear if the layer widens."""
     if in_dim < out_dim:
         return nn.Linear(in_dim, out_dim)
     return nn.Sequential(nn.Linear(in_dim, out_dim, bias=False), nn.BatchNorm1d(out_dim), activation())
 
 
 def _identity(in_dim: int, out_dim: int) -> nn.Sequential:
-    """Nothing, where the layer keeps the number of features."""
+    """The identity if the layer keeps the number of features, else `linear_relu`."""
     return nn.Sequential() if in_dim == out_dim else nn.Sequential(_linear(nn.ReLU, in_dim, out_dim))
 
 
 def _pool(pool: type[nn.Module], in_dim: int, out_dim: int) -> nn.Sequential:
-    """Pooling along the features, the average with the padding: torch takes (B, F) for B channels of length F."""
+    """Pooling along the features, as torch takes (B, F) for B channels of length F. Averages include the padding."""
     return nn.Sequential(*_identity(in_dim, out_dim), pool(3, 1, 1), nn.BatchNorm1d(out_dim))
 
 
-OPS: dict[str, Callable[[int, int], nn.Module]] = {  # (in_dim, out_dim) -> module; 2302.00059, as its code has them
+OPS: dict[str, Callable[[int, int], nn.Module]] = {  # (in_dim, out_dim) -> module; as in the code of 2302.00059
     "maxpool_3x3": partial(_pool, nn.MaxPool1d),
     "avgpool_3x3": partial(_pool, nn.AvgPool1d),
     "identity": _identity,
@@ -791,7 +787,7 @@ OPS: dict[str, Callable[[int, int], nn.Module]] = {  # (in_dim, out_dim) -> modu
 
 
 def _genotype(**heads: str) -> dict[str, list[str]]:
-    """Names of OPS from the authors' shorter ones."""
+    """Translates the authors' names of operations to those in OPS."""
     short = {op.removeprefix("linear_").removesuffix("_3x3"): op for op in OPS}
     return {head: [short[op] for op in ops.split()] for head, ops in heads.items()}
 
@@ -814,12 +810,12 @@ PRESETS = {
 
 
 def head_dims(layers: int, in_dim: int, hidden: int, out_dim: int) -> list[int]:
-    """Numbers of features before, between and after the layers of a head: layers + 1 of them."""
+    """The layers + 1 numbers of features before, between and after the layers of a head."""
     return [in_dim] + [hidden] * (layers - 1) + [out_dim]
 
 
 def build_head(spec: Sequence[str], dims: Sequence[int]) -> nn.Sequential:
-    """A chain of operations of OPS, the l-th from dims[l] to dims[l + 1] features: (B, dims[0]) -> (B, dims[-1])."""
+    """A chain of operations in OPS, the l-th from dims[l] to dims[l + 1] features: (B, dims[0]) -> (B, dims[-1])."""
     if len(dims) != len(spec) + 1:
         raise ValueError(f"a head of {len(spec)} operations needs {len(spec) + 1} dims, not {len(dims)}")
     unknown = [name for name in spec if name not in OPS]
@@ -829,37 +825,37 @@ def build_head(spec: Sequence[str], dims: Sequence[int]) -> nn.Sequential:
 
 
 class SearchHead(nn.Module):
-    """Every layer is y = sum_k softmax(alpha_l)_k op_k(x) over all of OPS (2302.00059); alpha (L, 7) starts at zero."""
+    """Each layer is y = sum_k softmax(alpha_l)_k op_k(x) over all of OPS (2302.00059); alpha (L, 7) starts at zero."""
 
     def __init__(self, dims: Sequence[int]):
         super().__init__()
         self.alpha = nn.Parameter(torch.zeros(len(dims) - 1, len(OPS)))
         self.layers = nn.ModuleList(nn.ModuleList(op(*layer) for op in OPS.values()) for layer in pairwise(dims))
 
-    def forward(self, x: Tensor) -> Tensor:  # to join the Linears of a layer in one product was no faster
+    def forward(self, x: Tensor) -> Tensor:  # joining the Linears of a layer in one product was no faster
         for ops, weights in zip(self.layers, self.alpha.softmax(1)):
             x = sum(weight * op(x) for weight, op in zip(weights, ops))
         return x
 
     def discretise(self) -> list[str]:
-        """The strongest operation of each layer, identity and pools included."""
+        """The operation with the largest alpha in each layer."""
         names = list(OPS)
         return [names[k] for k in self.alpha.argmax(1).tolist()]
 
     def entropy(self) -> list[float]:
-        """Of softmax(alpha) in each layer, over ln 7: 1 where nothing is decided, 0 where all is."""
+        """Entropy of softmax(alpha) / ln 7 of each layer: 1 if undecided, 0 if one operation has all the weight."""
         p = self.alpha.detach().double().softmax(1)
         return (torch.special.entr(p).sum(1) / math.log(len(OPS))).tolist()
 
 
-# How many heads there are. A layer has seven names, but not always seven functions. Where it narrows, `identity` is
-# `linear_relu`. Where it widens, five of the seven are the same bare Linear. Where it keeps the number of features,
-# `identity` is nothing, and only the order of the other operations counts. So SimSiam's space of 6 + 4 layers has
-# 7^10 = 282,475,249 names, 103,766,418 choices that differ layer by layer, and 43,333,938 different functions.
+# The number of heads. The seven operations of a layer are not always seven functions. If the layer narrows, `identity`
+# is `linear_relu`. If it widens, five of the seven are the same Linear. If it keeps the number of features, `identity`
+# does nothing, and only the order of the other operations counts. So SimSiam's space of 6 + 4 layers has 7^10 =
+# 282,475,249 names, 103,766,418 choices that differ layer by layer, and 43,333,938 different functions.
 
 
 def true_name(op: str, in_dim: int, out_dim: int) -> str:
-    """What an operation comes to in such a layer: its name, or that of the one that it coincides with there."""
+    """The operation's name, or that of the operation that is the same in such a layer."""
     if in_dim > out_dim and op == "identity":
         return "linear_relu"
     if in_dim < out_dim and op not in ("maxpool_3x3", "avgpool_3x3"):
@@ -868,17 +864,17 @@ def true_name(op: str, in_dim: int, out_dim: int) -> str:
 
 
 def distinct_ops(in_dim: int, out_dim: int) -> list[str]:
-    """The operations that differ as functions in such a layer, one name for each."""
+    """One name for each different function among the operations in such a layer."""
     return list({true_name(op, in_dim, out_dim): op for op in OPS}.values())
 
 
 def random_head(layers: int, rng: random.Random) -> list[str]:
-    """Each layer drawn evenly from the names in OPS: what the argmax of random alphas would be."""
+    """Operations drawn uniformly from OPS, as by the argmax of random alphas."""
     return [rng.choice(list(OPS)) for _ in range(layers)]
 
 
 def count_heads(dims: Sequence[int]) -> tuple[int, int, int]:
-    """How many heads there are: by name, by choices that differ within their layer, and as functions."""
+    """The number of heads by name, by choices that differ within their layer, and as functions."""
     names = differing = functions = 1
     for layer, run in groupby(pairwise(dims)):
         n, m = len(distinct_ops(*layer)), len(list(run))
