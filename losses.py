@@ -236,7 +236,8 @@ class _DietLoss(torch.autograd.Function):
     def forward(ctx, h, weight, index, smoothing, n, chunk):
         rank, world = ranks()
         all_h = gather(h.detach()).flatten(0, 1)  # (W, B, K) -> (W B, K)
-        first, _ = shard(n)
+        first, end = shard(n)
+        assert len(weight) == end - first
         row = gather(index).flatten(0, 1) - first  # of weight, where this rank owns the image's class
         owned = (row >= 0) & (row < len(weight))
         chunk = chunk or max(1024, 2**23 // len(all_h))
