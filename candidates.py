@@ -56,7 +56,7 @@ class Cost:
 
     def expected(self, choices: Choices) -> Tensor:
         """E[cost] / target under the alphas, differentiable."""
-        return choices.expected_macs(self.base, self.device_table) / self.target
+        return choices.expected_cost(self.base, self.device_table) / self.target
 
     def derive(self, scores: Tensor, share: float = 1.0) -> list[int]:
         """The network with the highest total score (S, O) among those whose cost is in BAND of share x target."""

@@ -545,8 +545,8 @@ class Choices(nn.Module):
             total = (total[:, :, None] + other[:, None, :]).flatten(1)
         return total
 
-    def expected_macs(self, base: int, table: Tensor) -> Tensor:
-        """E[MACs] under the alphas, differentiable; base and table are as in Space.costs."""
+    def expected_cost(self, base: int, table: Tensor) -> Tensor:
+        """The expected cost under the alphas, differentiable; base and table are as in Space.costs, of MACs or of time."""
         return base + (self.log_probabilities().exp() * table).sum()
 
 

@@ -261,7 +261,7 @@ def test_masked_or_sliced_what_is_left_out_gets_no_gradient_and_the_rest_the_sam
     assert sum(out.sum() for out in left_out.supernet.parameters()) > 0.5 * count(backbone.supernet)
 
 
-def test_expected_macs_are_the_enumerations():
+def test_expected_cost_are_the_enumerations():
     choices = {"depth": (1, 3), "inner": (2.0, 4.0), "kernel": (5, 7)}
     space = replace(SPACES["mobilenet"], stages=(1, 2), choices=choices)
     choices = models.Choices(space).double()
@@ -272,8 +272,8 @@ def test_expected_macs_are_the_enumerations():
     costs = {c: macs(space.arch(c), 0.25, "imagenet", 70) for c in product(range(len(space.options)), repeat=2)}
     mean = sum(float(p[0, a] * p[1, b]) * cost for (a, b), cost in costs.items())
     base, table = space.costs(0.25, "imagenet", 70)
-    assert choices.expected_macs(base, table).item() == pytest.approx(mean, rel=1e-12)
-    assert torch.autograd.gradcheck(lambda *_: choices.expected_macs(base, table) / base, alphas)
+    assert choices.expected_cost(base, table).item() == pytest.approx(mean, rel=1e-12)
+    assert torch.autograd.gradcheck(lambda *_: choices.expected_cost(base, table) / base, alphas)
 
 
 def test_derivation_is_the_best_in_the_band_by_enumeration():
