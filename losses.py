@@ -823,8 +823,8 @@ class DIET(Method):
         projector: Projector = "none",
     ):
         super().__init__(encoder)
-        if not 0 <= smoothing <= 1:
-            raise ValueError(f"--smoothing {smoothing}: must be a share, 0 to 1")
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"--smoothing {smoothing}: must be 0 or above and below 1")
         self.n = n_images
         self.smoothing = smoothing
         f = encoder.feature_dim

@@ -546,7 +546,7 @@ class Choices(nn.Module):
         return total
 
     def expected_cost(self, base: int, table: Tensor) -> Tensor:
-        """The expected cost under the alphas, differentiable; base and table are as in Space.costs, of MACs or of time."""
+        """The expected MACs or time under the alphas, differentiable; base and table are as in Space.costs."""
         return base + (self.log_probabilities().exp() * table).sum()
 
 
