@@ -721,12 +721,13 @@ def random_choice(
 
 def handcrafted_scores(space: Space) -> Tensor:
     """Scores (S, O) with which `derive` finds the network nearest to the handcrafted one: minus the sum over choices of
-    the squared logarithm of (the option's value / the handcrafted one)."""
+    the squared logarithm of (the option's value / the handcrafted one). A value of 0 counts as a half."""
     arch = BACKBONES[space.handcrafted]
     distances = torch.zeros(len(space.stages), len(space.options))
     for s, stage in enumerate(space.stages):
         for o, option in enumerate(space.options):
-            distances[s, o] = sum(math.log(v / arch[name][stage]) ** 2 for name, v in zip(space.choices, option))
+            for name, value in zip(space.choices, option):
+                distances[s, o] += math.log((value or 0.5) / (arch[name][stage] or 0.5)) ** 2
     return -distances
 
 
