@@ -58,7 +58,7 @@ def ours(truth, found, classes=3, most=100):
 
 
 def theirs(truth, found, masks, classes=3, most=100):
-    """pycocotools' twelve figures and its precision (10, 101, C, 4)."""
+    """pycocotools' precision (10, 101, C, 4)."""
     coco, evaluate = (pytest.importorskip(f"pycocotools.{name}") for name in ("coco", "cocoeval"))
     encode = pytest.importorskip("pycocotools.mask").encode
     table = {"images": [], "annotations": [], "categories": [{"id": k, "name": str(k)} for k in range(classes)]}
@@ -95,37 +95,24 @@ def test_ap_is_pycocotools(masks):
     for seed in range(12 if masks else 30):
         rng = np.random.default_rng(seed)
         truth, found = made_up(rng, masks)
-        if not any(len(f[0]) for f in found):
-            continue
         most = [100, 4][seed % 2]
-        precision = ours(truth, found, most=most).curves()[0]  # (10, 4, C, 101)
-        expected = theirs(truth, found, masks, most=most).transpose(0, 3, 2, 1)
-        expected = np.where(expected < 0, np.nan, expected)
-        np.testing.assert_allclose(precision, expected, atol=1e-9)
-        compared += np.isfinite(expected).sum()
+        precision = ours(truth, found, most=most)
+        expected = theirs(truth, found, masks, most=most).transpose(0, 3, 2, 1)  # (10, 4, C, 101)
+        expected = np.ma.masked_less(expected, 0)  # -1 where a class has no objects
+        np.testing.assert_allclose(precision.curves()[0], expected.filled(np.nan), atol=1e-9)
+        compared += expected.count()
+        means = {"AP": expected[:, 0], "AP50": expected[0, 0], "AP75": expected[5, 0]}
+        means |= {"small": expected[:, 1], "medium": expected[:, 2], "large": expected[:, 3]}
+        for name, values in means.items():
+            mean = 100 * values.mean() if values.count() else None
+            assert precision.summary()[name] == (mean and pytest.approx(mean)), name
     assert compared > 10_000
 
 
-def one_object(scores, boxes):
-    no, box = np.zeros(1, bool), np.array([[10.0, 10, 50, 50]])
-    truth = Annotated("x", 100, 100, box, np.zeros(1, int), np.array([1600.0]), no, no, [])
-    return ours([truth], [(np.array(boxes, float), np.zeros(len(boxes), int), np.array(scores), None)], 1).summary()
-
-
-def test_ap_of_what_anyone_can_reckon():
-    right, wrong = [10, 10, 50, 50], [60, 60, 90, 90]
-    assert one_object([0.9, 0.8], [wrong, right])["AP50"] == pytest.approx(50)
-    assert one_object([0.9, 0.8], [right, wrong])["AP50"] == pytest.approx(100)
-    assert one_object([], np.zeros((0, 4)))["AP"] == 0
-    half = one_object([0.9], [[10, 10, 50, 36]])  # IoU .65: right at .5, .55, .6, .65
-    assert half["AP"] == pytest.approx(40) and half["AP75"] == 0 and half["small"] is None
-    assert half["VOC07 AP50"] == pytest.approx(100)
-    rng = np.random.default_rng(0)
-    truth, _ = made_up(rng, False)
-    truth = [image.keep(~image.crowd) for image in truth]
-    perfect = [(image.boxes, image.labels, np.ones(len(image.boxes)), None) for image in truth]
-    assert ours(truth, perfect).summary()["AP"] == pytest.approx(100)
-    assert Precision(3).summary()["AP"] is None
+def test_ap_without_objects_or_detections():
+    truth = made_up(np.random.default_rng(0), False)[0]
+    nothing = np.zeros((0, 4)), np.zeros(0, int), np.zeros(0), None
+    assert Precision(3).summary()["AP"] is None and ours(truth, [nothing] * len(truth)).summary()["AP"] == 0
 
 
 def test_vocs_rule_takes_the_nearest_object_whatever_has_been_found():
@@ -294,7 +281,7 @@ def test_mutated_annotations_are_legal_or_one_line(tmp_path):
     files.append(png / "train" / "masks" / "a.png")
     odd = [b"null", b"-1", b"1e999", b"[]", b"{}", b'"x"', b"true", b"\xff", b"\x00", b"nan", b"9" * 40]
     legal = 0
-    for k in range(300):
+    for k in range(150):
         file = files[k % 3]
         whole = file.read_bytes()
         at = rng.randrange(len(whole))
@@ -310,4 +297,4 @@ def test_mutated_annotations_are_legal_or_one_line(tmp_path):
         except (ValueError, OSError) as error:
             assert str(error)
         file.write_bytes(whole)
-    assert 10 < legal < 290
+    assert 5 < legal < 145
