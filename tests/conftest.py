@@ -1,5 +1,6 @@
 """What several test files share: small runs of the scripts, what they are built of, and commands that are refused."""
 
+import json
 import multiprocessing
 import os
 import socket
@@ -13,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks this small lose by mor
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import pretrain
@@ -25,9 +27,15 @@ settings.register_profile("thorough", deadline=None, max_examples=400, suppress_
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--max-images", "160", "--width", "0.0625", "--batch-size", "16", "--epochs", "3", "--held-out", "0.2"]
-TINY += ["--knn-every", "2", "--device", "cpu", "--no-amp"]
+TINY = "--max-images 160 --width 0.0625 --batch-size 16 --epochs 3 --held-out 0.2 --knn-every 2 --device cpu --no-amp"
+TINY = TINY.split()
 BOTH = ["--space", "heads", "resnet", "--image-size", "16", "--target-macs", "0.5xresnet18", "--strategy", "gradient"]
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def call(script, *flags):
+    """The script's main with these flags, in this process."""
+    return script.main(script.get_parser().parse_args(list(map(str, flags))))
 
 
 def arguments(script, folder, *more):
@@ -35,7 +43,19 @@ def arguments(script, folder, *more):
 
 
 def run(script, folder, *more):
-    return script.main(arguments(script, folder, *more))
+    return call(script, *TINY, "--output-dir", folder, *more)
+
+
+def log_of(folder):
+    """(first line, the epochs' lines) of a run's log."""
+    first, *lines = map(json.loads, (folder / "log.txt").read_text().splitlines())
+    return first, lines
+
+
+def save_png(image, path):
+    """An image (3, H, W) of bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
 
 
 def make_search(folder, *more):
@@ -91,8 +111,15 @@ def pretrained(tmp_path_factory):
 def refused(capsys, script, *flags):
     """(message, status) of a command that must end in one line, before anything is written."""
     with pytest.raises(SystemExit) as stop:
-        script.main(script.get_parser().parse_args(list(map(str, flags))))
+        call(script, *flags)
     said = capsys.readouterr().err
     message, status = (stop.value.code, 1) if isinstance(stop.value.code, str) else (said, stop.value.code)
     assert message.strip().count("\n") == 0 and "Traceback" not in message
     return message, status
+
+
+def all_refused(capsys, script, base, table):
+    """Every (flags, part of the message) of a table, with status 1."""
+    for flags, part in table:
+        message, status = refused(capsys, script, *base, *flags)
+        assert part in message and status == 1, (flags, message)
