@@ -144,6 +144,10 @@ def test_every_knob_of_a_recipe_can_be_turned():
     r = adjust(base, global_scale=[0.4, 0.9], local_scale=[0.1, 0.2], solarize=[0.5, 0, 0.25], views_per_image=1)
     assert [v.scale for v in (*r.globals, r.locals[0])] == [(0.4, 0.9), (0.1, 0.2)]
     assert [v.solarize for v in (*r.globals, r.locals[0])] == [0.5, 0.25]
+    r = adjust(base, local_share=4 / 7, colour=0.5)
+    assert r.locals[0].share == 4 / 7 and MultiCrop(r, 70).views[-1].size == 40
+    for new, old in ((r.globals[0], base.globals[0]), (r.locals[0], base.locals[0])):
+        assert new.jitter == pytest.approx([0.5 * strength for strength in old.jitter])
     r = adjust(RECIPES["diet"], locals=2, views_per_image=2)
     assert [v.size for v in MultiCrop(r, 224).views] == [224, 224, 96, 96] and r.locals[0].scale == (0.05, 0.08)
 
@@ -160,6 +164,9 @@ def test_every_knob_of_a_recipe_can_be_turned():
         ({"locals": -1}, "0 or more locals"),
         ({"views_per_image": 3}, "1 or 2"),
         ({"local_size": 4}, "8 pixels or more"),
+        ({"local_share": 1.5}, "local share"),
+        ({"local_share": 0.5, "local_size": 8}, "local share"),
+        ({"colour": 3.0}, "colour jitter"),
         ({"balance": (-1.0, 1.0)}, "weights of 0 or more"),
     ],
 )
