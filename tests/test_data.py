@@ -9,6 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from conftest import save_png
 from PIL import Image
 from torchvision import datasets
 
@@ -299,7 +300,7 @@ def test_two_ranks_see_the_halves_of_what_one_would(make, monkeypatch):
 
 def test_a_stream_gives_the_bits_of_resident_images_and_is_a_step_ahead(make, tmp_path):
     for i, image in enumerate(make_shapes(40, 16).pixels):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i:02}.png")
+        save_png(image, tmp_path / f"{i:02}.png")
     resident, stream = make(), make(Stream(sorted(map(str, tmp_path.iterdir())), 16))
     for step in (0, 1, 2, 3, 4, 5, 2):
         assert same(stream(step), resident(step))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import refused
+from conftest import all_refused, call, save_png
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
@@ -191,7 +191,7 @@ def test_a_classifier_fits_its_images_and_starts_from_the_backbone():
 
 def test_files_that_a_stream_could_not_decode_are_not_measured(tmp_path):
     for i, image in enumerate(make_shapes(120, 16).pixels):
-        save(image, tmp_path / ("train" if i < 80 else "test") / str(i % 2) / f"{i}.png")
+        save_png(image, tmp_path / ("train" if i < 80 else "test") / str(i % 2) / f"{i}.png")
     train, test = (load_images(str(tmp_path), split, 16, budget_gb=1e-9) for split in ("train", "test"))
     for file in (*train.pixels.files[10:20], *test.pixels.files[:4]):
         Path(file).write_text("no image")
@@ -215,14 +215,9 @@ def test_a_plain_torchvision_file_is_measured_too(tmp_path):
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
-def save(image, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-
-
 def test_a_list_of_labelled_images_names_them(tmp_path):
     for name in ("a/1", "a/2", "b/1", "b/3"):
-        save(torch.zeros(3, 8, 8, dtype=torch.uint8), tmp_path / "data" / "train" / f"{name}.png")
+        save_png(torch.zeros(3, 8, 8, dtype=torch.uint8), tmp_path / "data" / "train" / f"{name}.png")
     images, file = load_images(str(tmp_path / "data")), tmp_path / "list.txt"
     assert images.names == ["train/a/1.png", "train/a/2.png", "train/b/1.png", "train/b/3.png"]
     file.write_text("3.png\ntrain/a/1.png\n\n")
@@ -236,12 +231,12 @@ def test_a_list_of_labelled_images_names_them(tmp_path):
 def test_several_data_sets_and_shares_of_labels_come_in_one_table(pretrained, tmp_path, capsys):
     for split, n in ("train", 12), ("test", 6):
         for i, image in enumerate(make_shapes(n, 32, seed=n).pixels):
-            save(image, tmp_path / "mine" / split / f"class{i % 3}" / f"{i}.png")
+            save_png(image, tmp_path / "mine" / split / f"class{i % 3}" / f"{i}.png")
     weights = pretrained / "backbone.pth"
     before = weights.read_bytes()
     flags = f"--weights {weights} --data shapes {tmp_path}/mine --max-images 100 --output-dir {tmp_path}"
     flags += " --shots 2 3 --draws 3 --label-fraction 1 0.5 --finetune --finetune-lr 0.1 --finetune-epochs 1"
-    rows = linear_eval.main(linear_eval.get_parser().parse_args(flags.split()))
+    rows = call(linear_eval, *flags.split())
     assert [(r["data"], r["network"], r["labels"]) for r in rows] == [
         (data, network, n)
         for data, counts in (("shapes", (100, 50)), ("mine", (12, 6)))
@@ -261,16 +256,15 @@ def test_several_data_sets_and_shares_of_labels_come_in_one_table(pretrained, tm
 
 
 def test_wrong_measurements_are_told_in_one_line(pretrained, tmp_path, capsys):
-    weights = ["--weights", pretrained / "backbone.pth", "--output-dir", tmp_path / "out", "--max-images", 100]
+    base = ["--weights", pretrained / "backbone.pth", "--output-dir", tmp_path / "out", "--max-images", 100]
     (tmp_path / "list.txt").write_text("nothing.png")
-    for flags, message in [
+    table = [
         (["--label-fraction", 2], "--label-fraction: shares"),
         (["--label-list", tmp_path / "list.txt", "--label-fraction", 0.1], "leave one out"),
         (["--label-list", tmp_path / "no.txt"], "No such file"),
         (["--shots", 0], "--shots must be above 0"),
-    ]:
-        said, status = refused(capsys, linear_eval, *weights, *flags)
-        assert message in said and status == 1, said
+    ]
+    all_refused(capsys, linear_eval, base, table)
     assert not list((tmp_path / "out").glob("*"))
 
 
@@ -284,22 +278,19 @@ def searched(tmp_path):
     arch = space.arch([5 * stage % len(space.options) for stage in space.stages])
     torch.manual_seed(0)
     backbone, _ = build_backbone(arch, "small", 0.125)
-    save_backbone(
-        backbone, {"arch": arch, "width": 0.125, "stem": "small", "mean": [0.5] * 3, "std": [0.25] * 3}, tmp_path
-    )
+    facts = {"arch": arch, "width": 0.125, "stem": "small", "mean": [0.5] * 3, "std": [0.25] * 3}
+    save_backbone(backbone, facts, tmp_path)
     pixels = make_shapes(12, 16).pixels
     for n, image in enumerate(pixels):
-        place = tmp_path / "photos" / "abc"[n % 3] / f"{n}.png"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(place)
+        save_png(image, tmp_path / "photos" / "abc"[n % 3] / f"{n}.png")
     (tmp_path / "photos" / "b" / "broken.png").write_bytes(b"no image")
     return tmp_path, backbone.eval(), pixels
 
 
 def test_features_of_a_folder_are_the_backbones_by_path(searched, capsys):
     folder, backbone, pixels = searched
-    flags = f"--weights {folder}/backbone.pth --embed {folder}/photos --device cpu"
-    assert linear_eval.main(linear_eval.get_parser().parse_args(flags.split())) == []
+    flags = ["--weights", folder / "backbone.pth", "--embed", folder / "photos", "--device", "cpu"]
+    assert call(linear_eval, *flags) == []
     found = np.load(folder / "embed-photos.npz")
     rows = [int(Path(path).stem) for path in found["paths"]]
     assert sorted(rows) == list(range(12)) and found["paths"][0].startswith("a/")
@@ -320,8 +311,7 @@ def test_a_program_gives_what_the_backbone_gives(searched, ending):
         pytest.importorskip("onnxscript")
         runtime = pytest.importorskip("onnxruntime")
     path = folder / f"program.{ending}"
-    flags = f"--weights {folder}/backbone.pth --export {path} --image-size 16 --device cpu"
-    linear_eval.main(linear_eval.get_parser().parse_args(flags.split()))
+    call(linear_eval, "--weights", folder / "backbone.pth", "--export", path, "--image-size", 16, "--device", "cpu")
     for images in (pixels[:1].float() / 255, pixels[:7].float() / 255):
         with torch.no_grad():
             expected = backbone((images - 0.5) / 0.25)
@@ -334,8 +324,8 @@ def test_a_program_gives_what_the_backbone_gives(searched, ending):
 
 def test_neighbours_and_maps_are_drawn_without_labels_too(searched, capsys):
     folder, _, _ = searched
-    flags = f"--weights {folder}/backbone.pth --data {folder}/photos --device cpu"
-    assert linear_eval.main(linear_eval.get_parser().parse_args(flags.split())) == []
+    flags = ["--weights", folder / "backbone.pth", "--data", folder / "photos", "--device", "cpu"]
+    assert call(linear_eval, *flags) == []
     assert "no labels to measure with: pictures alone" in capsys.readouterr().out
     assert Image.open(folder / "map-photos.png").width == 2 * 580
     assert Image.open(folder / "neighbours-photos.png").width > 600
