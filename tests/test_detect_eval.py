@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import all_refused, as_rank, call, free_port, load, spawn
+from conftest import all_refused, call, load, spawn
 from PIL import Image
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 
@@ -190,10 +190,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(whole, weights, rect
     assert found["pre-trained"][0] == whole[1]["pre-trained"][0]
 
 
-def rank_main(rank, port, flags):
-    as_rank(rank, 2, port)
+def rank_main(rank, flags):
     call(detect_eval, *flags)
-    torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_are_one(weights, rectangles, tmp_path):
@@ -202,7 +200,7 @@ def test_two_ranks_are_one(weights, rectangles, tmp_path):
     flags = ["--weights", weights, "--data", rectangles, "--masks", "--no-untrained", *QUICK, "--freeze-bn"]
     flags += ["--lr", 0.02, "--output-dir"]
     call(detect_eval, *flags, tmp_path / "one")
-    spawn(rank_main, (free_port(), [*flags, tmp_path / "two"]), nprocs=2)
+    spawn(rank_main, [*flags, tmp_path / "two"])
     a, b = (load(tmp_path / name / "pre-trained-seed0" / "detector.pth") for name in ("one", "two"))
     for k, x in a.items():
         torch.testing.assert_close(b[k], x, rtol=1e-4, atol=1e-5)

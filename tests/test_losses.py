@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ROOT, as_rank, free_port, load, spawn
+from conftest import ROOT, load, spawn
 from torch import nn
 
 import losses
@@ -502,12 +502,10 @@ def one_step(case, device, rank=0, world=1):
     return (losses.reduced(loss.detach()) / world).cpu(), gradients, state
 
 
-def rank_main(rank, world, port, folder, device):
-    as_rank(rank, world, port)
+def rank_main(rank, world, folder, device):
     dist.init_process_group("gloo")  # nccl wants a GPU a rank
     torch.backends.cudnn.allow_tf32 = False
     torch.save({case: one_step(case, device, rank, world) for case in CASES[device]}, f"{folder}/{rank}.pth")
-    dist.destroy_process_group()
 
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -517,7 +515,7 @@ NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 def test_several_ranks_give_one_process_loss_gradients_and_state(world, device, tolerance, tmp_path):
     """Alphas, queues, centre and Sinkhorn's codes included."""
     torch.backends.cudnn.allow_tf32 = False
-    spawn(rank_main, (world, free_port(), str(tmp_path), device), nprocs=world)
+    spawn(rank_main, world, tmp_path, device, world=world)
     ranks = [load(tmp_path / f"{rank}.pth") for rank in range(world)]
     for case in CASES[device]:
         loss, gradients, state = one_step(case, device)
