@@ -540,9 +540,10 @@ def plain_step_of(search: Search, choice: list[int]) -> Callable[[int], None]:
     """step -> None: a training step of a subnet alone, on a copy."""
     method = search.recalibrated_subnet(choice, 1)
     optimizer = optimizer_of(list(method.named_parameters()), method, search.args)
+    batches = search.batches_of(search.rows[0], purpose=RECALIBRATION)  # streamed batches of the search are read ahead
 
     def plain_step(step: int) -> None:
-        views, index = search.batches(step)
+        views, index = batches(step)
         with autocast(search.args, search.device):
             loss = method(views, index)
         loss.backward()
