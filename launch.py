@@ -16,6 +16,7 @@ if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:  # unless the 
 # isort: split
 
 import argparse
+import difflib
 import inspect
 import json
 import math
@@ -45,14 +46,25 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+def number(text: str) -> float:
+    """As float, without "nan", which would pass any check of a range."""
+    if math.isnan(value := float(text)):
+        raise ValueError(text)
+    return value
+
+
 class Parser(argparse.ArgumentParser):
     """A wrong flag gets a message of one line; flags may be written with - or _."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=Help, **kwargs)
+        self.register("type", float, number)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}; --help lists the flags\n")
+        wrong = re.match(r"unrecognized arguments: (--[^ =]+)", message)
+        near = difflib.get_close_matches(wrong[1], self._option_string_actions, n=1) if wrong else []
+        meant = f"; did you mean {near[0]}?" if near else ""
+        self.exit(2, f"{self.prog}: error: {message}{meant}; --help lists the flags\n")
 
     def parse_args(self, argv=None):
         argv = sys.argv[1:] if argv is None else argv

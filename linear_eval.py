@@ -40,7 +40,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import load_backbone, written
+from checkpoint import load_backbone, write_atomic, written
 from data import Images, Stream, decoded, image_files, in_turn, load_data, to_device
 from launch import Parser, data_flags, is_main, memory_format, say, setup, synced, user_errors
 from losses import gather, ranks
@@ -666,7 +666,7 @@ def main(args: argparse.Namespace) -> list[dict]:
                 files += [f"neighbours-{name}.png", f"map-{name}.png"]
         if is_main() and table:
             data = "-".join(dict.fromkeys(row["data"] for row in table))
-            (folder / f"linear_eval-{data}.md").write_text("\n".join([text, *lines, ""]))
+            write_atomic("\n".join([text, *lines, ""]), folder / f"linear_eval-{data}.md")
             files.append(f"linear_eval-{data}.md")
         if files:
             say(f"wrote to {folder}: {', '.join(files)}")

@@ -386,7 +386,11 @@ class Search:
         method = self.subnet(choice)
         batches = self.batches_of(self.rows[0], purpose=RECALIBRATION, shuffle=False)
         with autocast(self.args, self.device):
-            return models.recalibrate(method, map(batches, range(n_batches)), lambda batch: method.outputs(*batch))
+            models.recalibrate(method, map(batches, range(n_batches)), lambda batch: method.outputs(*batch))
+        for name, statistic in method.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                mean_over_ranks(statistic)  # each rank has seen its part of the batches
+        return method
 
 
 def alpha_gradients(

@@ -767,7 +767,8 @@ def report(folder: Path) -> None:
         paragraphs.append(f"## {group}: {len(p.names)}, {p.accuracy.shape[1]} seeds")
         regret, error, drawn = regrets(p.accuracy)
         paragraphs += [in_short(p, scenarios, regret, drawn), scenario_table(p, scenarios, regret, error)]
-        paragraphs += ["What a choice does, one step of it, all else equal:", choice_table(p, scenarios)]
+        if choices := choice_table(p, scenarios):
+            paragraphs += ["What a choice does, one step of it, all else equal:", choices]
     if groups:
         paragraphs.append("## Which network is good, and can one know?")
         paragraphs.append("Kendall's tau with the accuracy: 0 by chance, 1 where the order is the same.")

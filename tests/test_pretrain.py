@@ -320,7 +320,9 @@ def rank_main(rank, folder):
             gates.append(s.choices.choice() if space else None)
         h = extract(s.method.encoder, s.images.pixels[:33], (0.5,) * 3, (0.2,) * 3, s.device)
         state = {k: v for k, v in s.method.state_dict().items() if "running" not in k and "num_batches" not in k}
-        torch.save({"state": state, "h": h, "views": s.batches(7)[0], "gates": gates}, f"{folder}/{method}-{rank}.pth")
+        subnet = s.recalibrated_subnet(s.choice(), 2).encoder.state_dict() if space else {}
+        facts = {"state": state, "h": h, "views": s.batches(7)[0], "gates": gates, "subnet": subnet}
+        torch.save(facts, f"{folder}/{method}-{rank}.pth")
         if method == "diet":  # the checkpoint has all rows; each rank gets its own back
             whole = copy.deepcopy([s.method.state_dict(), s.optimizer.state_dict()])
             rows = s.method.classifier.weight.detach().clone()
@@ -345,6 +347,7 @@ def test_two_ranks_keep_equal_alphas_weights_and_queues(tmp_path):
         assert a["h"].shape == (33, 32) and torch.equal(a["h"], b["h"]) and a["gates"] == b["gates"]
         if a["gates"][0]:
             assert len(set(map(str, a["gates"]))) == 3
+            assert all(torch.equal(x, b["subnet"][key]) for key, x in a["subnet"].items())  # BN statistics too
             continue
         one = make_search(tmp_path / "one", "--method", method)
         for view, x, y in zip(one.batches(7)[0], a["views"], b["views"]):
@@ -487,7 +490,9 @@ def test_a_wrong_command_is_told_in_one_line(script, tmp_path, capsys):
         save_png(image, tmp_path / "three" / f"{i}.png")
     table = [
         (["--method", "simsiem"], "invalid choice: 'simsiem'"),
-        (["--bacth-size", 3], "unrecognized arguments: --bacth-size"),
+        (["--bacth-size", 3], "unrecognized arguments: --bacth-size 3; did you mean --batch-size?"),
+        (["--nothing-like-it"], "unrecognized arguments: --nothing-like-it; --help"),
+        (["--lr", "nan"], "argument --lr: invalid float value: 'nan'"),
         (["--device", "cuda:1"], "invalid choice: 'cuda:1'"),
     ]
     all_refused(capsys, script, out, table, status=2)
