@@ -167,10 +167,13 @@ def command_line(script: str, parser: Parser, args: argparse.Namespace) -> str:
 
 @contextmanager
 def user_errors():
-    """Ends the script with one line and status 1 on errors that the user can fix: a wrong path, flag or file."""
+    """Ends the script with one line and status 1 on errors that the user can fix: a wrong path, flag or file. Under
+    `python -X dev` they keep their traceback, to find errors that are the code's own."""
     try:
         yield
     except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
         rank = f" on rank {dist.get_rank()}" if dist.is_initialized() else ""
         sys.exit(f"{os.path.basename(sys.argv[0])}: error{rank}: {' '.join(str(error).split())}")
 

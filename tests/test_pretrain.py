@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -525,6 +526,14 @@ def test_a_wrong_command_is_told_in_one_line(script, tmp_path, capsys):
     ]
     all_refused(capsys, script, out, table)
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_dev_mode_shows_tracebacks(monkeypatch):
+    for dev_mode, raised in [(False, SystemExit), (True, ValueError)]:
+        flags = types.SimpleNamespace(dev_mode=dev_mode)
+        monkeypatch.setattr(launch, "sys", types.SimpleNamespace(argv=["a.py"], exit=sys.exit, flags=flags))
+        with pytest.raises(raised), launch.user_errors():
+            raise ValueError("wrong")
 
 
 def test_heads_that_cannot_be_built_are_refused(tmp_path, capsys):
