@@ -281,10 +281,11 @@ def handcrafted(task: Task) -> Candidate:
 
 def random_candidates(task: Task, n: int) -> list[Candidate]:
     """The handcrafted one and n - 1 random ones."""
-    rng = random.Random(task.args.seed)
+    seed = task.args.seed + 10**6  # study.py draws its baseline of random networks from --seed itself
+    rng = random.Random(seed)
     archs = [task.arch] * (n - 1)
     if task.space:
-        archs = [task.space.arch(choice) for choice in drawn(task.cost, n - 1, task.args.seed)]
+        archs = [task.space.arch(choice) for choice in drawn(task.cost, n - 1, seed)]
         archs = [arch for arch in archs if fits(task, arch)]
     rest = [Candidate(f"random {k + 1}", arch, *random_rest(task, arch, rng)) for k, arch in enumerate(archs)]
     return [handcrafted(task), *rest]
@@ -302,6 +303,20 @@ def rungs(n: int) -> list[tuple[int, float]]:
     while sizes[-1] > 2:
         sizes.append(math.ceil(sizes[-1] / 2))
     return [(size, (k + 1) / len(sizes)) for k, size in enumerate(sizes)]
+
+
+def halving_epochs(n: int, epochs: int) -> int:
+    """Epochs that halving n candidates takes in all, where the last ones train for `epochs`."""
+    total, done = 0, 0
+    for size, share in rungs(n):
+        end = until(share, epochs)
+        total, done = total + size * (end - done), end
+    return SEEDS * total
+
+
+def until(share: float, epochs: int) -> int:
+    """The epoch at which a rung ends."""
+    return max(1, round(share * epochs))
 
 
 def view_cost(task: Task, views: dict | None) -> float:
@@ -354,10 +369,9 @@ def halving(task: Task, candidates: list[Candidate], folder: Path) -> tuple[Cand
             between, within = spreads(np.array(list(scores.values())))
             noise.append(within)
             if len(alive) > 2:
-                ratio = between / max(within, 1e-30)
-                say(
-                    f"candidates differ by {between:.3g} (standard deviation), seeds by {within:.3g}: ratio {ratio:.2f}"
-                )
+                now = between / max(within, 1e-30)
+                say(f"candidates differ by {between:.3g} (standard deviation), seeds by {within:.3g}: ratio {now:.2f}")
+                ratio = now if ratio is None else ratio  # of all: those that are left are alike, being the best
     winner = alive[0]
     if ratio is not None and ratio < 0.5:
         say("warning: candidates differ less than seeds do: there may be nothing to find here")
@@ -409,7 +423,7 @@ def train_alone(task: Task, candidate: Candidate, k: int, share: float, folder: 
     flags |= {name: getattr(task.asked, name) for name in ("amp", "compile", "sync_bn")}  # as a later machine wants it
     if args.warmup_epochs is not None:
         flags["warmup_epochs"] = args.warmup_epochs * epochs / args.epochs
-    what = args, task.images, candidate.arch, candidate.heads, max(1, round(share * epochs))
+    what = args, task.images, candidate.arch, candidate.heads, until(share, epochs)
     for seed in range(args.seed, args.seed + SEEDS):
         run = folder / "finalists" / f"{k}-seed{seed}"
         last = pretrain.run_in(run, *what, seed=seed, profile=False, **flags)

@@ -84,7 +84,8 @@ def knn_accuracy(
     bank: Tensor, bank_labels: Tensor, query: Tensor, labels: Tensor, k=200, temperature=0.1, chunk=1024
 ) -> float:
     """Accuracy of weighted kNN on queries (M, F): the k nearest in the bank (N, F) by cosine vote with weights
-    exp(cos / T) (1805.01978, section 3.4). Works on chunks of queries, to not hold all M x N similarities."""
+    exp(cos / T) (1805.01978, section 3.4). Works on chunks of queries, to not hold all M x N similarities. Weights are
+    relative to the nearest's, as else a small T would make them overflow."""
     bank = F.normalize(bank, dim=1)
     query = F.normalize(query, dim=1)
     bank_labels = bank_labels.to(bank.device)
@@ -95,7 +96,7 @@ def knn_accuracy(
     for q, y in zip(query.split(chunk), labels.split(chunk)):
         cosine, nearest = (q @ bank.T).topk(k)  # (b, F) x (F, N) -> (b, k) of both
         votes = q.new_zeros(len(q), classes)  # (b, C)
-        votes.scatter_add_(1, bank_labels[nearest], (cosine / temperature).exp())
+        votes.scatter_add_(1, bank_labels[nearest], ((cosine - cosine[:, :1]) / temperature).exp())
         right += (votes.argmax(1) == y).sum()
     return right.item() / len(query)
 

@@ -558,7 +558,8 @@ class SearchBackbone(nn.Module):
     subnet, sliced out of the weights, has the same outputs but for the order of sums.
 
     If gates require gradients, forward runs the masked network, whose shapes never change, which suits a compiler. If
-    not, it runs the subnet at its own cost; other weights get no gradient, so that optimisers leave them alone.
+    not, it runs the subnet at its own cost. Blocks beyond the depth then get no gradient, so that optimisers leave them
+    alone; channels and kernel borders outside the slice get zeros, and still move by momentum and weight decay.
     """
 
     def __init__(self, space: Space, width: float = 1.0, stem: str = "imagenet"):

@@ -18,8 +18,9 @@ by surrogates of bootstrapped scores, random ones, and the handcrafted network s
 
 halving, the default for views: the handcrafted candidate and random ones, like the finalists of a supernet, are trained
 alone with two seeds, all on the same views unless views are searched. At every rung the better half goes on, until one
-is left (successive halving, 1502.07943). A winner that leads the handcrafted candidate by no more than noise is dropped
-in its favour. A warning is printed if candidates differ by less than half of what seeds do.
+is left (successive halving, 1502.07943). A winner that leads the handcrafted candidate by no more than a standard error
+is dropped in its favour. (As the winner is the best of several, of 8 equal networks half of all searches still return
+another one.) A warning is printed if candidates differ by less than half of what seeds do.
 
 gradient, the default for heads (NASiam, arXiv 2302.00059): every layer is a mixture of seven operations, weighted by
 its alphas. For backbones (SSA, 2203.08130; the design is ours) every choice is a mask on the largest network; a step
@@ -64,7 +65,6 @@ from torch import Tensor, nn
 import models
 import pretrain
 from candidates import (
-    SEEDS,
     Candidate,
     Cost,
     Task,
@@ -73,13 +73,13 @@ from candidates import (
     fits,
     fitting,
     halving,
+    halving_epochs,
     handcrafted,
     head_spaces,
     measured_ms,
     random_candidates,
     random_rest,
     remembered,
-    rungs,
     task_of,
 )
 from checkpoint import Checkpoint, load_arch, load_json, lock, save_backbone, versions, write_atomic, write_json
@@ -196,9 +196,11 @@ class AlphaGradients:
     def signal(self) -> float:
         """Signal-to-noise ratio of one step's gradient: RMS over alphas of mean / standard deviation, corrected for
         chance. At a ratio of s it takes about 1 / s^2 steps to learn an alpha's direction; fewer are a random walk."""
-        gradients = torch.stack(self.steps).double()
-        t2 = gradients.mean(0) ** 2 / (gradients.var(0) / len(gradients)).clamp(min=1e-30)
-        return math.sqrt(max(0.0, t2.mean().item() - 1) / len(gradients))
+        gradients, n = torch.stack(self.steps).double(), len(self.steps)
+        if n < 4:
+            return 0.0
+        t2 = gradients.mean(0) ** 2 / (gradients.var(0) / n).clamp(min=1e-30)  # of noise: (n - 1) / (n - 3) on average
+        return math.sqrt(max(0.0, t2.mean().item() * (n - 3) / (n - 1) - 1) / n)
 
     def dead(self, names: list[str]) -> list[str]:
         """Names of the alphas whose gradient was zero in every step of the epoch."""
@@ -562,8 +564,7 @@ def plain_step_of(search: Search, choice: list[int]) -> Callable[[int], None]:
 
 def score_candidates(search: Search, folder: Path) -> tuple[list[list[int]], np.ndarray]:
     """Scores random subnets in the band with the supernet's weights on two halves of the held-out images: (choices,
-    scores (N, 2)), higher is better. All ranks see all images. Resumes from scores.json. Subnets whose score is not
-    finite are left out."""
+    scores (N, 2)), higher is better. Resumes from scores.json. Subnets whose score is not finite are left out."""
     args, path, halves = search.args, folder / "scores.json", (search.held_out[::2], search.held_out[1::2])
     rows = from_main(load_json(str(path))["scored"] if path.exists() else [])
     choices = drawn(search.cost, args.candidates, args.seed)
@@ -593,7 +594,7 @@ class Surrogate(NamedTuple):
     """A score is a constant and the sum of what each value of each choice in each stage is worth."""
 
     space: Space
-    worth: np.ndarray  # (F,), of mean zero within a stage's choice over the networks that it was fitted to
+    worth: np.ndarray  # (F,), whose sum over the values of a stage's choice is zero
     error: np.ndarray  # (F,), standard errors
     r2: float  # of networks that it was not fitted to, by ten-fold cross-validation
     penalty: float
@@ -690,7 +691,7 @@ def finalists_of(
             weights, _ = ridge(x[rows], y[rows], surrogate.penalty)
             resampled = surrogate._replace(worth=weights)
             add(f"surrogate {k + 2}", task.space.arch(task.cost.derive(resampled.option_scores())))
-    for k, choice in enumerate(drawn(task.cost, args.finalists, args.seed + 1)):
+    for k, choice in enumerate(drawn(task.cost, args.finalists, args.seed + 2 * 10**6)):
         add(f"random {k + 1}", task.space.arch(choice))
     return list(found.values())
 
@@ -792,8 +793,7 @@ def announce_cost(task: Task, supernet_steps: int, step_seconds: float | None = 
     if supernet_steps:
         parts["supernet"] = supernet_steps
         parts["scores"] = args.candidates * len(held_out) / args.batch_size / 3  # forward passes: 1/3 of a step
-    epochs = sum(size / len(rungs(n)) for size, _ in rungs(n)) * SEEDS * args.final_epochs
-    parts["halving"] = epochs * per_epoch
+    parts["halving"] = halving_epochs(n, args.final_epochs) * per_epoch
     total = sum(parts.values())
     said = ", ".join(f"{name} {steps:,.0f}" for name, steps in parts.items())
     minutes = f", about {total * step_seconds / 60:.1f} minutes" if step_seconds else ""

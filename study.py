@@ -48,7 +48,7 @@ from candidates import head_spaces, parse_target, random_heads, spreads
 from checkpoint import load_arch, load_backbone, load_heads, load_json, lock, versions, write_atomic, write_json
 from data import Images, load_data
 from launch import Parser, say, user_errors
-from models import ARCHS, BACKBONES, SPACES, describe
+from models import ARCHS, BACKBONES, SPACES, Space, describe
 from pictures import draw_costs, draw_matrices, draw_scores
 
 # ---- networks -------------------------------------------------------------------------------------------------------
@@ -179,9 +179,20 @@ def heads_in(path: str, args: argparse.Namespace) -> dict | None:
     return load_heads(path, list(head_spaces(args, args.arch))) if "heads" in load_json(path) else None
 
 
+TRAINED_ON, INHERITED = ", trained on", ", inherited"  # ends of the families of networks that have a search's weights
+
+
+def scaled(space: Space, found: dict) -> dict:
+    """The handcrafted architecture scaled to the MACs at which the backbone of an arch.json was found."""
+    base, table = space.costs(found["width"], found["stem"], found["image_size"])
+    target = found.get("target_macs") or found["macs"]
+    return space.arch(models.derive(models.handcrafted_scores(space), base, table, target))
+
+
 def found_by(folder: str, args: argparse.Namespace) -> list[Network]:
     """What search.py has found, trained from scratch, and the handcrafted network. A found backbone also with the
-    weights that the search left, trained further and as they are. Raises ValueError or OSError."""
+    weights that the search left, trained further and as they are, and beside the handcrafted one scaled to its cost.
+    Raises ValueError or OSError."""
     path, weights = str(Path(folder) / "arch.json"), str(Path(folder) / "backbone.pth")
     family = f"found ({Path(folder).name})"
     found, heads = load_json(path), heads_in(path, args)
@@ -193,9 +204,10 @@ def found_by(folder: str, args: argparse.Namespace) -> list[Network]:
             raise ValueError(f"--search {folder}: searched at --width {width}, not {args.width}")
         return [
             Network(family, arch, heads=heads),
-            Network(f"{family}, trained on", arch, heads=heads, weights=weights),
-            Network(f"{family}, inherited", arch, heads=heads, weights=weights, trained=False),
+            Network(family + TRAINED_ON, arch, heads=heads, weights=weights),
+            Network(family + INHERITED, arch, heads=heads, weights=weights, trained=False),
             Network("handcrafted", space.handcrafted),
+            Network("handcrafted, scaled", scaled(space, found["backbone"])),
         ]
     if "heads" in searched:
         own = [Network(family, args.arch, heads=heads)] if heads else []  # none: the search kept the handcrafted heads
@@ -407,8 +419,10 @@ def read_table(path: str | Path) -> list[dict]:
 
 def lookup(path: str | Path) -> dict[str, dict[str, tuple[float, float, int]]]:
     """A study.csv as a tabular benchmark, to try a search strategy on in seconds: {key(arch, width): {column: (mean,
-    standard deviation over seeds, seeds)}}, with arch and width as in the table, for all columns of numbers."""
-    lines = [line for line in read_table(path) if line["heads"] is None]
+    standard deviation over seeds, seeds)}}, with arch and width as in the table, for all columns of numbers. Runs with
+    other heads than the handcrafted or from a search's weights are left out."""
+    others = (TRAINED_ON, INHERITED)
+    lines = [line for line in read_table(path) if line["heads"] is None and not line["family"].endswith(others)]
     table = {}
     for name, runs in grouped(lines, lambda line: key(line["arch"], line["width"])).items():
         table[name] = {}
@@ -645,7 +659,9 @@ def in_short(p: Population, scenarios: list[str], regret: np.ndarray, drawn: np.
     if len(scenarios) > 1:
         text += (
             f" On the other scenarios, choosing a network by {scenarios[0]} costs {regret[0, 1:].mean():.2f} points "
-            f"compared with choosing by the scenario itself; drawing one at random costs {drawn[1:].mean():.2f}."
+            f"compared with choosing by the scenario itself; drawing one at random costs {drawn[1:].mean():.2f}. "
+            "(Chosen by all seeds but one, scored by that one. A noisy scenario chooses badly for itself, so a cost "
+            "can be negative.)"
         )
     return text
 
@@ -697,7 +713,13 @@ def network_table(table: list[dict], scenarios: list[str]) -> str:
 def found_table(table: list[dict], scenarios: list[str]) -> tuple[str, dict]:
     """(table, {scenario: {family: accuracies}}) of networks outside the paper's grids, as those that searches found:
     mean, deviation over runs, relative improvement over the mean of random networks, if there are any."""
-    families = grouped([line for line in table if line["family"] not in GRIDS], itemgetter("family"))
+    families = {}
+    for name, lines in grouped([line for line in table if line["family"] not in GRIDS], itemgetter("family")).items():
+        networks = grouped(lines, itemgetter("network"))
+        if name.startswith("random") or len(networks) == 1:
+            families[name] = lines
+        else:  # files or searches of one name
+            families |= {f"{name}: {network}": runs for network, runs in networks.items()}
     for name, lines in list(families.items()):
         if name.startswith("random") and all(line["held_out_loss"] is not None for line in lines):
             networks = grouped(lines, itemgetter("network")).values()
@@ -723,7 +745,7 @@ def found_table(table: list[dict], scenarios: list[str]) -> tuple[str, dict]:
             if random is None or name.startswith("random"):
                 continue
             shared = [line["seed"] < random.shape[1] for line in measured]  # seeds are 0, 1, ...
-            if any(shared):
+            if sum(shared) == random.shape[1]:
                 row[name] += f"; {rounded(improvement(y[shared], random), 1)} %"
         rows.append(row)
     return markdown(rows) if columns else "", dots
@@ -856,7 +878,10 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple[list[Run], 
     pretrain.split(images, args)
     stem, size = pretrain.stem_of(args, images), images.pixels.shape[-1]
     networks = [network for word in args.networks for network in networks_of(word, args, stem, size)]
-    networks += [network for path in args.search for network in found_by(path, args)]
+    found = [network for path in args.search for network in found_by(path, args)]
+    for name in sorted({network.name for network in networks} & {network.name for network in found}):
+        say(f"{name} is a result of --search and among --networks too: the report lists it under the latter")
+    networks += found
     measured = {}
     for source in sources:
         measured[source] = [load_data(args, source, split) for split in ("train", "test")]

@@ -250,7 +250,9 @@ def sample_views(views: Sequence[View], n: int, height: int, width: int, rng: np
     p["box"][:] = sample_boxes(views, u_box, height, width, rng)
     p["flip"][:], p["grey"][:], p["solarize"][:], jittered, blurred = u_chance < limits["chance"]
     change = (2 * u_jitter - 1) * (limits["jitter"] * jittered)  # (4, V, n)
-    p["factor"][:] = np.maximum(1 + change[:3], 0).transpose(1, 2, 0)
+    strength = (limits["jitter"] * jittered)[:3]
+    factor = np.where(strength > 1, u_jitter[:3] * (1 + strength), 1 + change[:3])  # from max(0, 1 - s) to 1 + s
+    p["factor"][:] = factor.transpose(1, 2, 0)
     p["hue"][:] = change[3]
     order = (u_order * 24).astype(np.int64)  # of four operations: one of 6 of the first three, hue in one of 4 places
     p["order"][:] = _ORDERS[order >> 2]

@@ -12,7 +12,8 @@ from torch import nn
 import candidates
 import pretrain
 import search
-from candidates import Candidate, halving, handcrafted, random_candidates, rungs, task_of, view_cost
+import study
+from candidates import Candidate, halving, halving_epochs, handcrafted, random_candidates, rungs, task_of, view_cost
 from models import BACKBONES, OPS, SPACES, build_backbone, derive, handcrafted_scores, macs, use_batch_statistics
 from views import VIEW_SPACE
 
@@ -114,6 +115,8 @@ def test_a_search_starts_with_the_handcrafted_and_different_random_candidates(tm
     all_of_them = random_candidates(task, 8)
     assert all_of_them == random_candidates(task, 8) and all_of_them[0] == handcrafted(task)
     assert len({json.dumps(c.arch) for c in all_of_them[1:]}) == 7
+    baseline = study.random_networks(["resnetk1"], 48, task.args, "small", 16)
+    assert not any(c.arch == network.arch for c in all_of_them for network in baseline)
     for c in all_of_them:
         share = macs(c.arch, 0.0625, "small", 16) / task.cost.target
         assert 0.95 <= share <= 1
@@ -126,6 +129,8 @@ def test_a_search_starts_with_the_handcrafted_and_different_random_candidates(tm
 def test_rungs_halve_until_two_are_left():
     assert rungs(16) == [(16, 0.25), (8, 0.5), (4, 0.75), (2, 1.0)]
     assert rungs(5) == [(5, 1 / 3), (3, 2 / 3), (2, 1.0)] and rungs(2) == [(2, 1.0)] and rungs(1) == [(1, 1.0)]
+    assert halving_epochs(8, 3) == 2 * (8 + 4 + 2) and halving_epochs(16, 8) == 2 * (16 + 8 + 4 + 2) * 2
+    assert halving_epochs(8, 1) == 2 * 8  # all are at their end after the first rung
 
 
 NAMES = ["handcrafted", *"abcdefg"]

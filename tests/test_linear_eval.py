@@ -54,6 +54,8 @@ def test_knn_is_what_numpy_says_and_takes_no_notice_of_order_or_length(bank, k, 
         right += votes.argmax() == answer
     got = knn_accuracy(h.float(), labels, query.float(), answers, k, temperature, chunk)
     assert got == pytest.approx(right / 9)
+    nearest = labels[torch.from_numpy((a @ b.T).argmax(1))]
+    assert knn_accuracy(h, labels, query, answers, k, 1e-4) == (nearest == answers).sum().item() / 9  # no overflow
     order = torch.randperm(len(h), generator=g)
     assert got == knn_accuracy(3 * h[order], labels[order], query / 7, answers, k, temperature)
 

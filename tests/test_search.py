@@ -2,6 +2,7 @@
 
 import copy
 import json
+import statistics
 import xml.etree.ElementTree
 from itertools import pairwise
 
@@ -105,6 +106,11 @@ def test_the_alphas_signal_is_the_mean_gradient_in_units_of_its_noise():
     for share in (0.5, 0.0):
         gradients.steps = list(3 * (torch.randn(4000, 70, generator=g) + share))
         assert gradients.signal() == pytest.approx(share, abs=0.02)
+    t2 = []
+    for _ in range(40):  # short epochs of noise look like noise too
+        gradients.steps = list(torch.randn(10, 4000, generator=g))
+        t2.append(gradients.signal())
+    assert statistics.mean(t2) < 0.03
 
 
 def test_dead_alphas_are_named(tmp_path):

@@ -333,11 +333,13 @@ def test_what_a_search_found_is_trained_beside_random_ones(tmp_path):
     lines = study.read_table(tmp_path / "study" / "study.csv")
     found = "found (searched)"
     counts = {found: 2, f"{found}, trained on": 2, f"{found}, inherited": 1, "handcrafted": 2, "random heads+resnet": 4}
+    counts["handcrafted, scaled"] = 2
     assert Counter(line["family"] for line in lines) == counts
     arch = json.loads((tmp_path / "searched" / "arch.json").read_text())
     by_family = {line["family"]: line for line in lines}
     assert by_family[found]["arch"] == arch["backbone"]["arch"] and by_family[found]["heads"] == arch["heads"]
     assert by_family[found]["macs"] == arch["backbone"]["macs"] and by_family["handcrafted"]["network"] == "resnet18"
+    assert by_family["handcrafted, scaled"]["macs"] == pytest.approx(0.975 * arch["backbone"]["target_macs"], rel=0.026)
     report = (tmp_path / "study" / "study.md").read_text()
     value = np.array([line["shapes linear"] for line in lines if line["family"] == found])
     random = np.array([line["shapes linear"] for line in lines if line["family"].startswith("random")])
@@ -394,6 +396,27 @@ def test_a_report_says_what_the_study_shows(made_up, capsys):
     (made_up / "study.md").unlink()
     run_study(made_up, "--report")
     assert (made_up / "study.md").read_text() == report
+
+
+def test_networks_of_one_family_and_weights_of_a_search_are_kept_apart(made_up):
+    study.write_table(made_up)
+    known = study.lookup(made_up / "study.csv")
+    a, b = (json.loads(file.read_text()) for file in sorted((made_up / "runs").glob("*-0/row.json"))[:2])
+    scores = {name: {"knn": 1.0, "linear": 1.0} for name in a["scores"]}
+    others = [
+        {**a, "family": f"found{end}", "network": end, "scores": scores} for end in (", inherited", ", trained on")
+    ]
+    others += [{**row, "family": "arch", "network": f"network {k}"} for k, row in enumerate((a, b))]
+    for k, row in enumerate(others):
+        (made_up / "runs" / str(k)).mkdir()
+        (made_up / "runs" / str(k) / "row.json").write_text(json.dumps(row))
+    study.write_table(made_up)
+    again = study.lookup(made_up / "study.csv")
+    key = study.key(a["arch"], a["width"])
+    assert again[key]["same linear"][2] == known[key]["same linear"][2] + 1  # that of "arch"
+    assert again[key]["same linear"][0] < 90
+    text, _ = study.found_table(study.read_table(made_up / "study.csv"), ["same"])
+    assert "| arch: network 0 (1 runs) | arch: network 1 (1 runs) |" in text
 
 
 def test_a_search_that_kept_the_handcrafted_heads_has_found_these(tmp_path):

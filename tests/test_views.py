@@ -235,7 +235,7 @@ def test_crops_are_distributed_as_torchvisions():
 
 
 def test_the_other_parameters_are_distributed_as_the_recipe_says():
-    n, view = 20_000, View(size=96, jitter=(0.4, 0.3, 0.2, 0.1), solarize=0.3)
+    n, view = 20_000, View(size=96, jitter=(0.4, 1.3, 0.2, 0.1), solarize=0.3)
     p = draw(view, n, 96, 96, 0)
     jittered, blurred = p["hue"] != 0, p["sigma"] > 0
     due = [p["flip"], p["grey"], p["solarize"], blurred, jittered]
@@ -245,7 +245,7 @@ def test_the_other_parameters_are_distributed_as_the_recipe_says():
     orders = p["order"] @ torch.tensor([36.0, 12.0, 4.0]) + p["hue_after"]
     assert (orders.unique(return_counts=True)[1] / n - 1 / 24).abs().max() < 0.01 and len(orders.unique()) == 24
     assert (p["factor"][~jittered] == 1).all()
-    ranges = [(p["factor"][jittered, k], 1 - s, 1 + s) for k, s in enumerate(view.jitter[:3])]
+    ranges = [(p["factor"][jittered, k], max(0, 1 - s), 1 + s) for k, s in enumerate(view.jitter[:3])]
     for values, low, high in [*ranges, (p["hue"][jittered], -0.1, 0.1), (p["sigma"][blurred], 0.1, 2.0)]:
         assert low <= values.min() < low + 0.01 * (high - low) and high - 0.01 * (high - low) < values.max() <= high
         assert values.mean().item() == pytest.approx((low + high) / 2, abs=0.02 * (high - low))
