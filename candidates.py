@@ -93,6 +93,7 @@ def milliseconds(
     times: list[list[float]] = [[] for _ in modules]
     for module in modules:
         module.to(device, memory_format=launch.memory_format(device)).eval()
+    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # whatever has run before
     for turn in range(warm_up + rounds):
         for module, x, of_module in zip(modules, inputs, times):
             module(x)  # warms the caches: inside a network a block finds its inputs there
@@ -101,6 +102,7 @@ def milliseconds(
                 module(x)
             if turn >= warm_up:
                 of_module.append(1e3 * (clock(device) - begun) / calls)
+    torch.backends.cudnn.benchmark = benchmark
     return [statistics.median(of_module) for of_module in times]
 
 

@@ -29,6 +29,7 @@ import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
 
+import launch
 from launch import barrier, is_main, say, user_errors
 from models import ARCHS, OPS, PRESETS, build_backbone, check_arch, describe
 from views import IMAGENET_MEAN, IMAGENET_STD
@@ -319,7 +320,7 @@ def differences(have: dict, want: dict) -> list[str]:
 @lru_cache
 def control_group():
     """All ranks, communicating on the CPU: no GPU has to wait."""
-    return dist.new_group(backend="gloo")
+    return dist.new_group(backend="gloo", timeout=launch.peer_timeout)
 
 
 class Checkpoint:

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.detection import FasterRCNN, MaskRCNN
-from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -56,7 +56,7 @@ from losses import ranks
 from models import ARCHS, ViT, build_backbone, describe
 from optim import kind_of
 from pictures import draw_curves
-from pretrain import bf16_pays, clock, peak_memory
+from pretrain import clock, peak_memory
 
 # ---- the detector ---------------------------------------------------------------------------------------------------
 
@@ -95,7 +95,7 @@ class Pyramid(nn.Module):
             levels.append(F.max_pool2d(levels[-1], 1, 2))
             strides.append(2 * strides[-1])
         kept = [level for level, stride in zip(levels, strides) if stride >= self.finest]
-        return {str(n): level for n, level in enumerate(kept)}
+        return {str(n): level.float() for n, level in enumerate(kept)}  # anchors take this type; bf16 has 8 bits
 
 
 class SimplePyramid(nn.Module):
@@ -134,6 +134,13 @@ class AsGiven(GeneralizedRCNNTransform):
         return super().postprocess(result, image_shapes, self.shown or original_image_sizes)
 
 
+class Fp32Coder(BoxCoder):
+    """Decodes boxes in fp32 under autocast too: bf16 would round the proposals, and targets take their type."""
+
+    def decode_single(self, rel_codes, boxes):
+        return super().decode_single(rel_codes.float(), boxes)
+
+
 class SeededSampler(BalancedPositiveNegativeSampler):
     """Samples anchors or proposals for the losses with one seed per image, so that ranks do not change the sample."""
 
@@ -169,6 +176,7 @@ def build_detector(args: argparse.Namespace, body: nn.Module, facts: dict, class
     detector.transform = AsGiven(0, 0, facts["mean"], facts["std"])
     for part in (detector.rpn, detector.roi_heads):
         sampler = part.fg_bg_sampler
+        part.box_coder = Fp32Coder(part.box_coder.weights)
         part.fg_bg_sampler = SeededSampler(sampler.batch_size_per_image, sampler.positive_fraction)
     return detector
 
@@ -533,7 +541,7 @@ def settle(args: argparse.Namespace, images: int, body: nn.Module, device: torch
     for name, value in schedule.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.amp = bf16_pays(device) if args.amp is None else args.amp
+    args.amp = launch.bf16_pays(device) if args.amp is None else args.amp
     least = dict.fromkeys(("iterations", "batch_size", "fpn_channels", "rois", "max_detections", "seeds", "longest"), 1)
     least |= {"seed": 0, "warmup": 0, "clip_grad": 0, "checkpoint_minutes": 0, "print_every": 1}
     for name, low in least.items():

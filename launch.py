@@ -17,6 +17,7 @@ if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:  # unless the 
 
 import argparse
 import difflib
+import gc
 import inspect
 import json
 import math
@@ -34,6 +35,7 @@ from typing import Literal, get_args, get_origin
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 from torch.distributed.rendezvous import rendezvous
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
@@ -190,6 +192,7 @@ def setup(device: str, deterministic: bool = False, rank_timeout: float = 30.0) 
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first matrix product
+        inductor.deterministic = True  # else torch.compile chooses some kernels by their time
     if device == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("--device cuda, but torch sees no GPU: use --device cpu, or a CUDA build of torch")
@@ -203,6 +206,9 @@ def setup(device: str, deterministic: bool = False, rank_timeout: float = 30.0) 
     return torch.device(device, local) if device == "cuda" else torch.device(device)
 
 
+peer_timeout: timedelta | None = None  # what join was given, for further groups
+
+
 def join(backend: str, timeout: timedelta) -> None:
     """dist.init_process_group, with a part of the store for each of torchrun's attempts. When --max-restarts restarts
     all ranks, the store still holds the addresses of the last attempt; a rank that reads a peer's old address waits for
@@ -212,6 +218,8 @@ def join(backend: str, timeout: timedelta) -> None:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
     store = dist.PrefixStore(f"attempt {attempt}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    global peer_timeout
+    peer_timeout = timeout
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
@@ -223,6 +231,27 @@ def synced(module: nn.Module, device: torch.device) -> nn.Module:
     """Replaces BN by SyncBatchNorm, which torch has for CUDA only, if there are several ranks."""
     several = dist.is_initialized() and dist.get_world_size() > 1
     return nn.SyncBatchNorm.convert_sync_batchnorm(module) if several and device.type == "cuda" else module
+
+
+def bf16_pays(device: torch.device) -> bool:
+    """Whether bf16 autocast is on by default: on a GPU that does not emulate it, and on a CPU with AMX. (AVX512-BF16
+    alone makes a step 1.4 to 1.6 times as fast, but a short run learned less: results/README.md.)"""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+
+
+def forget(device: torch.device) -> None:
+    """Between two runs of a process: torch compiles a class for at most eight networks, then runs eager; and reference
+    cycles of the last run's optimiser hold GPU memory, which the garbage collector does not see."""
+    torch._dynamo.reset()
+    if device.type == "cuda":
+        gc.collect()
+
+
+def traceable(module: nn.Module) -> bool:
+    """Whether torch.compile gets it as one graph. A SyncBatchNorm breaks it: pieces, and soon no compilation at all."""
+    return not any(isinstance(m, nn.SyncBatchNorm) for m in module.modules())
 
 
 def barrier() -> None:

@@ -263,13 +263,14 @@ def classifier(backbone, facts, images: Images, rows: Tensor, lr, epochs, device
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     network = synced(nn.Sequential(copy.deepcopy(backbone), head).to(device), device).train()
-    if compiled:
-        torch._dynamo.reset()
+    if compiled and launch.traceable(network):
+        launch.forget(device)
         network.compile()
     model = DistributedDataParallel(network) if world > 1 else network
     views = MultiCrop(CROP_AND_FLIP, images.pixels.shape[-1], facts["mean"], facts["std"], device)
     groups = [{"params": network[0].parameters(), "lr": lr}, {"params": network[1].parameters(), "lr": 10 * lr}]
     cuda = device.type == "cuda"
+    bf16 = cuda and launch.bf16_pays(device)
     optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=cuda or None)
     batch = min(64, len(rows))
     own = torch.arange(rank, max(batch, world), world) % batch  # this rank's share of a batch, at least one
@@ -281,7 +282,7 @@ def classifier(backbone, facts, images: Images, rows: Tensor, lr, epochs, device
             index = order[step * batch + own]
             parameters = views.sample(batch, *images.pixels.shape[2:], rng)[:, own]
             x = views.render(to_device(images.pixels[index], device), to_device(parameters, device))[0]
-            with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits = model(x.contiguous(memory_format=memory_format(device)))
             F.cross_entropy(logits.float(), to_device(images.labels[index], device)).backward()
             optimizer.step()
@@ -356,7 +357,7 @@ def measure(
     training = backbone.training
     backbone = backbone.to(device, memory_format=memory_format(device)).eval()
     compiled = device.type == "cuda" if compiled is None else compiled
-    torch._dynamo.reset()  # torch compiles a class for at most eight networks, then runs eager
+    launch.forget(device)
     if compiled:
         backbone.compile()
     forward = partial(backbone.last_blocks, n=vit_blocks) if isinstance(backbone, ViT) else backbone

@@ -145,18 +145,12 @@ def start(args: Namespace) -> tuple[Namespace, torch.device]:
         raise ValueError(
             f"--batch-size {args.batch_size} is the total over ranks and does not divide by {world} of them"
         )
-    torch._dynamo.reset()  # else, after eight networks of one class in a process, the next ones would run eager
+    launch.forget(device)
     args = Namespace(**vars(args))
-    args.amp = bf16_pays(device) if args.amp is None else args.amp
+    args.amp = launch.bf16_pays(device) if args.amp is None else args.amp
     args.compile = device.type == "cuda" if args.compile is None else args.compile
     args.sync_bn = args.batch_size // world < 64 if args.sync_bn is None else args.sync_bn
     return args, device
-
-
-def bf16_pays(device: torch.device) -> bool:
-    """Whether bf16 autocast is on by default: on a GPU, and on a CPU with AMX. With AVX512-BF16 alone steps are 1.4 to
-    1.6 times as fast, but a short run learned less (results/README.md)."""
-    return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_amx_tile_supported())
 
 
 def load_training_images(args: Namespace, device: torch.device, images: Images | None) -> Images:
@@ -532,7 +526,7 @@ def bench(
     """
     before = peak_memory(device)
     outputs, criterion = method.outputs, method.loss
-    if args.compile:
+    if args.compile and launch.traceable(method):
         outputs, criterion = (torch.compile(f, mode=args.compile_mode) for f in (outputs, criterion))
     times = []  # (steps, parts)
     for step in range(warm_up + steps):
@@ -698,7 +692,7 @@ def main(args: Namespace, images: Images | None = None, until: int | None = None
             load_weights(encoder, args.weights, f"{what} with the {stem} stem")
         operations, heads = build_heads(args, encoder.feature_dim)
         method = build_method(args, encoder, heads, len(rows), multi_crop, device)
-        if args.compile:
+        if args.compile and launch.traceable(method):
             method.compile(mode=args.compile_mode)
         torch.backends.cudnn.benchmark = device.type == "cuda" and not args.deterministic  # shapes are always the same
         batches = Batches(images.pixels, rows, multi_crop, args.batch_size, device, seed=args.seed)

@@ -268,9 +268,10 @@ class Search:
         self.model = distributed(self.method, find_unused_parameters=self.space is not None)
         torch.backends.cudnn.benchmark = device.type == "cuda" and not self.space and not args.deterministic
         self.alpha_model = self.method
-        if args.compile and self.space:  # alphas see the masked network, whose shapes stay, and weights the sampled one
+        compiled = args.compile and launch.traceable(self.method)
+        if compiled and self.space:  # alphas see the masked network, whose shapes stay, and weights the sampled one
             self.alpha_model = torch.compile(self.method, mode=args.compile_mode)
-        elif args.compile:
+        elif compiled:
             self.method.compile(mode=args.compile_mode)
 
     def batches_of(self, rows: Tensor, **options) -> Batches:
@@ -412,7 +413,8 @@ def alpha_gradients(
     before = [b.clone() for b in method.buffers()]
     try:
         loss = model(views, index)
-        return loss.detach(), list(torch.autograd.grad(loss, alphas))
+        gradients = torch.autograd.grad(loss, alphas)
+        return loss.detach().clone(), [g.clone() for g in gradients]  # the next gate's CUDA graph overwrites them
     finally:
         with torch.no_grad():
             for b, old in zip(method.buffers(), before):

@@ -230,6 +230,7 @@ def a_gpu():
         "device_count": 1,
         "current_device": 0,
         "set_device": None,
+        "is_bf16_supported": True,
         "synchronize": None,
         "get_device_name": "none",
         "max_memory_allocated": 0,

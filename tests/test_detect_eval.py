@@ -93,6 +93,27 @@ def test_the_last_level_is_of_what_the_backbone_gives(space):
         assert torch.equal(seen[0].mean((2, 3)), body(x.contiguous(memory_format=torch.channels_last)))
 
 
+def test_boxes_are_not_rounded_under_bf16(tmp_path):
+    body, _ = build_backbone("resnet18", "imagenet", 0.125)
+    detector = build_detector(arguments("x", "x", tmp_path), body, {"mean": [0.5] * 3, "std": [0.2] * 3}, 2)
+    seen, select = [], detector.roi_heads.select_training_samples
+
+    def selected(proposals, targets):
+        chosen = select(proposals, targets)
+        seen.extend([*proposals, *chosen[0], *chosen[3]])
+        return chosen
+
+    detector.roi_heads.select_training_samples = selected
+    detector.rpn.anchor_generator.register_forward_hook(lambda _, x, anchors: seen.extend(anchors))
+    box = torch.tensor([[299.0, 11.0, 333.0, 51.0]])  # bf16 has 298 and 300
+    for part in (detector.rpn, detector.roi_heads):
+        part.fg_bg_sampler.seeds = [0]
+    with torch.autocast("cpu", torch.bfloat16):
+        detector([torch.rand(3, 64, 384)], [{"boxes": box, "labels": torch.tensor([1])}])
+    assert len(seen) == 4 and all(boxes.dtype == torch.float32 for boxes in seen)
+    assert (seen[2] == box).all(1).any()  # the object itself is a proposal
+
+
 def test_torchvisions_own_model_loads_a_detector(tmp_path):
     with torch.device("meta"):
         body, _ = build_backbone("resnet50")

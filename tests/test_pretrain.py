@@ -27,6 +27,7 @@ import optim
 import pretrain
 import search
 import study
+from checkpoint import control_group
 from data import make_shapes
 from linear_eval import extract
 from losses import METHODS
@@ -336,6 +337,18 @@ def rank_main(rank, folder):
             again = s.optimizer.state_dict()["state"]
             for i, moments in whole[1]["state"].items():
                 assert all(torch.equal(x, again[i][k]) for k, x in moments.items())
+
+
+def group_timeouts(rank, folder):
+    launch.setup("cpu", rank_timeout=120.0)
+    groups = [torch.distributed.group.WORLD, control_group()]
+    timeouts = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+    torch.save(timeouts, f"{folder}/{rank}.pth")
+
+
+def test_all_groups_wait_as_long_as_asked(tmp_path):
+    spawn(group_timeouts, tmp_path)
+    assert load(tmp_path / "1.pth") == [7200, 7200]
 
 
 def test_two_ranks_keep_equal_alphas_weights_and_queues(tmp_path):
