@@ -308,10 +308,11 @@ def rungs(n: int) -> list[tuple[int, float]]:
 
 
 def halving_epochs(n: int, epochs: int) -> int:
-    """Epochs that halving n candidates takes in all, where the last ones train for `epochs`."""
-    total, done = 0, 0
-    for size, share in rungs(n):
-        end = until(share, epochs)
+    """The most epochs that halving n candidates takes in all, where the last ones train for `epochs`, and the
+    handcrafted one too if it was dropped in the first rung."""
+    ends = [until(share, epochs) for _, share in rungs(n)]
+    total, done = epochs - ends[0], 0
+    for (size, _), end in zip(rungs(n), ends):
         total, done = total + size * (end - done), end
     return SEEDS * total
 
@@ -349,7 +350,7 @@ def halving(task: Task, candidates: list[Candidate], folder: Path) -> tuple[Cand
     get fewer epochs, so that all cost the same. Each run is one of pretrain.py in a folder of its own and resumes from
     its checkpoint. A candidate that fails is reported and left out. Raises ValueError if all fail."""
     args, seen = task.args, {c.name: [] for c in candidates}
-    alive, ratio, noise = list(candidates), None, []
+    alive, ratio = list(candidates), None
     for size, share in rungs(len(candidates)):
         alive = alive[:size]
         scores: dict[str, list[float]] = {}
@@ -367,24 +368,39 @@ def halving(task: Task, candidates: list[Candidate], folder: Path) -> tuple[Cand
         if not alive:
             raise ValueError("all candidates failed (see above): if their loss was not finite, try a lower --lr")
         alive.sort(key=lambda candidate: -statistics.mean(scores[candidate.name]))
-        if len(alive) > 1:
+        if len(alive) > 2:
             between, within = spreads(np.array(list(scores.values())))
-            noise.append(within)
-            if len(alive) > 2:
-                now = between / max(within, 1e-30)
-                say(f"candidates differ by {between:.3g} (standard deviation), seeds by {within:.3g}: ratio {now:.2f}")
-                ratio = now if ratio is None else ratio  # of all: those that are left are alike, being the best
-    winner = alive[0]
+            now = between / max(within, 1e-30)
+            say(f"candidates differ by {between:.3g} (standard deviation), seeds by {within:.3g}: ratio {now:.2f}")
+            ratio = now if ratio is None else ratio  # of all: those that are left are alike, being the best
     if ratio is not None and ratio < 0.5:
         say("warning: candidates differ less than seeds do: there may be nothing to find here")
-    within_noise = winner.name != "handcrafted" and not leads(seen[winner.name], seen["handcrafted"], noise)
-    if within_noise and not isinstance(train_alone(task, candidates[0], 0, 1.0, folder), str):
-        say(f"{winner.name} is within noise of the handcrafted one: keeping the handcrafted one")
-        winner = candidates[0]  # the handcrafted one
+    winner = alive[0] if beats_handcrafted(task, alive[0], scores, candidates[0], folder) else candidates[0]
     facts = {"score": args.score, "ratio": ratio, "shares": [share for _, share in rungs(len(candidates))]}
     facts["rounds"] = {c.text(): [[SCORES[args.score] * x for x in own] for own in seen[c.name]] for c in candidates}
     run = folder / "finalists" / f"{candidates.index(winner)}-seed{args.seed}"
     return winner, run, facts
+
+
+def beats_handcrafted(
+    task: Task, best: Candidate, scores: dict[str, list[float]], handcrafted: Candidate, folder: Path
+) -> bool:
+    """Whether the best of the last rung, with these scores, leads the handcrafted candidate by more than a standard
+    error. If that was dropped on the way it is trained to its end for this, since what learns fast at first need not be
+    better in the end."""
+    if best == handcrafted:
+        return False
+    if handcrafted.name not in scores:
+        own = train_alone(task, handcrafted, 0, 1.0, folder)
+        if isinstance(own, str):
+            return True
+        scores = {**scores, handcrafted.name: own}
+    _, within = spreads(np.array(list(scores.values())))
+    lead = statistics.mean(scores[best.name]) - statistics.mean(scores[handcrafted.name])
+    if lead > within * math.sqrt(2 / SEEDS):
+        return True
+    say(f"{best.name} leads the handcrafted one by {lead:.3g}, which is within noise: keeping the handcrafted one")
+    return False
 
 
 def beside_handcrafted(task: Task, found: Candidate, folder: Path) -> dict:
@@ -406,15 +422,6 @@ def beside_handcrafted(task: Task, found: Candidate, folder: Path) -> dict:
         shown = [f"{score} " + " and ".join(f"{x:.4g}" for x in scores) for scores in (ours, theirs)]
     said = f"{said}: {shown[0]} with what was found, {shown[1]} handcrafted: {verdict}"
     return {"score": score, "found": ours, "handcrafted": theirs, "said": said}
-
-
-def leads(one: list[list[float]], other: list[list[float]], noise: list[float]) -> bool:
-    """Whether `one` is better than `other` by more than a standard error at the last rung that both reached, if any.
-    noise: the residual deviation at each rung."""
-    rung = min(len(one), len(other)) - 1
-    if rung < 0:
-        return True
-    return statistics.mean(one[rung]) - statistics.mean(other[rung]) > noise[rung] * math.sqrt(2 / SEEDS)
 
 
 def train_alone(task: Task, candidate: Candidate, k: int, share: float, folder: Path) -> list[float] | str:
