@@ -876,17 +876,19 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple[list[Run], 
     args.arch = load_arch(args.arch)
     with os.fdopen(lock(folder / ".lock", wait=True)):  # one worker at a time downloads and decodes; the next finds it
         images = pretrain.load_training_images(args, device, None)
-        pretrain.split(images, args)
-        measured = {source: [load_data(args, source, split) for split in ("train", "test")] for source in sources}
-    for source, (train_images, _) in measured.items():
-        if not train_images.labelled:
-            raise ValueError(f"--measure-on {source}: there are no labels to measure with")
+    pretrain.split(images, args)
     stem, size = pretrain.stem_of(args, images), images.pixels.shape[-1]
     networks = [network for word in args.networks for network in networks_of(word, args, stem, size)]
     found = [network for path in args.search for network in found_by(path, args)]
     for name in sorted({network.name for network in networks} & {network.name for network in found}):
         say(f"{name} is a result of --search and among --networks too: the report lists it under the latter")
     networks += found
+    measured = {}
+    for source in sources:
+        with os.fdopen(lock(folder / ".lock", wait=True)):
+            measured[source] = [load_data(args, source, split) for split in ("train", "test")]
+        if not measured[source][0].labelled:
+            raise ValueError(f"--measure-on {source}: there are no labels to measure with")
     with os.fdopen(lock(folder / ".lock", wait=True)):
         heads = None if args.heads == "default" else load_heads(args.heads, list(head_spaces(args, args.arch)))
         facts = pretrain.facts_of(Path(__file__).name, args, args.arch, heads, images, FREE_FLAGS)
