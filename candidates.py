@@ -383,20 +383,20 @@ def halving(task: Task, candidates: list[Candidate], folder: Path) -> tuple[Cand
 
 
 def beats_handcrafted(
-    task: Task, best: Candidate, scores: dict[str, list[float]], handcrafted: Candidate, folder: Path
+    task: Task, best: Candidate, scores: dict[str, list[float]], reference: Candidate, folder: Path
 ) -> bool:
-    """Whether the best of the last rung, with these scores, leads the handcrafted candidate by more than a standard
-    error. If that was dropped on the way it is trained to its end for this, since what learns fast at first need not be
-    better in the end."""
-    if best == handcrafted:
+    """Whether the best of the last rung, with these scores, leads the handcrafted candidate (`reference`) by more than
+    a standard error. If that was dropped on the way it is trained to its end for this, since what learns fast at first
+    need not be better in the end."""
+    if best == reference:
         return False
-    if handcrafted.name not in scores:
-        own = train_alone(task, handcrafted, 0, 1.0, folder)
+    if reference.name not in scores:
+        own = train_alone(task, reference, 0, 1.0, folder)
         if isinstance(own, str):
             return True
-        scores = {**scores, handcrafted.name: own}
+        scores = {**scores, reference.name: own}
     _, within = spreads(np.array(list(scores.values())))
-    lead = statistics.mean(scores[best.name]) - statistics.mean(scores[handcrafted.name])
+    lead = statistics.mean(scores[best.name]) - statistics.mean(scores[reference.name])
     if lead > within * math.sqrt(2 / SEEDS):
         return True
     say(f"{best.name} leads the handcrafted one by {lead:.3g}, which is within noise: keeping the handcrafted one")

@@ -541,6 +541,12 @@ def test_a_wrong_command_is_told_in_one_line(script, tmp_path, capsys):
     assert not list(tmp_path.glob("out/*"))
 
 
+def test_a_network_with_sync_bn_is_not_compiled(tmp_path, monkeypatch):
+    assert make_search(tmp_path, "--compile").method._compiled_call_impl
+    monkeypatch.setattr(launch, "synced", lambda module, _: nn.SyncBatchNorm.convert_sync_batchnorm(module))
+    assert not make_search(tmp_path, "--compile", "--sync-bn").method._compiled_call_impl
+
+
 def test_dev_mode_shows_tracebacks(monkeypatch):
     for dev_mode, raised in [(False, SystemExit), (True, ValueError)]:
         flags = types.SimpleNamespace(dev_mode=dev_mode)
@@ -560,6 +566,7 @@ def test_heads_that_cannot_be_built_are_refused(tmp_path, capsys):
         path.write_text(text)
         all_refused(capsys, pretrain, base, [([path], message)])
     all_refused(capsys, pretrain, base, [(["simsiam_cifar"], "neither a readable file nor one of default")])
+    assert not list(tmp_path.glob("out/*"))
 
 
 def test_weights_that_do_not_fit_are_refused(pretrained, tmp_path, capsys):
@@ -580,6 +587,7 @@ def test_weights_that_do_not_fit_are_refused(pretrained, tmp_path, capsys):
     (tmp_path / "backbone.json").write_text(json.dumps(facts))
     weights.write_bytes(b"PK\x03\x04 cut")
     all_refused(capsys, linear_eval, ["--weights", weights], [([], "damaged")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["backbone.json", "backbone.pth"]
 
 
 @pytest.mark.parametrize("script", [search, pretrain, linear_eval])
