@@ -12,6 +12,7 @@ import random
 import re
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -307,11 +308,11 @@ def rungs(n: int) -> list[tuple[int, float]]:
     return [(size, (k + 1) / len(sizes)) for k, size in enumerate(sizes)]
 
 
-def halving_epochs(n: int, epochs: int) -> int:
-    """The most epochs that halving n candidates takes in all, where the last ones train for `epochs`, and the
-    handcrafted one too if it was dropped in the first rung."""
+def halving_epochs(n: int, epochs: int, proposed: int) -> int:
+    """The most epochs that halving n candidates takes in all, where `proposed` ones join after the first rung, the last
+    ones train for `epochs`, and the handcrafted one too if it was dropped in the first rung."""
     ends = [until(share, epochs) for _, share in rungs(n)]
-    total, done = epochs - ends[0], 0
+    total, done = epochs - ends[0] + proposed * ends[0], 0
     for (size, _), end in zip(rungs(n), ends):
         total, done = total + size * (end - done), end
     return SEEDS * total
@@ -332,10 +333,10 @@ def view_cost(task: Task, views: dict | None) -> float:
     return areas[0] / areas[1]
 
 
-def remembered(folder: Path, draw: Callable[[], list[Candidate]]) -> list[Candidate]:
-    """The candidates that an earlier start of this search saved; else those of draw(), which are saved. (Drawn again
-    they could be others, since times are measured.)"""
-    path = folder / "finalists" / "candidates.json"
+def remembered(folder: Path, name: str, draw: Callable[[], list[Candidate]]) -> list[Candidate]:
+    """The candidates that an earlier start of this search saved under the name; else those of draw(), which are saved.
+    (Drawn again they could be others, since times are measured.)"""
+    path = folder / "finalists" / f"{name}.json"
     known = from_main(load_json(str(path))["candidates"] if path.exists() else None)
     if known is not None:
         return [Candidate(**facts) for facts in known]
@@ -344,57 +345,103 @@ def remembered(folder: Path, draw: Callable[[], list[Candidate]]) -> list[Candid
     return candidates
 
 
+def proposals_of(n: int) -> int:
+    """How many backbones are proposed after the first rung of n candidates: fewer than 6 scores say too little."""
+    return n // 4 if n >= 6 else 0
+
+
+def ridge(x: np.ndarray, y: np.ndarray, penalty: float) -> tuple[np.ndarray, np.ndarray]:
+    """(weights, their standard errors) of the regression of y on centred columns of x."""
+    centred = x - x.mean(0)
+    inverse = np.linalg.inv(centred.T @ centred + penalty * np.eye(x.shape[1]))
+    weights = inverse @ centred.T @ (y - y.mean())
+    residual = y - y.mean() - centred @ weights
+    freedom = max(1.0, len(y) - 1 - np.trace(inverse @ centred.T @ centred))
+    covariance = inverse @ centred.T @ centred @ inverse * (residual @ residual / freedom)
+    return weights, np.sqrt(np.diag(covariance))
+
+
+def proposals(task: Task, tried: list[Candidate], scores: list[float]) -> list[Candidate]:
+    """New backbones that the scores of a few trained ones favour; heads and views are those of the best one.
+
+    A dozen noisy scores cannot tell what each option of each stage is worth, but they can tell whether networks should
+    be deep, wide or of large kernels: a ridge regression on the sums over stages of depth, log width and log kernel.
+    The first proposal is the best network of the band by these slopes, the others are the best of 200 random ones."""
+    space, best, n = task.space, tried[np.argmax(scores)], proposals_of(len(tried))
+    known = [space.choice(c.arch) for c in tried]
+    mine = [k for k, choice in enumerate(known) if choice]  # not those that join from elsewhere
+    sizes = [[v if name == "depth" else math.log(v) for name, v in zip(space.choices, o)] for o in space.options]
+    sizes = np.array(sizes)  # (O, choices)
+    x, y = np.array([sizes[known[k]].sum(0) for k in mine]), np.array(scores)[mine]
+    scale = x.std(0).clip(1e-9)
+    slopes, _ = ridge(x / scale, y, penalty=2.0)
+    worth = sizes / scale @ slopes  # (O,)
+    others = drawn(task.cost, 200, task.args.seed + 3 * 10**6)
+    others.sort(key=lambda choice: -worth[choice].sum())
+    found = []
+    for choice in [task.cost.derive(torch.from_numpy(worth).expand(len(space.stages), -1)), *others]:
+        if len(found) == n:
+            break
+        if choice not in known and fits(task, space.arch(choice)):
+            found.append(best._replace(name=f"proposal {len(found) + 1}", arch=space.arch(choice)))
+            known.append(choice)
+    return found
+
+
 def halving(task: Task, candidates: list[Candidate], folder: Path) -> tuple[Candidate, Path, dict]:
     """Successive halving: (winner, folder of its run, facts for arch.json). At every rung the candidates are trained up
-    to a share of their steps, with SEEDS seeds on the same views, and the better half goes on. Those with dearer views
-    get fewer epochs, so that all cost the same. Each run is one of pretrain.py in a folder of its own and resumes from
-    its checkpoint. A candidate that fails is reported and left out. Raises ValueError if all fail."""
-    args, seen = task.args, {c.name: [] for c in candidates}
-    alive, ratio = list(candidates), None
+    to a share of their steps, with SEEDS seeds on the same views, and the better half goes on. Where backbones are
+    searched, proposals join after the first rung. Candidates with dearer views get fewer epochs, so that all cost the
+    same. Each run is one of pretrain.py in a folder of its own and resumes from its checkpoint. A candidate that fails
+    is reported and left out.
+
+    The handcrafted candidate, the first, wins unless another leads it by more than a standard error. If it was dropped
+    on the way it is trained to its end for this, since what learns fast at first need not be better in the end. Raises
+    ValueError if all fail."""
+    everyone, alive, ratio = list(candidates), candidates, None
+    seen: dict[str, list[tuple[float, list[float]]]] = {}
+
+    def train(some: list[Candidate], share: float) -> dict[str, list[float]]:
+        scores = train_each(task, some, [everyone.index(c) for c in some], share, folder)
+        for c in some:
+            if c.name in scores:
+                own = [SCORES[task.args.score] * x for x in scores[c.name]]
+                seen.setdefault(c.text(), []).append((share, own))
+        return scores
+
     for size, share in rungs(len(candidates)):
         alive = alive[:size]
-        scores: dict[str, list[float]] = {}
-        for k, candidate in enumerate(alive):
-            own = train_alone(task, candidate, candidates.index(candidate), share, folder)
-            text = f"{k + 1} of {len(alive)} at {100 * share:.0f} %: {candidate.text()}"
-            if isinstance(own, str):
-                say(f"{text}: left out, training failed: {own}")
-                continue
-            scores[candidate.name] = own
-            seen[candidate.name].append(own)
-            best = max(scores, key=lambda name: statistics.mean(scores[name]))
-            say(f"{text}: {args.score} {SCORES[args.score] * statistics.mean(own):.4g}; best so far: {best}")
-        alive = [candidate for candidate in alive if candidate.name in scores]
-        if not alive:
-            raise ValueError("all candidates failed (see above): if their loss was not finite, try a lower --lr")
-        alive.sort(key=lambda candidate: -statistics.mean(scores[candidate.name]))
-        if len(alive) > 2:
+        scores = train(alive, share)
+        if len(scores) > 2:
             between, within = spreads(np.array(list(scores.values())))
             now = between / max(within, 1e-30)
             say(f"candidates differ by {between:.3g} (standard deviation), seeds by {within:.3g}: ratio {now:.2f}")
             ratio = now if ratio is None else ratio  # of all: those that are left are alike, being the best
+        alive = [c for c in alive if c.name in scores]
+        if task.space and len(everyone) == size and proposals_of(len(alive)):
+            means = [statistics.mean(scores[c.name]) for c in alive]
+            proposed = remembered(folder, "proposals", partial(proposals, task, alive, means))
+            everyone += proposed
+            scores |= train(proposed, share)
+            alive += [c for c in proposed if c.name in scores]
+        if not alive:
+            raise ValueError("all candidates failed (see above): if their loss was not finite, try a lower --lr")
+        alive.sort(key=lambda c: -statistics.mean(scores[c.name]))
     if ratio is not None and ratio < 0.5:
         say("warning: candidates differ less than seeds do: there may be nothing to find here")
-    winner = alive[0] if beats_handcrafted(task, alive[0], scores, candidates[0], folder) else candidates[0]
-    facts = {"score": args.score, "ratio": ratio, "shares": [share for _, share in rungs(len(candidates))]}
-    facts["rounds"] = {c.text(): [[SCORES[args.score] * x for x in own] for own in seen[c.name]] for c in candidates}
-    run = folder / "finalists" / f"{candidates.index(winner)}-seed{args.seed}"
-    return winner, run, facts
-
-
-def beats_handcrafted(
-    task: Task, best: Candidate, scores: dict[str, list[float]], reference: Candidate, folder: Path
-) -> bool:
-    """Whether the best of the last rung, with these scores, leads the handcrafted candidate (`reference`) by more than
-    a standard error. If that was dropped on the way it is trained to its end for this, since what learns fast at first
-    need not be better in the end."""
-    if best == reference:
-        return False
+    best, reference = alive[0], candidates[0]
     if reference.name not in scores:
-        own = train_alone(task, reference, 0, 1.0, folder)
-        if isinstance(own, str):
-            return True
-        scores = {**scores, reference.name: own}
+        scores |= train([reference], 1.0)
+    winner = best if leads(best, reference, scores) else reference
+    facts = {"score": task.args.score, "ratio": ratio, "rounds": seen}
+    return winner, folder / "finalists" / f"{everyone.index(winner)}-seed{task.args.seed}", facts
+
+
+def leads(best: Candidate, reference: Candidate, scores: dict[str, list[float]]) -> bool:
+    """Whether the best of the last rung leads the handcrafted candidate by more than a standard error. A handcrafted
+    one that has no scores, since it failed, is not gone back to."""
+    if best == reference or reference.name not in scores:
+        return True
     _, within = spreads(np.array(list(scores.values())))
     lead = statistics.mean(scores[best.name]) - statistics.mean(scores[reference.name])
     if lead > within * math.sqrt(2 / SEEDS):
@@ -422,6 +469,24 @@ def beside_handcrafted(task: Task, found: Candidate, folder: Path) -> dict:
         shown = [f"{score} " + " and ".join(f"{x:.4g}" for x in scores) for scores in (ours, theirs)]
     said = f"{said}: {shown[0]} with what was found, {shown[1]} handcrafted: {verdict}"
     return {"score": score, "found": ours, "handcrafted": theirs, "said": said}
+
+
+def train_each(
+    task: Task, some: list[Candidate], numbers: list[int], share: float, folder: Path
+) -> dict[str, list[float]]:
+    """{name: scores} by train_alone of those candidates that do not fail. Prints the progress."""
+    scores: dict[str, list[float]] = {}
+    for done, (candidate, k) in enumerate(zip(some, numbers), 1):
+        own = train_alone(task, candidate, k, share, folder)
+        text = f"{done} of {len(some)} at {100 * share:.0f} %: {candidate.text()}"
+        if isinstance(own, str):
+            say(f"{text}: left out, training failed: {own}")
+            continue
+        scores[candidate.name] = own
+        best = max(scores, key=lambda name: statistics.mean(scores[name]))
+        more = f"; best of these: {best}" if len(some) > 1 else ""
+        say(f"{text}: {task.args.score} {SCORES[task.args.score] * statistics.mean(own):.4g}{more}")
+    return scores
 
 
 def train_alone(task: Task, candidate: Candidate, k: int, share: float, folder: Path) -> list[float] | str:

@@ -308,11 +308,11 @@ def draw_surrogate(worth: dict[str, tuple[float, float]], title: str) -> str:
     return _svg(max(x, 60 + 7.5 * len(title)), top + tall + 50, title, svg)
 
 
-def draw_halving(shares: list[float], rounds: dict[str, list[list[float]]], best: str, title: str) -> str:
-    """SVG: scores of candidates at each rung, means and seeds, over the share of their training: {candidate: [[a seed's
-    score, ...] of a rung, ...]}. best: the one that was chosen."""
+def draw_halving(rounds: dict[str, list[tuple[float, list[float]]]], best: str, title: str) -> str:
+    """SVG: scores of candidates at each rung, means and seeds, over the share of their training: {candidate: [(share,
+    [a seed's score, ...]), ...]}. best: the one that was chosen."""
     width, tall, left, top = 460, 260, 70, 52
-    scores = [score for rungs in rounds.values() for seeds in rungs for score in seeds]
+    scores = [score for rungs in rounds.values() for _, seeds in rungs for score in seeds]
     low, high = min(scores), max(scores)
     high += (high == low) * (abs(low) or 1.0)
 
@@ -323,7 +323,7 @@ def draw_halving(shares: list[float], rounds: dict[str, list[list[float]]], best
     for score in (low, (low + high) / 2, high):
         _, y = at(0, score)
         svg.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" fill="#666">{score:.3g}</text>')
-    for share in shares:
+    for share in sorted({share for rungs in rounds.values() for share, _ in rungs}):
         x, y = at(share, low)
         svg.append(f'<text x="{x:.1f}" y="{y + 24:.1f}" text-anchor="middle" fill="#666">{100 * share:.0f} %</text>')
     svg.append(f'<text x="{left + width / 2}" y="{top + tall + 42}" text-anchor="middle">of the training</text>')
@@ -332,10 +332,10 @@ def draw_halving(shares: list[float], rounds: dict[str, list[list[float]]], best
         kind = "best" if name == best else name.split()[0].rstrip(":")
         colour = {"best": "#0072B2", "handcrafted": "#D55E00", "random": "#999999"}.get(kind, "#56B4E9")
         thick = 3 if kind == "best" else 1.5
-        means = [at(share, sum(seeds) / len(seeds)) for share, seeds in zip(shares, rungs)]
+        means = [at(share, sum(seeds) / len(seeds)) for share, seeds in rungs]
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in means)
         svg.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{thick}"/>')
-        for share, seeds in zip(shares, rungs):
+        for share, seeds in rungs:
             for score in seeds:
                 a, b = at(share, score)
                 svg.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}" fill-opacity="0.6"/>')

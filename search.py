@@ -55,6 +55,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -78,9 +79,11 @@ from candidates import (
     handcrafted,
     head_spaces,
     measured_ms,
+    proposals_of,
     random_candidates,
     random_rest,
     remembered,
+    ridge,
     task_of,
 )
 from checkpoint import Checkpoint, load_arch, load_json, lock, save_backbone, versions, write_atomic, write_json
@@ -618,17 +621,6 @@ def values_of(space: Space, choices: list[list[int]]) -> np.ndarray:
     return np.concatenate(one_hot, -1).reshape(len(choices), -1)
 
 
-def ridge(x: np.ndarray, y: np.ndarray, penalty: float) -> tuple[np.ndarray, np.ndarray]:
-    """(weights, their standard errors) of the regression of y on centred columns of x."""
-    centred = x - x.mean(0)
-    inverse = np.linalg.inv(centred.T @ centred + penalty * np.eye(x.shape[1]))
-    weights = inverse @ centred.T @ (y - y.mean())
-    residual = y - y.mean() - centred @ weights
-    freedom = max(1.0, len(y) - 1 - np.trace(inverse @ centred.T @ centred))
-    covariance = inverse @ centred.T @ centred @ inverse * (residual @ residual / freedom)
-    return weights, np.sqrt(np.diag(covariance))
-
-
 def fit(space: Space, choices: list[list[int]], y: np.ndarray) -> Surrogate:
     """A ridge regression whose penalty is the best in cross-validation."""
     x, folds = values_of(space, choices), np.arange(len(y)) % 10
@@ -757,7 +749,7 @@ def find(task: Task, search: Search | None, command: str, history: list[dict]) -
             if search:
                 candidates, found["supernet"] = from_supernet(search, history, folder)
             else:
-                candidates = remembered(folder, lambda: random_candidates(task, args.candidates))
+                candidates = remembered(folder, "candidates", partial(random_candidates, task, args.candidates))
             winner, run, found["halving"] = halving(task, candidates, folder)
         facts = write_results(task, search, winner, run, found, history)
     report(task, search, winner, facts, history, found)
@@ -778,7 +770,8 @@ def from_supernet(search: Search, history: list[dict], folder: Path) -> tuple[li
     say(said)
     if unknown:
         say(f"warning: {unknown}: the finalists are random networks")
-    finalists = remembered(folder, lambda: finalists_of(search.task, surrogate, choices, scores, not unknown))
+    draw = partial(finalists_of, search.task, surrogate, choices, scores, not unknown)
+    finalists = remembered(folder, "candidates", draw)
     values = [(name, value) for name, values in search.space.choices.items() for value in values]
     labels = [f"stage {s + 1} {name} {value:g}" for s in search.space.stages for name, value in values]  # as values_of
     worth = {name: [w, e] for name, w, e in zip(labels, surrogate.worth.tolist(), surrogate.error.tolist())}
@@ -796,7 +789,8 @@ def announce_cost(task: Task, supernet_steps: int, step_seconds: float | None = 
     if supernet_steps:
         parts["supernet"] = supernet_steps
         parts["scores"] = args.candidates * len(held_out) / args.batch_size / 3  # forward passes: 1/3 of a step
-    parts["halving"] = halving_epochs(n, args.final_epochs) * per_epoch
+    proposed = proposals_of(n) if task.space else 0
+    parts["halving"] = halving_epochs(n, args.final_epochs, proposed) * per_epoch
     total = sum(parts.values())
     said = ", ".join(f"{name} {steps:,.0f}" for name, steps in parts.items())
     minutes = f", about {total * step_seconds / 60:.1f} minutes" if step_seconds else ""
@@ -931,7 +925,7 @@ def write_results(
         seen = found["halving"]
         title = f"{args.score} of candidates that are trained alone (less is better): {where}"
         title = title if SCORES[args.score] < 0 else title.replace("less", "more")
-        pictures["halving"] = draw_halving(seen["shares"], seen["rounds"], winner.text(), title)
+        pictures["halving"] = draw_halving(seen["rounds"], winner.text(), title)
     if space:
         archs = {"found": winner.arch, space.handcrafted: BACKBONES[space.handcrafted]}
         sizes = args.width, task.stem, task.size

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, all_refused, arguments, run
@@ -129,9 +130,51 @@ def test_a_search_starts_with_the_handcrafted_and_different_random_candidates(tm
 def test_rungs_halve_until_two_are_left():
     assert rungs(16) == [(16, 0.25), (8, 0.5), (4, 0.75), (2, 1.0)]
     assert rungs(5) == [(5, 1 / 3), (3, 2 / 3), (2, 1.0)] and rungs(2) == [(2, 1.0)] and rungs(1) == [(1, 1.0)]
-    assert halving_epochs(8, 3) == 2 * (8 + 4 + 2 + 2)  # the last 2: the handcrafted one's, were it dropped at first
-    assert halving_epochs(16, 8) == 2 * (2 * (16 + 8 + 4 + 2) + 6)
-    assert halving_epochs(8, 1) == 2 * 8  # all are at their end after the first rung
+    assert halving_epochs(8, 3, 0) == 2 * (8 + 4 + 2 + 2)  # the last 2: the handcrafted one's, were it dropped at first
+    assert halving_epochs(16, 8, 4) == 2 * (2 * (16 + 4 + 8 + 4 + 2) + 6)
+    assert halving_epochs(8, 1, 2) == 2 * (8 + 2)  # all are at their end after the first rung
+
+
+@pytest.mark.parametrize("space, target", [("resnetk1", "0.25xresnet18"), ("mobilenet", "0.6xmobilenet_v2")])
+def test_proposals_are_what_noisy_scores_of_a_dozen_networks_favour(space, target, tmp_path):
+    task = a_task(tmp_path, "--space", space, "--target-macs", target, "--candidates", 12)
+    tried, pool = random_candidates(task, 12), candidates.drawn(task.cost, 400, seed=1)
+    rng = np.random.default_rng(0)
+
+    def worth(arch):  # shallow ones, with wide blocks in the searched stages
+        return -sum(arch["depth"]) + 2 * np.log(np.array(arch["inner"])[list(task.space.stages)]).sum()
+
+    noise = 0.5 * np.std([worth(c.arch) for c in tried])
+    elsewhere = Candidate("joined", "resnet50")  # of another space, and with a score that would spoil the slopes
+    scores = [worth(c.arch) + noise * rng.normal() for c in tried] + [-100.0]
+    proposed = candidates.proposals(task, [*tried, elsewhere], scores)
+    assert [c.name for c in proposed] == ["proposal 1", "proposal 2", "proposal 3"]
+    assert all(0.95 <= macs(c.arch, 0.0625, "small", 16) / task.cost.target <= 1 for c in proposed)
+    assert len({json.dumps(c.arch) for c in [*tried, *proposed]}) == 15
+    assert worth(proposed[0].arch) >= np.quantile([worth(task.space.arch(choice)) for choice in pool], 0.99)
+    assert candidates.proposals(task, tried[:5], scores[:5]) == []  # too few to say anything
+
+
+def test_proposals_join_after_the_first_rung_and_can_win(tmp_path, monkeypatch):
+    flags = ["--space", "resnetk1", "heads", "--target-macs", "0.25xresnet18", "--candidates", 8]
+    task, trained = a_task(tmp_path, *flags), []
+
+    def train_alone(task, candidate, k, share, folder):
+        trained.append((k, candidate.name, share))
+        score = -sum(candidate.arch["depth"]) + 0.01 * k
+        return [score, score + 0.001]
+
+    monkeypatch.setattr(candidates, "train_alone", train_alone)
+    several = random_candidates(task, 8)
+    winner, run, seen = halving(task, several, tmp_path)
+    assert [(k, name) for k, name, _ in trained[8:10]] == [(8, "proposal 1"), (9, "proposal 2")]
+    assert len([k for k, _, share in trained if share == pytest.approx(2 / 3)]) == 4
+    assert winner.name.startswith("proposal") and run.name in ("8-seed0", "9-seed0")
+    assert sum(winner.arch["depth"]) < min(sum(c.arch["depth"]) for c in several[1:])
+    best = min(several, key=lambda c: sum(c.arch["depth"]) - 0.01 * several.index(c))
+    assert winner.heads == best.heads
+    monkeypatch.setattr(candidates, "proposals", lambda *_: [])  # a search that goes on does not propose again
+    assert halving(task, several, tmp_path) == (winner, run, seen)
 
 
 NAMES = ["handcrafted", *"abcdefg"]
@@ -158,7 +201,9 @@ def test_the_better_half_goes_on(tmp_path, monkeypatch):
     assert winner == "g" and [name for name, share in trained if share == 1.0] == ["g", "f", "handcrafted"]
     assert sorted(name for name, share in trained if share == pytest.approx(2 / 3)) == ["d", "e", "f", "g"]
     assert len(trained) == 8 + 4 + 2 + 1 and seen["ratio"] > 5 and run == tmp_path / "finalists" / "7-seed0"
-    assert seen["rounds"]["g"] == [[-7.0, -7.1]] * 3  # infonce: less is better
+    thirds = [pytest.approx(k / 3) for k in (1, 2, 3)]
+    assert seen["rounds"]["g"] == [(share, [-7.0, -7.1]) for share in thirds]  # infonce: less is better
+    assert [share for share, _ in seen["rounds"]["handcrafted"]] == [thirds[0], 1.0]
 
 
 def test_broken_candidates_are_left_out_and_named(tmp_path, monkeypatch, capsys):
