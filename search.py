@@ -18,10 +18,11 @@ by surrogates of bootstrapped scores, random ones, and the handcrafted network s
 
 halving, the default for views: the handcrafted candidate and random ones, like the finalists of a supernet, are trained
 alone with two seeds, all on the same views unless views are searched. At every rung the better half goes on, until one
-is left (successive halving, 1502.07943). The handcrafted candidate is trained to its end too, and a winner that leads
-it by no more than a standard error is dropped in its favour. (As the winner is the best of several, of 8 equal networks
-a third to a half of all searches still return another one.) A warning is printed if candidates differ by less than half
-of what seeds do.
+is left (successive halving, 1502.07943). The scores of the first rung propose a quarter more backbones: a regression on
+total depth, width and kernel size says in which direction the better ones lie. The handcrafted candidate is trained to
+its end too, and a winner that leads it by no more than a standard error is dropped in its favour. (As the winner is the
+best of several, of 8 equal networks a third to a half of all searches still return another one.) A warning is printed
+if candidates differ by less than half of what seeds do.
 
 gradient, the default for heads (NASiam, arXiv 2302.00059): every layer is a mixture of seven operations, weighted by
 its alphas. For backbones (SSA, 2203.08130; the design is ours) every choice is a mask on the largest network; a step
