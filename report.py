@@ -250,6 +250,11 @@ class Population(NamedTuple):
     def names(self) -> list[str]:
         return [runs[0]["network"] for runs in self.runs]
 
+    def summed_up(self, scenarios: list[str]) -> dict[str, np.ndarray]:
+        """Accuracies (K,): the mean over scenarios, if there are several, and that of the first."""
+        overall = {"mean of all": self.overall} if len(scenarios) > 1 else {}
+        return {**overall, scenarios[0]: self.means[:, 0]}
+
     def facts(self, name: str) -> np.ndarray:
         """A column of the table: (K,), means over seeds, nan where it is missing."""
         return np.array([[run.get(name) for run in runs] for runs in self.runs], float).mean(1)
@@ -350,21 +355,18 @@ def predictor_table(groups: dict[str, Population], scenarios: list[str]) -> str:
     for group, p in groups.items():
         for name, x in predictors(p).items():
             row = rows.setdefault(name, {"predictor": name})
-            row[f"{group}: mean of all"] = rounded(kendall(x, p.overall))
-            row[f"{group}: {scenarios[0]}"] = rounded(kendall(x, p.means[:, 0]))
+            row |= {f"{group}: {which}": rounded(kendall(x, y)) for which, y in p.summed_up(scenarios).items()}
     columns = dict.fromkeys(column for row in rows.values() for column in row)
     return markdown([{c: row.get(c, "") for c in columns} for row in rows.values()])
 
 
 def choice_table(p: Population, scenarios: list[str]) -> str:
     """The effect of each choice on accuracy."""
-    on_all, on_first = effects(p.choices(), p.overall), effects(p.choices(), p.means[:, 0])
-    rows = []
-    for name, (points, error) in on_all.items():
-        row = {"choice": name, "mean of all, points a step": f"{points:+.2f} ± {error:.2f}"}
-        row[scenarios[0]] = "{:+.2f} ± {:.2f}".format(*on_first[name])
-        rows.append(row)
-    return markdown(rows)
+    rows: dict[str, dict[str, str]] = {}
+    for which, y in p.summed_up(scenarios).items():
+        for name, (points, error) in effects(p.choices(), y).items():
+            rows.setdefault(name, {"choice": name})[f"{which}, points a step"] = f"{points:+.2f} ± {error:.2f}"
+    return markdown(list(rows.values()))
 
 
 def network_table(table: list[dict], scenarios: list[str]) -> str:

@@ -175,6 +175,15 @@ def test_a_report_says_what_the_study_shows(made_up, capsys):
     assert (made_up / "study.md").read_text() == text
 
 
+def test_one_data_set_has_no_mean_of_all(made_up):
+    for file in (made_up / "runs").glob("*/row.json"):
+        row = json.loads(file.read_text())
+        file.write_text(json.dumps({**row, "scores": {"same": row["scores"]["same"]}}))
+    run(study, made_up, "--report")
+    text = (made_up / "study.md").read_text()
+    assert "| choice | same, points a step |" in text and "ResNets: same |" in text and "mean of all" not in text
+
+
 def test_networks_of_one_family_and_weights_of_a_search_are_kept_apart(made_up):
     report.write_table(made_up)
     known = study.lookup(made_up / "study.csv")
