@@ -198,15 +198,16 @@ def task_of(args: argparse.Namespace, device: torch.device, asked: argparse.Name
 
 
 def drawn(cost: Cost, n: int, seed: int) -> list[list[int]]:
-    """n different networks, uniform in the band; fewer if 100 n draws do not give n."""
+    """n different networks, uniform in the band; fewer if it does not hold so many."""
     generator = torch.Generator().manual_seed(seed)
+    band = models.choices_in(cost.base, cost.table, cost.target)
+    if len(band) < 20 * n:
+        return band[torch.randperm(len(band), generator=generator)[:n]].tolist()
     found: list[list[int]] = []
-    for _ in range(100 * n):
+    while len(found) < n:
         choice = cost.random(generator)
         if choice not in found:
             found.append(choice)
-        if len(found) == n:
-            break
     return found
 
 
@@ -367,22 +368,26 @@ def proposals(task: Task, tried: list[Candidate], scores: list[float]) -> list[C
     A dozen noisy scores cannot tell what each option of each stage is worth, but they can tell whether networks should
     be deep, wide or of large kernels: a ridge regression on the sums over stages of depth, log width and log kernel.
     The first proposal is the best network of the band by these slopes, the others are the best of 200 random ones."""
-    space, best, n = task.space, tried[np.argmax(scores)], proposals_of(len(tried))
-    known = [space.choice(c.arch) for c in tried]
-    mine = [k for k, choice in enumerate(known) if choice]  # not those that join from elsewhere
-    sizes = [[v if name == "depth" else math.log(v) for name, v in zip(space.choices, o)] for o in space.options]
+    space, best = task.space, tried[np.argmax(scores)]
+    choices = [space.choice(c.arch) for c in tried]
+    inside = [k for k, choice in enumerate(choices) if choice]  # others join from elsewhere
+    n, known = proposals_of(len(inside)), [choices[k] for k in inside]
+    if not n:
+        return []
+    # a 0 counts as a half, as in models.handcrafted_scores
+    sizes = [[v if name == "depth" else math.log(v or 0.5) for name, v in zip(space.choices, o)] for o in space.options]
     sizes = np.array(sizes)  # (O, choices)
-    x, y = np.array([sizes[known[k]].sum(0) for k in mine]), np.array(scores)[mine]
-    scale = x.std(0).clip(1e-9)
+    x, y = sizes[known].sum(1), np.array(scores)[inside]  # (N, choices), (N,)
+    deviation = x.std(0)
+    scale = np.where(deviation > 1e-6, deviation, np.inf)  # what does not vary has no slope
     slopes, _ = ridge(x / scale, y, penalty=2.0)
-    worth = sizes / scale @ slopes  # (O,)
+    worth = from_main(sizes / scale @ slopes)  # (O,); else another CPU's last digit could make ranks differ
     others = drawn(task.cost, 200, task.args.seed + 3 * 10**6)
     others.sort(key=lambda choice: -worth[choice].sum())
     found = []
-    for choice in [task.cost.derive(torch.from_numpy(worth).expand(len(space.stages), -1)), *others]:
-        if len(found) == n:
-            break
-        if choice not in known and fits(task, space.arch(choice)):
+    # with a target in ms each is measured, so that there must be an end
+    for choice in [task.cost.derive(torch.from_numpy(worth).expand(len(space.stages), -1)), *others[: 4 * n]]:
+        if choice not in known and len(found) < n and fits(task, space.arch(choice)):
             found.append(best._replace(name=f"proposal {len(found) + 1}", arch=space.arch(choice)))
             known.append(choice)
     return found
@@ -409,7 +414,7 @@ def halving(task: Task, candidates: list[Candidate], folder: Path) -> tuple[Cand
                 seen.setdefault(c.text(), []).append((share, own))
         return scores
 
-    for size, share in rungs(len(candidates)):
+    for rung, (size, share) in enumerate(rungs(len(candidates))):
         alive = alive[:size]
         scores = train(alive, share)
         if len(scores) > 2:
@@ -418,7 +423,7 @@ def halving(task: Task, candidates: list[Candidate], folder: Path) -> tuple[Cand
             say(f"candidates differ by {between:.3g} (standard deviation), seeds by {within:.3g}: ratio {now:.2f}")
             ratio = now if ratio is None else ratio  # of all: those that are left are alike, being the best
         alive = [c for c in alive if c.name in scores]
-        if task.space and len(everyone) == size and proposals_of(len(alive)):
+        if rung == 0 and task.space and alive:
             means = [statistics.mean(scores[c.name]) for c in alive]
             proposed = remembered(folder, "proposals", partial(proposals, task, alive, means))
             everyone += proposed
@@ -446,7 +451,7 @@ def leads(best: Candidate, reference: Candidate, scores: dict[str, list[float]])
     lead = statistics.mean(scores[best.name]) - statistics.mean(scores[reference.name])
     if lead > within * math.sqrt(2 / SEEDS):
         return True
-    say(f"{best.name} leads the handcrafted one by {lead:.3g}, which is within noise: keeping the handcrafted one")
+    say(f"{best.name} is {lead:+.3g} beside the handcrafted one, which is no clear lead: keeping the handcrafted one")
     return False
 
 

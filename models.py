@@ -711,13 +711,27 @@ def random_choice(
 ) -> list[int]:
     """A uniformly random choice among those whose cost is in a band of the target; the band must include BAND."""
     stages, options = table.shape
-    while True:
+    for _ in range(20):
         choices = torch.randint(options, (4096, stages), generator=generator)
         cost = base + table[torch.arange(stages), choices].sum(1)
         good = choices[(cost >= band[0] * target) & (cost <= band[1] * target)]
         if len(good):
             return good[0].tolist()
-        derive(table, base, table, target)  # raises ValueError if there is no such choice
+    derive(table, base, table, target)  # raises ValueError if there is no such choice
+    good = choices_in(base, table, target, band)  # few among very many
+    return good[torch.randint(len(good), (1,), generator=generator)[0]].tolist()
+
+
+def choices_in(base: float, table: Tensor, target: float, band: tuple[float, float] = BAND) -> Tensor:
+    """All choices (N, S) whose cost is in a band of the target."""
+    stages, options = table.shape
+    rest_cost, found = _sums(table[1:]), []
+    for first in range(options):
+        cost = base + table[0, first] + rest_cost
+        rows = ((cost >= band[0] * target) & (cost <= band[1] * target)).nonzero()[:, 0]
+        rest = torch.unravel_index(rows, [options] * (stages - 1))
+        found.append(torch.stack([torch.full_like(rows, first), *rest], 1))
+    return torch.cat(found)
 
 
 def handcrafted_scores(space: Space) -> Tensor:

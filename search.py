@@ -116,8 +116,10 @@ def get_parser() -> Parser:
     group.add_argument("--recalibrate-batches", type=int, default=50, help="batches to recalibrate BN statistics with")
     group = parser.add_argument_group("search by supernet or halving")
     group.add_argument("--score", choices=list(SCORES), default="infonce", help="what is better; knn needs labels")
-    group.add_argument("--candidates", type=int, help="default: 100 subnets to score; 16 to train with halving")
-    group.add_argument("--finalists", type=int, default=8, help="networks a supernet search trains alone at the end")
+    text = "default: 100 subnets to score; 16 to train with halving, which adds a quarter of proposals"
+    group.add_argument("--candidates", type=int, help=text)
+    text = "networks a supernet search trains alone at the end; from 6 on, it adds a quarter of proposals"
+    group.add_argument("--finalists", type=int, default=8, help=text)
     text = "epochs of networks that are trained alone; default: --epochs / 3, by gradient / 12 (0: no comparison)"
     group.add_argument("--final-epochs", type=int, help=text)
     group.add_argument("--join", nargs="+", default=[], metavar="FILE", help="arch.json files to add as finalists")

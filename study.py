@@ -45,7 +45,8 @@ from data import Images, load_data
 from launch import Parser, say, user_errors
 from models import ARCHS, BACKBONES, SPACES, Space, describe
 from report import INHERITED, PREDICTORS, TRAINED_ON, dataset, write_report
-from report import lookup as lookup  # study.lookup
+from report import key as key  # study.lookup(path)[study.key(arch, width)]
+from report import lookup as lookup
 
 # ---- networks -------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,22 @@ def test_the_handcrafted_network_scaled_is_itself_at_its_own_cost_and_the_neares
     for _ in range(50):
         other = candidates.models.random_choice(base, table, 0.5 * handcrafted_macs, generator)
         assert distance(choice) <= distance(other) + 1e-9
+
+
+def test_all_networks_of_a_thin_band_are_drawn_soon():
+    space = SPACES["mobilenet"]
+    base, table = space.costs(0.25, "small", 16)
+    cost = candidates.Cost(base, table, 1.03 * base, "MACs", torch.device("cpu"))
+    found = candidates.drawn(cost, 200, seed=0)
+    one_stage_up = [[0] * s + [o] + [0] * (4 - s) for s in range(5) for o in range(1, 36)]
+    known = [choice for choice in one_stage_up if cost.of(choice) <= cost.target]
+    assert 0 < len(known) < len(found) < 200 and all(choice in found for choice in [[0] * 5, *known])
+    assert len({tuple(choice) for choice in found}) == len(found)
+    assert all(0.95 <= cost.of(choice) / cost.target <= 1 for choice in found)
+    picked = candidates.drawn(cost, 8, seed=0)
+    assert len({tuple(choice) for choice in picked}) == 8 and all(choice in found for choice in picked)
+    assert picked != candidates.drawn(cost, 8, seed=1)
+    assert cost.random(torch.Generator().manual_seed(0)) in found
 
 
 def macs_as_time(modules, inputs, device):
@@ -136,7 +153,7 @@ def test_rungs_halve_until_two_are_left():
 
 
 @pytest.mark.parametrize("space, target", [("resnetk1", "0.25xresnet18"), ("mobilenet", "0.6xmobilenet_v2")])
-def test_proposals_are_what_noisy_scores_of_a_dozen_networks_favour(space, target, tmp_path):
+def test_proposals_are_what_noisy_scores_of_a_dozen_networks_favour(space, target, tmp_path, monkeypatch):
     task = a_task(tmp_path, "--space", space, "--target-macs", target, "--candidates", 12)
     tried, pool = random_candidates(task, 12), candidates.drawn(task.cost, 400, seed=1)
     rng = np.random.default_rng(0)
@@ -144,37 +161,65 @@ def test_proposals_are_what_noisy_scores_of_a_dozen_networks_favour(space, targe
     def worth(arch):  # shallow ones, with wide blocks in the searched stages
         return -sum(arch["depth"]) + 2 * np.log(np.array(arch["inner"])[list(task.space.stages)]).sum()
 
-    noise = 0.5 * np.std([worth(c.arch) for c in tried])
+    noise = 0.2 * np.std([worth(c.arch) for c in tried])
     elsewhere = Candidate("joined", "resnet50")  # of another space, and with a score that would spoil the slopes
     scores = [worth(c.arch) + noise * rng.normal() for c in tried] + [-100.0]
     proposed = candidates.proposals(task, [*tried, elsewhere], scores)
     assert [c.name for c in proposed] == ["proposal 1", "proposal 2", "proposal 3"]
     assert all(0.95 <= macs(c.arch, 0.0625, "small", 16) / task.cost.target <= 1 for c in proposed)
     assert len({json.dumps(c.arch) for c in [*tried, *proposed]}) == 15
-    assert worth(proposed[0].arch) >= np.quantile([worth(task.space.arch(choice)) for choice in pool], 0.99)
+    best, *others = (worth(c.arch) for c in proposed)
+    known = [worth(task.space.arch(choice)) for choice in pool]
+    assert best >= np.quantile(known, 0.99) and min(others) >= np.quantile(known, 0.9)
     assert candidates.proposals(task, tried[:5], scores[:5]) == []  # too few to say anything
+    foreign = [elsewhere._replace(name=f"joined {k}") for k in range(7)]
+    assert candidates.proposals(task, foreign, [0.0] * 7) == []  # nothing known of this space
+    equal = candidates.proposals(task, tried, [1.0] * 12)
+    assert len(equal) == 3 and not any(c.arch in [t.arch for t in tried] for c in equal)
+    monkeypatch.setattr(candidates, "fits", lambda task, arch: arch != proposed[0].arch)
+    again = candidates.proposals(task, [*tried, elsewhere], scores)
+    assert [c.arch for c in again][:2] == [c.arch for c in proposed[1:]]
 
 
 def test_proposals_join_after_the_first_rung_and_can_win(tmp_path, monkeypatch):
-    flags = ["--space", "resnetk1", "heads", "--target-macs", "0.25xresnet18", "--candidates", 8]
+    flags = ["--space", "resnetk1", "heads", "--target-macs", "0.25xresnet18", "--candidates", 16]
     task, trained = a_task(tmp_path, *flags), []
 
     def train_alone(task, candidate, k, share, folder):
         trained.append((k, candidate.name, share))
-        score = -sum(candidate.arch["depth"]) + 0.01 * k
+        score = -sum(candidate.arch["depth"]) - 10 * (candidate.name == "handcrafted") + 0.01 * k
         return [score, score + 0.001]
 
     monkeypatch.setattr(candidates, "train_alone", train_alone)
-    several = random_candidates(task, 8)
+    several = random_candidates(task, 16)
     winner, run, seen = halving(task, several, tmp_path)
-    assert [(k, name) for k, name, _ in trained[8:10]] == [(8, "proposal 1"), (9, "proposal 2")]
-    assert len([k for k, _, share in trained if share == pytest.approx(2 / 3)]) == 4
-    assert winner.name.startswith("proposal") and run.name in ("8-seed0", "9-seed0")
-    assert sum(winner.arch["depth"]) < min(sum(c.arch["depth"]) for c in several[1:])
-    best = min(several, key=lambda c: sum(c.arch["depth"]) - 0.01 * several.index(c))
-    assert winner.heads == best.heads
+    assert [(k, name) for k, name, _ in trained[16:20]] == [(16 + k, f"proposal {k + 1}") for k in range(4)]
+    counts = [sum(share == at for *_, share in trained) for at in (0.25, 0.5, 0.75, 1.0)]
+    assert counts == [20, 8, 4, 3]  # the last with the handcrafted one
+    assert winner.name.startswith("proposal") and run.name in [f"{k}-seed0" for k in range(16, 20)]
+    assert sum(winner.arch["depth"]) <= min(sum(c.arch["depth"]) for c in several[1:])
+    best = min(several[1:], key=lambda c: sum(c.arch["depth"]) - 0.01 * several.index(c))
+    assert winner.heads == best.heads and winner.heads is not None
     monkeypatch.setattr(candidates, "proposals", lambda *_: [])  # a search that goes on does not propose again
     assert halving(task, several, tmp_path) == (winner, run, seen)
+
+
+@pytest.mark.parametrize("strategy", ["halving", "supernet"])
+def test_the_cost_that_a_search_announces_counts_all_that_it_trains(strategy, tmp_path, capsys, monkeypatch):
+    flags = ["--space", "resnetk1", "--target-macs", "0.25xresnet18", "--strategy", strategy, "--finalists", 8]
+    task = a_task(tmp_path, *flags, "--candidates", 20 if strategy == "supernet" else 8, "--final-epochs", 3)
+    ends: dict[int, int] = {}
+
+    def train_alone(task, candidate, k, share, folder):
+        ends[k] = max(ends.get(k, 0), candidates.until(share, 3))
+        return [0.01 * k, 0.01 * k]
+
+    monkeypatch.setattr(candidates, "train_alone", train_alone)
+    halving(task, random_candidates(task, 8), tmp_path)
+    search.announce_cost(task, 24 if strategy == "supernet" else 0)
+    said = capsys.readouterr().out.splitlines()[-1]
+    announced = int(re.search(r"halving ([\d,]+)", said)[1].replace(",", ""))
+    assert len(ends) == 10 and announced == 2 * sum(ends.values()) * (128 // 16)  # two seeds; batches of 16
 
 
 NAMES = ["handcrafted", *"abcdefg"]
@@ -234,9 +279,7 @@ def test_where_seeds_differ_more_than_candidates_the_handcrafted_stays(tmp_path,
     assert seen["ratio"] < 0.5 and winner == "handcrafted" and trained[-1] == ("handcrafted", 1.0)
     said = capsys.readouterr().out
     assert (
-        "candidates differ less than seeds do" in said
-        and "g leads the handcrafted one by" in said
-        and "within noise" in said
+        "candidates differ less than seeds do" in said and "beside the handcrafted one, which is no clear lead" in said
     )
 
 
