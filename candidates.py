@@ -417,11 +417,6 @@ def halving(task: Task, candidates: list[Candidate], folder: Path) -> tuple[Cand
     for rung, (size, share) in enumerate(rungs(len(candidates))):
         alive = alive[:size]
         scores = train(alive, share)
-        if len(scores) > 2:
-            between, within = spreads(np.array(list(scores.values())))
-            now = between / max(within, 1e-30)
-            say(f"candidates differ by {between:.3g} (standard deviation), seeds by {within:.3g}: ratio {now:.2f}")
-            ratio = now if ratio is None else ratio  # of all: those that are left are alike, being the best
         alive = [c for c in alive if c.name in scores]
         if rung == 0 and task.space and alive:
             means = [statistics.mean(scores[c.name]) for c in alive]
@@ -431,6 +426,11 @@ def halving(task: Task, candidates: list[Candidate], folder: Path) -> tuple[Cand
             alive += [c for c in proposed if c.name in scores]
         if not alive:
             raise ValueError("all candidates failed (see above): if their loss was not finite, try a lower --lr")
+        if len(scores) > 2:
+            between, within = spreads(np.array(list(scores.values())))
+            now = between / max(within, 1e-30)
+            say(f"candidates differ by {between:.3g} (standard deviation), seeds by {within:.3g}: ratio {now:.2f}")
+            ratio = now if ratio is None else ratio  # of all: those that are left are alike, being the best
         alive.sort(key=lambda c: -statistics.mean(scores[c.name]))
     if ratio is not None and ratio < 0.5:
         say("warning: candidates differ less than seeds do: there may be nothing to find here")
