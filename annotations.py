@@ -299,7 +299,7 @@ def label_image(path: Path, one_object: bool) -> np.ndarray:
         with Image.open(path) as file:
             values = np.array(file)
     except Exception as error:  # PIL's formats fail in their own ways
-        raise ValueError(f"'{path}' is no image that can be read") from error
+        raise ValueError(f"'{path}' is no image that can be read ({type(error).__name__}: {error})") from error
     if values.ndim != 2:
         raise ValueError(f"'{path}' has {values.shape[-1]} channels: a label PNG has one")
     return values > 0 if one_object else values

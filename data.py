@@ -365,6 +365,8 @@ class Stream:
             name = item
             with Image.open(item) as image:
                 return to_pixels(image, self.size)
+        except MemoryError:  # not the file's fault
+            raise
         except Exception as error:  # decoders raise anything on a broken file
             if row not in self.broken:
                 self.broken.add(row)

@@ -237,6 +237,16 @@ def test_an_item_of_a_data_set_that_cannot_be_decoded_is_skipped_with_its_label(
     assert "skipped item 2: ValueError: 4 x 8 pixels" in capsys.readouterr().err
 
 
+def test_an_image_for_which_there_is_no_memory_is_not_called_broken(folder, monkeypatch, capsys):
+    def no_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(data, "to_pixels", no_memory)
+    with pytest.raises(MemoryError):
+        load_images(str(folder[0]), size=8)
+    assert "skipped" not in capsys.readouterr().err
+
+
 # ---- batches --------------------------------------------------------------------------------------------------------
 
 
